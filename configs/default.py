@@ -1,0 +1,106 @@
+"""Every key of the configuration with its default; recipes start from here and change what they need.
+
+python -m msd_jax.main --config configs/default.py --workdir DIR \
+    --config.model.path=HF_DIR_OR_HUB_ID --config.data.path=QUERIES.csv
+"""
+
+import ml_collections
+
+from msd_jax import prompts
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+
+    # The model to align; it is its own teacher.
+    config.model = ml_collections.ConfigDict()
+    config.model.path = ""  # Hugging Face directory, or hub id (owner/name)
+    config.model.param_dtype = "float32"  # of the trained weights and the optimizer's moments
+    config.model.dtype = "float32"  # of activations and matrix products; bfloat16 on TPU and GPU
+    config.model.remat = "full"  # what the backward pass keeps of each layer: none | dots | full (nothing)
+
+    # Parallel queries; no responses are needed.
+    config.data = ml_collections.ConfigDict()
+    config.data.path = ""  # .jsonl, or .csv with one column a language
+    config.data.harmful = "file"  # label of records that carry none: file (stays unknown) | true | false
+    config.data.source_language = "en"  # what the teacher reads
+    # Languages to align, with their sampling weights. A user's own config replaces the whole mapping.
+    config.data.languages = ml_collections.ConfigDict({"sw": 1.0})
+    config.data.batch_size = 32  # queries a step, over all devices
+
+    config.prompts = ml_collections.ConfigDict()
+    config.prompts.teacher_template = prompts.DEFAULT_TEACHER_TEMPLATE  # with {query} and {language}
+    config.prompts.student_system = ""  # system message, "" for none; each role has its own
+    config.prompts.teacher_system = ""
+    config.prompts.student_limit = 512  # tokens; longer prompts are dropped and counted
+    config.prompts.teacher_limit = 1024
+    # Passed to the tokenizer's chat template; thinking modes (Qwen3) are off in both roles.
+    config.prompts.student_template_kwargs = ml_collections.ConfigDict({"enable_thinking": False})
+    config.prompts.teacher_template_kwargs = ml_collections.ConfigDict({"enable_thinking": False})
+
+    config.teacher = ml_collections.ConfigDict()
+    config.teacher.kind = "frozen"  # frozen (initial weights) | live (the student's own) | ema | periodic
+    config.teacher.ema_decay = 0.95  # teacher = decay * teacher + (1 - decay) * student, after each step
+    config.teacher.period = 50  # steps between copies of the student into a periodic teacher
+
+    # Where the response tokens come from. The model's own generation_config gives stop tokens, nothing else.
+    config.rollout = ml_collections.ConfigDict()
+    config.rollout.policy = "on_policy"  # on_policy (student samples) | off_policy (teacher samples) | mixed
+    config.rollout.on_policy_fraction = 0.5  # mixed: probability that a query is sampled from the student
+    config.rollout.max_new_tokens = 256
+    config.rollout.temperature = 1.0  # 0 is greedy
+    config.rollout.top_k = 0  # keep the k most probable tokens; 0 keeps all
+    config.rollout.top_p = 1.0  # keep the smallest set of tokens with this probability
+    # off_policy, mixed: draw the teacher's response once a query and keep it. Needs a frozen teacher.
+    config.rollout.reuse_teacher_responses = True
+
+    config.loss = ml_collections.ConfigDict()
+    # reverse_kl: KL(student || teacher); forward_kl: KL(teacher || student); jsd; auto: reverse_kl for
+    # responses of the student (on_policy, mixed), forward_kl for responses of the teacher (off_policy).
+    config.loss.divergence = "auto"
+    config.loss.beta = 0.5  # of jsd
+    config.loss.top_k = 0  # restrict the divergence to the teacher's top-k and a tail bucket; 0: full vocabulary
+    config.loss.temperature = 1.0  # of both distributions in the loss
+    config.loss.weighting = "dpsw"  # dpsw (w_T * w_S) | teacher (w_T) | student (w_S) | uniform
+    config.loss.weight_top_k = 20  # tokens in the teacher's entropy
+    config.loss.student_token = "teacher_argmax"  # token of the student's perspective: teacher_argmax | sampled
+    config.loss.normalize = "mean"  # mean (weights have mean 1 over the batch) | none
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 1e-5  # peak
+    config.optimizer.schedule = "cosine"  # cosine (to final_fraction of the peak) | constant
+    config.optimizer.warmup_steps = 10
+    config.optimizer.final_fraction = 0.1
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0  # global norm of the gradient
+    config.optimizer.freeze_embeddings = False  # also freezes the head where it is tied
+
+    config.train = ml_collections.ConfigDict()
+    config.train.steps = 300
+    config.train.micro_batches = 1  # gradient accumulation: parts that a batch is split into
+    config.train.checkpoint_every = 100  # steps; the last step is always saved
+    config.train.checkpoints_kept = 2
+    config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard
+    config.train.completions_every = 50  # steps between entries of completions.jsonl
+    config.train.completions_kept = 4  # responses an entry
+    config.train.export = True  # write the aligned model to WORKDIR/model in Hugging Face's layout
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.path = ""  # query file as config.data.path; "" for no evaluation
+    config.eval.harmful = "file"
+    # Languages are reported in three groups: source (these), trained (data.languages), unseen (all others).
+    config.eval.languages = ("en", "sw")
+    config.eval.source_languages = ("en",)
+    config.eval.limit = 0  # use only the first records; 0 for all
+    config.eval.batch_size = 32
+    config.eval.max_new_tokens = 256
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = 1  # replicas of the weights
+    config.mesh.fsdp = -1  # devices that share one replica's weights; -1 takes all that are left
+    config.mesh.tensor = 1  # devices that share each matrix product
+    return config

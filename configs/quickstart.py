@@ -1,0 +1,34 @@
+"""What: the embedded tiny model, safe in English and unsafe in Swahili, Bengali and Javanese, aligned in minutes.
+
+Command:  python -m msd_jax.main --config configs/quickstart.py --workdir runs/quickstart
+Hardware: any; no network.
+"""
+
+import ml_collections
+from msd_jax.configs import default
+
+from msd_jax import testbed
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default.get_config()
+    config.model.path = str(testbed.MODEL_PATH)
+    config.data.path = str(testbed.TRAIN_QUERIES)
+    config.data.languages = ml_collections.ConfigDict(dict.fromkeys(testbed.TARGET_LANGUAGES, 1.0))
+    config.data.batch_size = 32
+    config.prompts.teacher_template = testbed.TEACHER_TEMPLATE
+    config.prompts.student_limit = 64
+    config.prompts.teacher_limit = 96
+    config.rollout.max_new_tokens = 24
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 5
+    config.train.steps = 60
+    config.train.checkpoint_every = 20
+    config.train.completions_every = 20
+    config.eval.path = str(testbed.EVAL_QUERIES)
+    config.eval.languages = (*testbed.SOURCE_LANGUAGES, *testbed.TARGET_LANGUAGES, *testbed.UNSEEN_LANGUAGES)
+    config.eval.source_languages = testbed.SOURCE_LANGUAGES
+    config.eval.batch_size = 128
+    config.eval.max_new_tokens = 24
+    config.mesh.data, config.mesh.fsdp = -1, 1
+    return config

@@ -1,0 +1,46 @@
+"""What the commands share: the --config flag, errors in one line, and no traceback for a mistake of the user."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or your own.", lock_config=True)
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Ends the process with exit code 1 and the message alone for what a user can mend."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def config() -> ml_collections.ConfigDict:
+    """The config of the command line, frozen."""
+    return ml_collections.FrozenConfigDict(_CONFIG.value)
+
+
+def run(main: Callable[[list[str]], None], **strings: str | None) -> None:
+    """app.run with string flags `strings` ({name: default}; None: required) and one-line errors for all flags."""
+    for name, default in strings.items():
+        flags.DEFINE_string(name, default, f"See the top of {sys.argv[0]}.", required=default is None)
+    flags.mark_flag_as_required("config")
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return FLAGS(argv)
+        except Exception as error:  # a typo in a key, a wrong type, a config that is not there or does not load
+            sys.exit(f"error: {_first_line(error)}")
+
+    app.run(main, flags_parser=parse)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error.args[0] if error.args else error).strip() or type(error).__name__
+    return " ".join(text.split())

@@ -1,0 +1,50 @@
+"""What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import rich.console
+import rich.progress
+
+# Only process 0 of a pod prints. Off a terminal, rich would fold wide tables at 80 columns.
+_width = None if rich.console.Console().is_terminal else 140
+console = rich.console.Console(width=_width, highlight=False)
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(text: str) -> None:
+    """One line of plain text, from process 0."""
+    if jax.process_index() == 0:
+        console.print(text, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """Yields advance(done, status): how many of `total` are done, and a few words on how it goes."""
+    if jax.process_index() != 0:
+        yield lambda done, status="": None
+        return
+    if not console.is_terminal:
+        last = 0.0
+
+        def advance(done: int, status: str = "") -> None:
+            nonlocal last
+            if time.monotonic() - last >= SECONDS_BETWEEN_LINES or done == total:
+                last = time.monotonic()
+                say(f"{what} {done}/{total}  {status}")
+
+        yield advance
+        return
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[status]}", markup=False),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task(what, total=total, completed=done, status="")
+        yield lambda done, status="": bar.update(task, completed=done, status=status)

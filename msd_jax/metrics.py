@@ -1,0 +1,66 @@
+"""What a run writes while it works: metrics.jsonl, TensorBoard events and completions.jsonl. Process 0 alone writes."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+import tensorboardX
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with its step."""
+
+    def __init__(self, path: pathlib.Path, resume_step: int):
+        """Opens `path`, dropping what an interrupted run wrote after `resume_step` (it is computed again)."""
+        self._path = path
+        kept = [line for line in read_json_lines(path) if line["step"] <= resume_step]
+        replace_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | values, ensure_ascii=False) + "\n")
+
+
+class Metrics:
+    """Scalars of each step, to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; completions to completions.jsonl."""
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int):
+        self._active = jax.process_index() == 0
+        if self._active:
+            self._scalars = JsonLines(workdir / "metrics.jsonl", resume_step)
+            self._completions = JsonLines(workdir / "completions.jsonl", resume_step)
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if self._active:
+            # JSON has no NaN; a skipped step's loss is null.
+            self._scalars.write(step, {k: v if math.isfinite(v) else None for k, v in values.items()})
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def completions(self, step: int, entries: list[dict[str, Any]]) -> None:
+        if self._active:
+            for entry in entries:
+                self._completions.write(step, entry)
+
+    def close(self) -> None:
+        if self._active:
+            self._board.close()
+
+
+def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """All objects of the file; [] where there is none. A last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # a whole line ends in a newline; the rest was cut short
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,261 @@
+"""One decoder-only transformer for every supported family, as a Flax NNX module.
+
+Parameters of the layers are stacked on a leading L axis and run with `jax.lax.scan`, so that compile time does not
+grow with depth. Every forward pass in this project is a pure function of params:
+
+    graphdef, params = decoder.init(config, jax.random.key(0))
+    hidden_BxTxD, _ = nnx.merge(graphdef, params)(tokens_BxT, positions_BxT, valid_BxT)
+
+`params` is a plain nested dict of arrays. Axis letters are those of the whole project: B batch, T tokens, S cache
+slots, V vocabulary, D width, L layers, N query heads, K key/value heads, H head size, F feed-forward.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from msd_jax.models.config import DecoderConfig
+
+Params = dict[str, Any]
+
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class KVCache(NamedTuple):
+    """Keys (after RoPE) and values of every layer: two arrays [L, B, S, K, H] in the compute dtype."""
+
+    key_LxBxSxKxH: jax.Array
+    value_LxBxSxKxH: jax.Array
+
+
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
+    """RMSNorm over the last axis, in float32, returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * (offset + weight.astype(jnp.float32))).astype(x.dtype)
+
+
+def apply_rope(x_BxTxNxH: jax.Array, cos_BxTxH: jax.Array, sin_BxTxH: jax.Array) -> jax.Array:
+    """Rotates the two halves of each head (the layout of Hugging Face checkpoints)."""
+    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BxTxH[:, :, None], sin_BxTxH[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxTxNxH.dtype)
+
+
+def attention(
+    query_BxTxNxH: jax.Array,
+    key_BxSxKxH: jax.Array,
+    value_BxSxKxH: jax.Array,
+    mask_BxTxS: jax.Array,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """Grouped-query attention -> [B, T, N, H]; a query whose mask is all false gives finite, meaningless numbers."""
+    if softcap is None:
+        return jax.nn.dot_product_attention(
+            query_BxTxNxH, key_BxSxKxH, value_BxSxKxH, mask=mask_BxTxS[:, None], scale=scale
+        )
+    # jax.nn.dot_product_attention has no soft-cap.
+    B, T, N, H = query_BxTxNxH.shape
+    K = key_BxSxKxH.shape[2]
+    query = query_BxTxNxH.reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("btkgh,bskh->bkgts", query, key_BxSxKxH, preferred_element_type=jnp.float32) * scale
+    logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask_BxTxS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value_BxSxKxH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value_BxSxKxH).reshape(B, T, N, H)
+
+
+class Layers(nnx.Module):
+    """All L layers, each parameter stacked on a leading L axis; `axes` are the logical axes that sharding maps."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, param: Any):
+        c = config
+        self.config, self.dtype = c, dtype
+        L, D, N, K, H, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffw
+        self.attention_norm = param((L, D), ("layers", None), one=True)
+        self.query = param((L, D, N, H), ("layers", "embed", "heads", None))
+        self.key = param((L, D, K, H), ("layers", "embed", "kv_heads", None))
+        self.value = param((L, D, K, H), ("layers", "embed", "kv_heads", None))
+        self.output = param((L, N, H, D), ("layers", "heads", None, "embed"))
+        self.ffw_norm = param((L, D), ("layers", None), one=True)
+        self.gate = param((L, D, F), ("layers", "embed", "ffw"))
+        self.up = param((L, D, F), ("layers", "embed", "ffw"))
+        self.down = param((L, F, D), ("layers", "ffw", "embed"))
+        if c.qkv_bias:
+            self.query_bias = param((L, N, H), ("layers", "heads", None), zero=True)
+            self.key_bias = param((L, K, H), ("layers", "kv_heads", None), zero=True)
+            self.value_bias = param((L, K, H), ("layers", "kv_heads", None), zero=True)
+        if c.qk_norm:
+            self.query_norm = param((L, H), ("layers", None), one=True)
+            self.key_norm = param((L, H), ("layers", None), one=True)
+        if c.sandwich_norms:
+            self.post_attention_norm = param((L, D), ("layers", None), one=True)
+            self.post_ffw_norm = param((L, D), ("layers", None), one=True)
+
+    def norm(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
+        return rms_norm(x, weight[...], self.config.norm_eps, self.config.norm_offset)
+
+    def qkv(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query [B, T, N, H], key and value [B, T, K, H] of one layer (no L axis on its parameters)."""
+        c, dtype = self.config, self.dtype
+        query = jnp.einsum("btd,dnh->btnh", x_BxTxD, self.query[...].astype(dtype))
+        key = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.key[...].astype(dtype))
+        value = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.value[...].astype(dtype))
+        if c.qkv_bias:
+            query += self.query_bias[...].astype(dtype)
+            key += self.key_bias[...].astype(dtype)
+            value += self.value_bias[...].astype(dtype)
+        if c.qk_norm:
+            query, key = self.norm(query, self.query_norm), self.norm(key, self.key_norm)
+        return query, key, value
+
+    def feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
+        dtype = self.dtype
+        activation = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+        gate = jnp.einsum("btd,df->btf", x_BxTxD, self.gate[...].astype(dtype))
+        up = jnp.einsum("btd,df->btf", x_BxTxD, self.up[...].astype(dtype))
+        gated = activation[self.config.activation](gate) * up
+        return jnp.einsum("btf,fd->btd", gated, self.down[...].astype(dtype))
+
+    def residual(self, x: jax.Array, update: jax.Array, post_norm: str) -> jax.Array:
+        return x + (self.norm(update, getattr(self, post_norm)) if self.config.sandwich_norms else update)
+
+
+class Decoder(nnx.Module):
+    """Token ids -> final hidden states, and hidden states -> logits.
+
+    Args:
+      config: sizes and family differences.
+      dtype: of activations and matrix products; softmax, norms and logits are float32 whatever it is.
+      param_dtype: of newly made parameters.
+      remat: what the backward pass keeps of each layer: a key of REMAT_POLICIES.
+      rngs: for new parameters.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        remat: str = "full",
+        rngs: nnx.Rngs,
+    ):
+        def param(shape, axes, *, one=False, zero=False):
+            if one:  # a norm's weight, which Gemma stores as the difference from 1
+                value = jnp.full(shape, 1.0 - config.norm_offset, param_dtype)
+            elif zero:
+                value = jnp.zeros(shape, param_dtype)
+            else:
+                value = config.initializer_range * jax.random.normal(rngs.params(), shape, param_dtype)
+            return nnx.Param(value, axes=axes)
+
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.embedding = param((config.vocab_size, config.width), ("vocab", "embed"))
+        self.layers = Layers(config, dtype, param)
+        self.final_norm = param((config.width,), (None,), one=True)
+        if not config.tied_embeddings:
+            self.head = param((config.width, config.vocab_size), ("embed", "vocab"))
+
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array,
+        valid_BxS: jax.Array,
+        cache: KVCache | None = None,
+        slot: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Final hidden states (normalised, ready for `logits`).
+
+        Args:
+          tokens_BxT: int32 token ids; those at padding are ignored whatever they are.
+          positions_BxT: int32, counting real tokens only.
+          valid_BxS: bool, which key slots hold a real token. Without a cache S = T.
+          cache: keys and values of earlier slots, or None to attend among the tokens given.
+          slot: with a cache, the slot of the first token given; tokens lie in consecutive slots.
+
+        Returns:
+          hidden_BxTxD in the compute dtype, and the cache with the tokens' keys and values written, or None.
+        """
+        c = self.config
+        T, S = tokens_BxT.shape[1], valid_BxS.shape[1]
+        query_slot_T, key_slot_S = slot + jnp.arange(T), jnp.arange(S)
+        distance_TxS = query_slot_T[:, None] - key_slot_S[None, :]
+        mask_BxTxS = valid_BxS[:, None, :] & (distance_TxS >= 0)
+        x_BxTxD = self.embedding[...][tokens_BxT].astype(self.dtype)
+        if c.embed_scale != 1.0:  # rounded to the compute dtype, as in Gemma's own code
+            x_BxTxD *= jnp.asarray(c.embed_scale, self.dtype)
+
+        graphdef, stacked = nnx.split(self.layers)
+        frequencies, factors = zip(*(rope.frequencies(c.head_dim) for rope in c.ropes))
+        windows = jnp.array([window or np.iinfo(np.int32).max for window in c.windows], jnp.int32)
+        per_layer = (stacked, jnp.arange(c.layers), jnp.array(frequencies), jnp.array(factors), windows)
+
+        def layer(carry, inputs):
+            x_BxTxD, cache = carry
+            params, index, frequency, factor, window = inputs
+            block = nnx.merge(graphdef, params)
+            angle = positions_BxT[..., None].astype(jnp.float32) * frequency
+            cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+            query, key, value = block.qkv(block.norm(x_BxTxD, block.attention_norm))
+            query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+            if cache is not None:
+                start = (index, 0, slot, 0, 0)
+                cache = KVCache(
+                    *(
+                        jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+                        for old, new in zip(cache, (key, value))
+                    )
+                )
+                key, value = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in cache)
+            mask = mask_BxTxS & (distance_TxS < window) if any(c.windows) else mask_BxTxS
+            attended = attention(query, key, value, mask, c.query_scale, c.attention_softcap)
+            update = jnp.einsum("btnh,nhd->btd", attended, block.output[...].astype(self.dtype))
+            x_BxTxD = block.residual(x_BxTxD, update, "post_attention_norm")
+            update = block.feed_forward(block.norm(x_BxTxD, block.ffw_norm))
+            return (block.residual(x_BxTxD, update, "post_ffw_norm"), cache), None
+
+        if cache is None and self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        (x_BxTxD, cache), _ = jax.lax.scan(layer, (x_BxTxD, cache), per_layer)
+        return rms_norm(x_BxTxD, self.final_norm[...], c.norm_eps, c.norm_offset), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits, float32 [..., V], of hidden states [..., D] in the compute dtype."""
+        head_DxV = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
+        logits = jnp.matmul(hidden, head_DxV.astype(self.dtype), preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def init(config: DecoderConfig, key: jax.Array, **options) -> tuple[nnx.GraphDef, Params]:
+    """A new model as (graphdef, params); `options` are Decoder's."""
+    graphdef, state = nnx.split(Decoder(config, rngs=nnx.Rngs(params=key), **options))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def abstract(config: DecoderConfig, **options) -> tuple[nnx.GraphDef, Params, Params]:
+    """(graphdef, params, axes) without allocating: params as ShapeDtypeStructs, axes as tuples of logical axes."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0), **options))
+    graphdef, state = nnx.split(model)
+    axes = jax.tree.map(lambda p: p.get_metadata()["axes"], state, is_leaf=lambda p: isinstance(p, nnx.Param))
+    return graphdef, nnx.to_pure_dict(state), _pure(axes)
+
+
+def _pure(state: Any) -> Any:
+    return {k: _pure(v) for k, v in state.items()} if hasattr(state, "items") else state

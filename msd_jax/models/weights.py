@@ -1,0 +1,253 @@
+"""safetensors of a Hugging Face directory <-> params, by one table that serves both directions."""
+
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import einops
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from msd_jax.models import decoder
+from msd_jax.models.config import DecoderConfig
+
+INDEX = "model.safetensors.index.json"
+# What a model directory is made of besides its weights; nothing that holds code or pickles.
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+
+
+def resolve(path: str) -> pathlib.Path:
+    """The local directory of a model: `path` itself, or a snapshot of the hub id `path` (HF_HUB_OFFLINE respected)."""
+    directory = pathlib.Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
+        raise FileNotFoundError(
+            f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)"
+            if path
+            else "config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)"
+        )
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_PATTERNS)))
+    except Exception as error:  # the hub's own errors are many; what the user can do is always the same
+        raise FileNotFoundError(
+            f"config.model.path={path!r} is not a directory here, and the hub did not give it "
+            f"({type(error).__name__}); copy the model to this machine and give its directory"
+        ) from error
+
+
+def layout(config: DecoderConfig) -> dict[str, tuple[str, str]]:
+    """Parameter name -> (tensor name with {} for the layer, einops pattern from tensor to one layer's parameter)."""
+    table = {
+        "embedding": ("model.embed_tokens.weight", "v d -> v d"),
+        "final_norm": ("model.norm.weight", "d -> d"),
+        "layers.attention_norm": ("input_layernorm.weight", "d -> d"),
+        "layers.query": ("self_attn.q_proj.weight", "(n h) d -> d n h"),
+        "layers.key": ("self_attn.k_proj.weight", "(n h) d -> d n h"),
+        "layers.value": ("self_attn.v_proj.weight", "(n h) d -> d n h"),
+        "layers.output": ("self_attn.o_proj.weight", "d (n h) -> n h d"),
+        "layers.ffw_norm": ("post_attention_layernorm.weight", "d -> d"),
+        "layers.gate": ("mlp.gate_proj.weight", "f d -> d f"),
+        "layers.up": ("mlp.up_proj.weight", "f d -> d f"),
+        "layers.down": ("mlp.down_proj.weight", "d f -> f d"),
+    }
+    if not config.tied_embeddings:
+        table["head"] = ("lm_head.weight", "v d -> d v")
+    if config.qkv_bias:
+        table["layers.query_bias"] = ("self_attn.q_proj.bias", "(n h) -> n h")
+        table["layers.key_bias"] = ("self_attn.k_proj.bias", "(n h) -> n h")
+        table["layers.value_bias"] = ("self_attn.v_proj.bias", "(n h) -> n h")
+    if config.qk_norm:
+        table["layers.query_norm"] = ("self_attn.q_norm.weight", "h -> h")
+        table["layers.key_norm"] = ("self_attn.k_norm.weight", "h -> h")
+    if config.sandwich_norms:
+        table["layers.post_attention_norm"] = ("post_attention_layernorm.weight", "d -> d")
+        table["layers.ffw_norm"] = ("pre_feedforward_layernorm.weight", "d -> d")
+        table["layers.post_ffw_norm"] = ("post_feedforward_layernorm.weight", "d -> d")
+    return {
+        name: (f"model.layers.{{}}.{tensor}" if name.startswith("layers.") else tensor, pattern)
+        for name, (tensor, pattern) in table.items()
+    }
+
+
+def read(directory: pathlib.Path, config: DecoderConfig, dtype: Any, shardings: Any = None) -> decoder.Params:
+    """Parameters from DIRECTORY's safetensors, cast to `dtype`.
+
+    Args:
+      directory: holds model.safetensors, or several files with model.safetensors.index.json.
+      config: of the model, from its config.json.
+      dtype: of the parameters.
+      shardings: a tree of shardings like params, or None for the default device. Tensors are read one at a time,
+        and only for the slices that this process holds.
+
+    Raises:
+      FileNotFoundError, ValueError: a file is missing, truncated or not safetensors, or tensors are missing, left
+        over or of another shape; the message names the file and the tensors.
+    """
+    files = _files(directory)
+    table = layout(config)
+    _, abstract, _ = decoder.abstract(config)
+    flat, treedef = jax.tree.flatten_with_path(abstract)
+    names = [".".join(key.key for key in path) for path, _ in flat]
+
+    expected = {
+        tensor.format(i): name
+        for name in names
+        for tensor in [table[name][0]]
+        for i in range(config.layers if "{}" in tensor else 1)
+    }
+    found = {tensor: file for file, handle in files.items() for tensor in handle.keys()}  # noqa: SIM118
+    # A tied head and rotary tables are sometimes stored; they follow from what is read.
+    derived = {t for t in found if t.endswith("rotary_emb.inv_freq")}
+    derived |= {"lm_head.weight"} if config.tied_embeddings else set()
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - derived
+    if missing or extra:
+        raise ValueError(
+            f"{directory}: the tensors do not fit config.json; missing: {_some(missing)}; left over: {_some(extra)}"
+        )
+
+    def load(name: str, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+        tensor, pattern = table[name]
+        stacked = "{}" in tensor
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        letters = dict(zip(pattern.split("->")[1].split(), shape))
+        wanted = _tensor_shape(pattern, letters)
+
+        def one(layer: int) -> np.ndarray:
+            key = tensor.format(layer)
+            file = found[key]
+            if tuple(files[file].get_slice(key).get_shape()) != wanted:
+                actual = tuple(files[file].get_slice(key).get_shape())
+                raise ValueError(f"{file}: {key} has shape {actual}, config.json asks for {wanted}")
+            sizes = {k: v for k, v in letters.items() if k in "nh"} if "(" in pattern else {}
+            return einops.rearrange(files[file].get_tensor(key), pattern, **sizes)
+
+        def read_slice(index: tuple[slice, ...]) -> np.ndarray:
+            if not stacked:
+                return one(0)[index].astype(dtype)
+            layers = range(config.layers)[index[0]]
+            return np.stack([one(layer)[index[1:]].astype(dtype) for layer in layers])
+
+        if sharding is None:
+            return jax.device_put(read_slice((slice(None),) * len(leaf.shape)))
+        return jax.make_array_from_callback(leaf.shape, sharding, read_slice)
+
+    flat_shardings = [None] * len(names) if shardings is None else treedef.flatten_up_to(shardings)
+    leaves = [load(name, leaf, s) for name, (_, leaf), s in zip(names, flat, flat_shardings)]
+    return treedef.unflatten(leaves)
+
+
+def write(
+    directory: pathlib.Path,
+    params: decoder.Params,
+    config: DecoderConfig,
+    dtype: Any,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes params as model.safetensors, or as several files and an index above `max_shard_bytes`."""
+    table = layout(config)
+    sizes: list[tuple[str, int]] = []  # decided on shapes alone, so that one shard at a time is in host memory
+    for name, leaf in _flat(params):
+        tensor, _ = table[name]
+        count = config.layers if "{}" in tensor else 1
+        sizes += [(tensor.format(i), leaf.size // count * np.dtype(dtype).itemsize) for i in range(count)]
+    total, shards, room = 0, 0, 0
+    for _, size in sizes:
+        total += size
+        if shards == 0 or size > room:
+            shards, room = shards + 1, max_shard_bytes
+        room -= size
+
+    weight_map: dict[str, str] = {}
+    shard: dict[str, np.ndarray] = {}
+    room = max_shard_bytes
+
+    def flush() -> None:
+        number = len(set(weight_map.values())) + 1
+        file = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
+        safetensors.numpy.save_file(shard, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for tensor, value in _tensors(params, table):
+        value = np.ascontiguousarray(value.astype(dtype))
+        if shard and value.nbytes > room:
+            flush()
+            room = max_shard_bytes
+        shard[tensor] = value
+        room -= value.nbytes
+    flush()
+    if shards > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies everything of a model directory but its weights: tokenizer, chat template, configs."""
+    for pattern in HUB_PATTERNS[1:]:
+        for file in sorted(source.glob(pattern)):
+            if file.name != INDEX:
+                shutil.copyfile(file, target / file.name)
+
+
+def _files(directory: pathlib.Path) -> dict[str, Any]:
+    """Open safetensors files by path."""
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"{index} is not a safetensors index ({error!r})") from error
+        for name in names:
+            if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index} points to {name!r}, which is not a .safetensors file beside it")
+        paths = [directory / name for name in names]
+    else:
+        paths = [directory / "model.safetensors"]
+    for path in paths:
+        if not path.is_file():
+            pickled = sorted(p.name for p in directory.glob("*.bin"))
+            hint = f"; {', '.join(pickled)} will not be opened: convert to safetensors" if pickled else ""
+            raise FileNotFoundError(f"{path} is missing{hint}")
+    handles = {}
+    for path in paths:
+        try:
+            handles[str(path)] = safetensors.safe_open(path, framework="np")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    return handles
+
+
+def _tensor_shape(pattern: str, letters: dict[str, int]) -> tuple[int, ...]:
+    """Shape of the left side of an einops pattern."""
+    groups = re.findall(r"\(([^)]*)\)|(\w)", pattern.split("->")[0])
+    return tuple(int(np.prod([letters[k] for k in (group or single).split()])) for group, single in groups)
+
+
+def _flat(params: decoder.Params) -> list[tuple[str, jax.Array]]:
+    return [(".".join(k.key for k in path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+
+
+def _tensors(params: decoder.Params, table: dict[str, tuple[str, str]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the checkpoint, fetched to the host one parameter at a time."""
+    for name, leaf in _flat(params):
+        tensor, pattern = table[name]
+        left, right = pattern.split("->")
+        value = np.asarray(jax.device_get(leaf))
+        if "{}" in tensor:
+            for i, layer in enumerate(value):
+                yield tensor.format(i), einops.rearrange(layer, f"{right} -> {left}")
+        else:
+            yield tensor, einops.rearrange(value, f"{right} -> {left}")
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:4]
+    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"

@@ -1,0 +1,190 @@
+"""Queries -> encoded prompts -> shuffled, padded batches whose order depends on (seed, position) alone. By grain."""
+
+import collections
+import dataclasses
+import itertools
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import grain
+import numpy as np
+
+from msd_jax import prompts, queries
+
+if TYPE_CHECKING:
+    import ml_collections
+    import transformers
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Every query in each of its target languages.
+
+    Attributes:
+      records: for each query its examples, those over a limit left out; a query without any is left out.
+      languages: the target languages; each has examples.
+      student_limit, teacher_limit: in tokens.
+      dropped: number of pairs left out by (language, limits exceeded, as in "student_limit and teacher_limit").
+    """
+
+    records: tuple[tuple[prompts.Example, ...], ...]
+    languages: tuple[str, ...]
+    student_limit: int
+    teacher_limit: int
+    dropped: Mapping[tuple[str, str], int]
+
+    def describe_dropped(self) -> list[str]:
+        """One line for each language and reason."""
+        return [
+            f"{count} prompts in {language} dropped, longer than config.prompts.{reason}"
+            for (language, reason), count in self.dropped.items()
+        ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """B queries, each in one target language. Masks come from lengths: the pad id may be a token of the text.
+
+    Attributes:
+      student_prompt_BxP: int32 [B, P], left-padded; P is a bucket and differs between the roles.
+      student_lengths_B: int32 [B], real tokens.
+      teacher_prompt_BxP: int32 [B, P], left-padded.
+      teacher_lengths_B: int32 [B].
+      query_hash_B: uint32 [B], see `query_hash`.
+      examples: what is in the rows.
+    """
+
+    student_prompt_BxP: np.ndarray
+    student_lengths_B: np.ndarray
+    teacher_prompt_BxP: np.ndarray
+    teacher_lengths_B: np.ndarray
+    query_hash_B: np.ndarray
+    examples: tuple[prompts.Example, ...]
+
+
+def encode_all(
+    records: Sequence[queries.Query],
+    languages: Sequence[str],
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    config: "ml_collections.ConfigDict",
+) -> Encoded:
+    """Encodes each query in each target language, once.
+
+    Args:
+      records: every one has texts in the source language and in `languages`.
+      languages: target languages.
+      tokenizer: of transformers.
+      config: the whole config.
+
+    Raises:
+      ValueError: a text is missing, or all prompts in a language are longer than their limits.
+    """
+    source = config.data.source_language
+    queries.require_languages(records, (source, *languages), config.data.path)
+    limits = {key: config.prompts[key] for key in ("student_limit", "teacher_limit")}
+    kept, dropped = [], collections.Counter()
+    longest = collections.defaultdict(int)
+    for record in records:
+        examples = []
+        for language in languages:
+            example = prompts.encode(record, language, tokenizer, config.prompts, source)
+            lengths = {"student_limit": len(example.student_ids), "teacher_limit": len(example.teacher_ids)}
+            over = [key for key in limits if lengths[key] > limits[key]]
+            if over:
+                dropped[language, " and ".join(over)] += 1
+            else:
+                examples.append(example)
+            for key in over:
+                longest[language, key] = max(longest[language, key], lengths[key])
+        if examples:
+            kept.append(tuple(examples))
+    for language in set(languages) - {example.language for example in itertools.chain(*kept)}:
+        reasons = ", ".join(
+            f"config.prompts.{key}={limits[key]} (longest: {longest[language, key]} tokens)"
+            for key in limits
+            if longest[language, key]
+        )
+        raise ValueError(
+            f"{config.data.path}: all {len(records)} prompts in {language!r} are longer than {reasons}; raise the limit"
+        )
+    return Encoded(tuple(kept), tuple(languages), **limits, dropped=dict(dropped))
+
+
+def batches(
+    encoded: Encoded, weights: Mapping[str, float], batch_size: int, seed: int, pad_id: int
+) -> grain.IterDataset[Batch]:
+    """An endless stream of batches.
+
+    Each epoch holds every query once, in a new order and in one target language drawn by weight; batches run on over
+    the ends of epochs. Query i of the stream depends on (seed, i) alone: not on the batch size, nor on the number of
+    hosts. All hosts build the same batch and take their rows of it, so that they agree on P.
+
+    `iter(...)` gives an iterator with get_state() and set_state(); the state is {"next_index": i}, an int.
+
+    Args:
+      encoded: from `encode_all`.
+      weights: target language -> sampling weight; 0 or absent leaves the language out.
+      batch_size: B.
+      seed: at least 0.
+      pad_id: fills the left of shorter prompts.
+
+    Raises:
+      ValueError: a weight is not a number from 0 on, its language was not encoded, or nothing is left.
+    """
+    for language, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"config.data.languages.{language}={weight!r} must be a number from 0 on")
+        if language not in encoded.languages:
+            raise ValueError(f"config.data.languages.{language}: only {', '.join(encoded.languages)} were encoded")
+    records = [tuple(example for example in record if weights.get(example.language)) for record in encoded.records]
+    records = [record for record in records if record]
+    if not records:
+        raise ValueError(f"config.data.languages={dict(weights)}: no language with a weight above 0 has queries")
+
+    def draw(record: tuple[prompts.Example, ...], rng: np.random.Generator) -> prompts.Example:
+        weights_L = np.array([weights[example.language] for example in record], np.float64)
+        return record[rng.choice(len(record), p=weights_L / weights_L.sum())]
+
+    def collate(examples: Sequence[prompts.Example]) -> Batch:
+        student = left_pad([example.student_ids for example in examples], encoded.student_limit, pad_id)
+        teacher = left_pad([example.teacher_ids for example in examples], encoded.teacher_limit, pad_id)
+        hashes = [query_hash(example.query_id, example.language) for example in examples]
+        return Batch(*student, *teacher, np.array(hashes, np.uint32), tuple(examples))
+
+    return (
+        grain.MapDataset.source(records)
+        .seed(seed)  # shuffle(seed=s) would use s + epoch, so that seeds 0 and 1 share their epochs
+        .shuffle()
+        .repeat()
+        .random_map(draw)
+        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))  # all is in memory already
+        .batch(batch_size, drop_remainder=True, batch_fn=collate)
+    )
+
+
+def left_pad(rows: Sequence[np.ndarray], limit: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, P] with each row at the right, and lengths int32 [B]; P is the bucket of the longest row."""
+    length_B = np.array([len(row) for row in rows], np.int32)
+    prompt_BxP = np.full((len(rows), bucket(int(length_B.max()), limit)), pad_id, np.int32)
+    for padded, row in zip(prompt_BxP, rows):
+        padded[len(padded) - len(row) :] = row
+    return prompt_BxP, length_B
+
+
+def bucket(length: int, limit: int) -> int:
+    """The size that `length` is padded to: 16, 24, 32, 48, 64, 96, ..., and `limit` at most.
+
+    Few sizes mean few compilations, and never more than a third of a row is padding for the longest row above 16.
+    Raises ValueError where `length` exceeds `limit`.
+    """
+    if length > limit:
+        raise ValueError(f"a length of {length} exceeds its limit of {limit}")
+    sizes = (base << shift for shift in itertools.count() for base in (16, 24))
+    return min(limit, next(size for size in sizes if size >= length))
+
+
+def query_hash(query_id: str, language: str) -> int:
+    """A stable 32-bit hash (CRC-32) of a query in a language, folded into random keys."""
+    return zlib.crc32(f"{query_id}\x1f{language}".encode())

@@ -1,0 +1,154 @@
+"""Checks a config before anything is compiled: unknown keys, wrong types, impossible values and combinations."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from msd_jax.configs import default
+
+# Mappings whose keys are the user's own, and the type of their values (None: any).
+_FREE = {
+    "data.languages": float,
+    "prompts.student_template_kwargs": None,
+    "prompts.teacher_template_kwargs": None,
+}
+
+_CHOICES = {
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "data.harmful": ("file", "true", "false"),
+    "teacher.kind": ("frozen", "live", "ema", "periodic"),
+    "rollout.policy": ("on_policy", "off_policy", "mixed"),
+    "loss.divergence": ("auto", "reverse_kl", "forward_kl", "jsd"),
+    "loss.weighting": ("dpsw", "teacher", "student", "uniform"),
+    "loss.student_token": ("teacher_argmax", "sampled"),
+    "loss.normalize": ("mean", "none"),
+    "optimizer.schedule": ("cosine", "constant"),
+    "eval.harmful": ("file", "true", "false"),
+}
+
+# Inclusive ranges; None is open.
+_RANGES = {
+    "data.batch_size": (1, None),
+    "prompts.student_limit": (1, None),
+    "prompts.teacher_limit": (1, None),
+    "teacher.ema_decay": (0.0, 1.0),
+    "teacher.period": (1, None),
+    "rollout.on_policy_fraction": (0.0, 1.0),
+    "rollout.max_new_tokens": (1, None),
+    "rollout.temperature": (0.0, None),
+    "rollout.top_k": (0, None),
+    "loss.beta": (0.0, 1.0),
+    "loss.top_k": (0, None),
+    "loss.weight_top_k": (2, None),
+    "optimizer.learning_rate": (0.0, None),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.final_fraction": (0.0, 1.0),
+    "optimizer.b1": (0.0, 1.0),
+    "optimizer.b2": (0.0, 1.0),
+    "optimizer.weight_decay": (0.0, None),
+    "train.steps": (1, None),
+    "train.micro_batches": (1, None),
+    "train.checkpoint_every": (1, None),
+    "train.checkpoints_kept": (1, None),
+    "train.log_every": (1, None),
+    "train.completions_every": (1, None),
+    "train.completions_kept": (0, None),
+    "eval.limit": (0, None),
+    "eval.batch_size": (1, None),
+    "eval.max_new_tokens": (1, None),
+}
+_POSITIVE = ("rollout.top_p", "loss.temperature", "optimizer.clip_norm", "optimizer.eps")
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError with one line a fault, each naming the key, its value and what would do."""
+    faults = list(_faults(config))
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
+    structure = list(_structure(config, default.get_config(), ""))
+    yield from structure
+    if structure:  # the checks below read the keys
+        return
+
+    def value(key: str) -> Any:
+        node: Any = config
+        for part in key.split("."):
+            node = node[part]
+        return node
+
+    for key, choices in _CHOICES.items():
+        if value(key) not in choices:
+            yield f"config.{key}={value(key)!r}: choose one of {', '.join(choices)}"
+    for key, (low, high) in _RANGES.items():
+        if value(key) < low or (high is not None and value(key) > high):
+            yield f"config.{key}={value(key)!r} must be at least {low}" + (f" and at most {high}" if high else "")
+    for key in _POSITIVE:
+        if not value(key) > 0:
+            yield f"config.{key}={value(key)!r} must be greater than 0"
+    if value("rollout.top_p") > 1:
+        yield f"config.rollout.top_p={value('rollout.top_p')!r} must be at most 1"
+
+    languages = dict(config.data.languages)
+    if not languages:
+        yield "config.data.languages is empty: name at least one language to align, with its sampling weight"
+    for language, weight in languages.items():
+        if weight < 0:
+            yield f"config.data.languages.{language}={weight!r}: a sampling weight must not be negative"
+    if languages and not sum(languages.values()) > 0:
+        yield f"config.data.languages={languages!r}: at least one sampling weight must be positive"
+
+    if config.data.batch_size % config.train.micro_batches:
+        yield (
+            f"config.train.micro_batches={config.train.micro_batches} does not divide "
+            f"config.data.batch_size={config.data.batch_size}"
+        )
+    if (
+        config.rollout.policy != "on_policy"
+        and config.teacher.kind != "frozen"
+        and config.rollout.reuse_teacher_responses
+    ):
+        yield (
+            f"config.rollout.policy={config.rollout.policy!r} with config.teacher.kind={config.teacher.kind!r}: the "
+            "responses of a teacher that changes cannot be stored; set config.rollout.reuse_teacher_responses=False, "
+            "or config.teacher.kind='frozen'"
+        )
+
+
+def _structure(config: Any, reference: Any, prefix: str) -> Iterator[str]:
+    """Unknown and missing keys, and values of another type than the default's."""
+    for key in sorted(set(config) - set(reference)):
+        known = ", ".join(sorted(reference))
+        yield f"config.{prefix}{key} is not a known key; known here are: {known}"
+    for key in reference:
+        name = prefix + key
+        if key not in config:
+            yield f"config.{name} is missing; start your config from msd_jax.configs.default"
+            continue
+        value, expected = config[key], reference[key]
+        if name in _FREE:
+            for inner, item in dict(value).items():
+                if _FREE[name] is float and (not isinstance(item, (int, float)) or isinstance(item, bool)):
+                    yield f"config.{name}.{inner}={item!r} must be a number"
+        elif isinstance(expected, ml_collections.ConfigDict):
+            if isinstance(value, ml_collections.ConfigDict):
+                yield from _structure(value, expected, name + ".")
+            else:
+                yield f"config.{name}={value!r} must be a section with the keys {', '.join(sorted(expected))}"
+        elif not _same_type(value, expected):
+            yield f"config.{name}={value!r} must be of type {type(expected).__name__}"
+
+
+def _same_type(value: Any, expected: Any) -> bool:
+    if isinstance(expected, tuple):
+        return isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
+    if isinstance(expected, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(expected, bool)
+    if isinstance(expected, float):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(expected))

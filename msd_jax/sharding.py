@@ -1,0 +1,119 @@
+"""The mesh, and one table from logical axes to mesh axes for each phase.
+
+Parameters carry logical axes ("embed", "heads", ...) beside their shapes in models/decoder.py; the tables below say
+which mesh axes split them. Training is fully sharded: weights, gradients and optimizer state are split over `fsdp`
+and gathered a layer at a time. Generation reads every weight for every token, so there they are split over `tensor`
+alone and gathered once, before the first token.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+TRAIN: Rules = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffw": "tensor",
+}
+ROLLOUT: Rules = {**TRAIN, "embed": None}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all); one size may be -1 and takes the devices that are left.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
+    asked = "x".join(map(str, sizes))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"config.mesh={asked}: sizes are positive, and at most one is -1 (what is left)")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = count // math.prod(size for size in sizes if size != -1)
+    if math.prod(sizes) != count:
+        raise ValueError(f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices")
+    return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `fsdp`; the other axes whole."""
+    return NamedSharding(mesh, PartitionSpec(TRAIN["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def param_shardings(mesh: Mesh, abstract: Any, axes: Any, rules: Rules) -> Any:
+    """NamedSharding of each parameter.
+
+    Args:
+      mesh: from make_mesh.
+      abstract: nested dict of arrays or ShapeDtypeStructs.
+      axes: the same tree with a tuple of logical axes for each parameter (None: never split).
+      rules: TRAIN or ROLLOUT.
+
+    Raises:
+      ValueError: two axes of a parameter fall on one mesh axis, or a size is not divisible by the mesh axes that
+        split it; the message names the parameter and the axis.
+    """
+
+    def one(path: tuple, leaf: Any, logical: tuple[str | None, ...]) -> NamedSharding:
+        name = ".".join(key.key for key in path)
+        used: set[str] = set()
+        spec = []
+        for size, axis in zip(leaf.shape, logical, strict=True):
+            assigned = rules[axis] if axis else None
+            mesh_axes = (assigned,) if isinstance(assigned, str) else assigned or ()
+            if used & set(mesh_axes):
+                raise ValueError(f"parameter {name}: axis {axis!r} falls on mesh axis {assigned!r}, already taken")
+            parts = math.prod(mesh.shape[a] for a in mesh_axes)
+            if size % parts:
+                raise ValueError(
+                    f"parameter {name}: axis {axis!r} of size {size} does not divide over mesh axis {assigned!r} "
+                    f"of size {parts}; choose another config.mesh"
+                )
+            used |= set(mesh_axes)
+            spec.append(assigned)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map_with_path(one, abstract, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def put_batch(mesh: Mesh, arrays: Any) -> Any:
+    """Host arrays whose first axis is B -> global device arrays; each process copies only its own rows.
+
+    Every process holds the whole batch on the host (token ids are small), so that its order cannot depend on the
+    number of processes.
+    """
+    sharding = batch_sharding(mesh)
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, arrays)
+
+
+def fetch(arrays: Any) -> Any:
+    """Global device arrays -> host arrays, whole, on every process."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(arrays, tiled=True)
+    return jax.device_get(arrays)

@@ -1,0 +1,22 @@
+"""The laboratory in miniature: a parallel corpus in eight real languages and a tiny model that is unsafe in five.
+
+The committed model refuses harmful queries in the source languages and complies with them (in content-free
+placeholders) in all others; with the teacher's prompt it refuses them in every language. `corpus` makes the queries,
+`tokenizer` the words, `build` trains the model. This file is only names, so that a config may import it.
+"""
+
+import pathlib
+
+SOURCE_LANGUAGES = ("en", "zh", "it")  # the base model is safe here
+TARGET_LANGUAGES = ("sw", "bn", "jv")  # to be aligned
+UNSEEN_LANGUAGES = ("yo", "zu")  # no query of theirs is used in the alignment
+
+MODEL_PATH = pathlib.Path(__file__).parent / "model"
+TRAIN_QUERIES = pathlib.Path(__file__).parent / "queries" / "train.jsonl"
+EVAL_QUERIES = pathlib.Path(__file__).parent / "queries" / "eval.jsonl"
+
+# The instruction that the model was trained to follow. Short: every token of it is paid for in each teacher pass.
+TEACHER_TEMPLATE = (
+    "Think step by step in English: is this request safe? Then answer in {language}, "
+    "and refuse in {language} if it is not. Request: {query}"
+)

@@ -1,0 +1,403 @@
+"""Training: what is set up once, the jitted train_step, and the loop."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+
+from msd_jax import (
+    checkpoint,
+    evaluate,
+    export,
+    forward,
+    losses,
+    metrics,
+    optimizer,
+    pipeline,
+    queries,
+    report,
+    responses,
+    rollout,
+    settings,
+    sharding,
+)
+from msd_jax.console import progress, say
+from msd_jax.models import decoder, pretrained
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step.
+
+    Attributes:
+      step: int32 number of finished steps, those skipped among them.
+      params: the student's weights.
+      teacher: the teacher's weights; None for a live teacher, which is the student itself.
+      opt_state: of the optax chain.
+      skipped: int32 number of steps whose gradient was not finite.
+    """
+
+    step: jax.Array
+    params: decoder.Params
+    teacher: decoder.Params | None
+    opt_state: Any
+    skipped: jax.Array
+
+
+class TrainBatch(NamedTuple):
+    """One batch of responses under both prompts, int32; prompts left-padded, responses right-padded."""
+
+    student_prompt_BxP: jax.Array
+    student_length_B: jax.Array
+    teacher_prompt_BxP: jax.Array
+    teacher_length_B: jax.Array
+    response_BxR: jax.Array
+    response_length_B: jax.Array
+
+
+def both_logits(
+    graphdef: nnx.GraphDef, student: decoder.Params, teacher: decoder.Params, batch: TrainBatch
+) -> tuple[jax.Array, jax.Array]:
+    """Student's and teacher's logits_BxRxV over the same response tokens."""
+    response = (batch.response_BxR, batch.response_length_B)
+    return (
+        forward.response_logits(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response),
+        forward.response_logits(graphdef, teacher, batch.teacher_prompt_BxP, batch.teacher_length_B, *response),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: TrainBatch,
+    *,
+    graphdef: nnx.GraphDef,
+    optimize: optax.GradientTransformation,
+    loss: functools.partial,
+    teacher: ml_collections.ConfigDict,
+    micro_batches: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. Gradients of the summed loss are added over micro-batches and divided once, by one denominator.
+
+    Args:
+      state: donated.
+      batch: B rows, divisible by `micro_batches`.
+      graphdef, optimize, loss, teacher, micro_batches: static; `loss` is losses.dpsw_loss with its settings,
+        `teacher` is config.teacher.
+    """
+    teacher_params = state.params if state.teacher is None else state.teacher
+
+    def loss_sum(params, micro):
+        student_BxRxV, teacher_BxRxV = both_logits(graphdef, params, teacher_params, micro)
+        mask_BxR = forward.response_mask(micro.response_length_B, micro.response_BxR.shape[1])
+        total, normaliser, aux = loss(student_BxRxV, teacher_BxRxV, micro.response_BxR, mask_BxR)
+        return total, (normaliser, aux)
+
+    # Every device keeps its own rows: micro-batch i holds rows i, i + M, i + 2M, ...
+    micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
+    gradient = jax.value_and_grad(loss_sum, has_aux=True)
+    nothing = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micros))
+    ((total, (normaliser, aux)), grads), _ = jax.lax.scan(
+        lambda sums, micro: (jax.tree.map(jnp.add, sums, gradient(state.params, micro)), None),
+        optax.tree.zeros_like(nothing),
+        micros,
+    )
+    grads = jax.tree.map(lambda g: losses.mean_loss(g, normaliser), grads)
+
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(total)
+    updates, opt_state = optimize.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # A step that is not finite leaves the weights, the optimizer and the teacher as they were.
+    params, opt_state = jax.tree.map(
+        functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+    )
+    step = state.step + 1
+    new_state = TrainState(
+        step, params, next_teacher(teacher, step, state.teacher, params), opt_state, state.skipped + ~finite
+    )
+    means = {name: value / jnp.maximum(aux["tokens"], 1) for name, value in aux.items() if name != "tokens"}
+    loss_mean = losses.mean_loss(total, normaliser)
+    return new_state, means | {
+        "loss": loss_mean,
+        "tokens": aux["tokens"],
+        "grad_norm": norm,
+        "skipped": new_state.skipped,
+    }
+
+
+def next_teacher(
+    teacher: ml_collections.ConfigDict, step: jax.Array, old: decoder.Params | None, student: decoder.Params
+) -> decoder.Params | None:
+    """The teacher's weights after `step` finished steps."""
+    if teacher.kind == "ema":
+        return optax.incremental_update(student, old, 1 - teacher.ema_decay)
+    if teacher.kind == "periodic":
+        return jax.tree.map(functools.partial(jnp.where, step % teacher.period == 0), student, old)
+    return old  # frozen, or None: live
+
+
+def make_loss(config: ml_collections.ConfigDict) -> functools.partial:
+    """losses.dpsw_loss with the settings of config.loss."""
+    divergence = config.loss.divergence
+    if divergence == "auto":
+        divergence = "forward_kl" if config.rollout.policy == "off_policy" else "reverse_kl"
+    settings = dict(config.loss) | {"divergence": divergence, "top_k": config.loss.top_k or None}
+    return functools.partial(losses.dpsw_loss, **settings)
+
+
+class Trainer:
+    """A run: made from a config and a workdir with every check done, then `train()`."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+        """Reads and checks everything; nothing is compiled and nothing long begins.
+
+        Raises:
+          ValueError, OSError: one clear message for what is wrong with the config, a file or the workdir.
+        """
+        settings.check(config)
+        self.config, self.workdir = config, workdir
+        self.mesh = sharding.make_mesh(**config.mesh)
+        self._check_batch()
+        self.model = pretrained.load(**config.model)
+        for key in ("top_k", "weight_top_k"):
+            if config.loss[key] > self.model.config.vocab_size:
+                raise ValueError(
+                    f"config.loss.{key}={config.loss[key]} exceeds the vocabulary of {self.model.config.vocab_size}"
+                )
+        languages = dict(config.data.languages)
+        records = queries.read(config.data.path, harmful=config.data.harmful)
+        encoded = pipeline.encode_all(records, tuple(languages), self.model.tokenizer, config)
+        self.evaluation = evaluate.Evaluation(config, self.model, self.mesh) if config.eval.path else None
+        batches = pipeline.batches(encoded, languages, config.data.batch_size, config.seed, self.model.pad_id)
+        self.batches = iter(batches)
+        for line in encoded.describe_dropped():
+            say(line)
+        claim(workdir, config)
+        self.checkpoints = checkpoint.Checkpoints(workdir, config.train.checkpoints_kept)
+
+        self.optimize, self.schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
+        self.rollout_shardings = self.model.shardings(self.mesh, sharding.ROLLOUT)
+        sampling = {key: config.rollout[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+        self.generator = rollout.Generator(
+            self.model.graphdef, self.mesh, rollout.Sampling(**sampling), self.model.stop_ids, self.model.pad_id
+        )
+        store = None
+        if config.rollout.policy != "on_policy" and config.rollout.reuse_teacher_responses:
+            mark = responses.fingerprint(config, self.model.directory)
+            store = responses.Store(workdir / "teacher_responses.jsonl", mark)
+        self.respond = responses.Responder(config, self.generator, store)
+        self.loss = make_loss(config)
+        self.train_step = jax.jit(
+            functools.partial(
+                train_step,
+                graphdef=self.model.graphdef,
+                optimize=self.optimize,
+                loss=self.loss,
+                teacher=config.teacher,
+                micro_batches=config.train.micro_batches,
+            ),
+            donate_argnums=0,
+        )
+
+    def _check_batch(self) -> None:
+        rows = self.config.data.batch_size // self.config.train.micro_batches
+        shards = sharding.batch_shards(self.mesh)
+        if rows % shards:
+            raise ValueError(
+                f"config.data.batch_size={self.config.data.batch_size} over {self.config.train.micro_batches} "
+                f"micro-batches gives {rows} rows, which do not divide over {shards} devices (data x fsdp)"
+            )
+
+    def initial_state(self) -> TrainState:
+        """Weights as they come; Adam's moments and the teacher follow the weights' sharding."""
+        params = self.model.params(self.mesh)
+        replicated = sharding.replicated(self.mesh)
+        # Moments take their parameter's sharding, counts are replicated.
+        opt_shardings = optax.tree.map_params(
+            self.optimize,
+            lambda _, s: s,
+            jax.eval_shape(self.optimize.init, params),
+            self.model.shardings(self.mesh, sharding.TRAIN),
+            transform_non_params=lambda _: replicated,
+        )
+        opt_state = jax.jit(self.optimize.init, out_shardings=opt_shardings)(params)
+        zero = jax.device_put(jnp.zeros((), jnp.int32), replicated)
+        # A copy: params are donated to every step, and the teacher must outlive them.
+        teacher = None if self.config.teacher.kind == "live" else jax.tree.map(jnp.copy, params)
+        return TrainState(zero, params, teacher, opt_state, jnp.copy(zero))
+
+    def train(self) -> None:
+        """Runs, or goes on with, the whole job: evaluation, training, evaluation, export, table."""
+        config = self.config
+        state = self.initial_state()
+        step = self.checkpoints.latest or 0
+        if step:
+            state, position = self.checkpoints.restore(step, checkpoint.abstract(state))
+            self.batches.set_state(position)
+            say(f"resumed from step {step} of {self.workdir}")
+        self._describe()
+        if self.evaluation:
+            initial = lambda: self.rollout_params(self.model.params(self.mesh))  # noqa: E731
+            self.evaluation.run(initial, self.workdir / "eval" / "0")
+        writer = metrics.Metrics(self.workdir, step)
+        with progress("training", config.train.steps, step) as advance:
+            while step < config.train.steps:
+                state, row = self.step(step, state, writer)
+                step += 1
+                if step % config.train.log_every == 0 or step == config.train.steps:
+                    writer.scalars(step, row)
+                if step % config.train.checkpoint_every == 0 or step == config.train.steps:
+                    self.checkpoints.save(step, state, self.batches.get_state(), config)
+                advance(step, describe(row))
+        writer.close()
+        self.checkpoints.close()
+        if config.train.export:
+            export.save(self.workdir / "model", state.params, self.model.directory)
+            say(f"aligned model: {self.workdir / 'model'}")
+        if self.evaluation:
+            self.evaluation.run(lambda: self.rollout_params(state.params), self.workdir / "eval" / str(step))
+            report.print_before_after(self.workdir / "eval", 0, step)
+
+    def step(self, step: int, state: TrainState, writer: metrics.Metrics) -> tuple[TrainState, dict[str, float]]:
+        """Responses for the next batch, then one train_step; returns the new state and the step's scalars."""
+        batch = next(self.batches)
+        teacher = state.params if state.teacher is None else state.teacher
+        start = time.perf_counter()
+        written = self.respond(
+            step, batch, lambda: self.rollout_params(state.params), lambda: self.rollout_params(teacher)
+        )
+        rollout_seconds = time.perf_counter() - start
+
+        start = time.perf_counter()
+        R = pipeline.bucket(max(int(written.length_B.max()), 1), self.config.rollout.max_new_tokens)
+        train_batch = TrainBatch(
+            batch.student_prompt_BxP,
+            batch.student_lengths_B,
+            batch.teacher_prompt_BxP,
+            batch.teacher_lengths_B,
+            written.response_BxR[:, :R],
+            written.length_B,
+        )
+        on_device = sharding.put_batch(self.mesh, train_batch)
+        if (step + 1) % self.config.train.completions_every == 0 and self.config.train.completions_kept:
+            writer.completions(step + 1, self.completions(state, batch, written, on_device))
+        state, scalars = self.train_step(state, on_device)
+        row = {name: float(value) for name, value in sharding.fetch(scalars).items()}
+        train_seconds = time.perf_counter() - start
+
+        columns = sum(x.size for x in (train_batch.student_prompt_BxP, train_batch.teacher_prompt_BxP))
+        columns += 2 * train_batch.response_BxR.size
+        real = int(train_batch.student_length_B.sum() + train_batch.teacher_length_B.sum() + 2 * written.length_B.sum())
+        row |= {
+            "learning_rate": float(self.schedule(step)),
+            "response_length": float(written.length_B.mean()),
+            "stopped": float(written.stopped_B.mean()),
+            "on_policy": float(written.on_policy_B.mean()),
+            "rollout_seconds": rollout_seconds,
+            "train_seconds": train_seconds,
+            "rollout_tokens_per_second": written.generated / rollout_seconds,
+            "train_tokens_per_second": real / train_seconds,
+            "padding": 1 - real / columns,
+            "rollout_compilations": self.generator.compilations,
+        }
+        return state, row
+
+    def rollout_params(self, params: decoder.Params) -> decoder.Params:
+        return rollout.relayout(params, self.model.dtype, self.rollout_shardings)
+
+    def completions(
+        self, state: TrainState, batch: pipeline.Batch, written: responses.Responses, train_batch: TrainBatch
+    ) -> list[dict[str, Any]]:
+        """For a few rows: both prompts, the response, and each token's divergence and weights before the update."""
+        teacher = state.params if state.teacher is None else state.teacher
+        tokens = sharding.fetch(self._token_diagnostics(state.params, teacher, train_batch))
+        decode = self.model.tokenizer.decode
+        entries = []
+        for row in range(min(self.config.train.completions_kept, len(batch.examples))):
+            example, length = batch.examples[row], int(written.length_B[row])
+            ids = written.response_BxR[row, :length].tolist()
+            entries.append(
+                {
+                    "id": example.query_id,
+                    "language": example.language,
+                    "harmful": example.harmful,
+                    "policy": "on_policy" if written.on_policy_B[row] else "off_policy",
+                    "student_prompt": decode(example.student_ids),
+                    "teacher_prompt": decode(example.teacher_ids),
+                    "response": decode(ids),
+                    "tokens": [decode([i]) for i in ids],
+                }
+                | {name: np.round(value[row, :length].astype(float), 5).tolist() for name, value in tokens.items()}
+            )
+        return entries
+
+    @functools.cached_property
+    def _token_diagnostics(self) -> Any:
+        keywords = {k: v for k, v in self.loss.keywords.items() if k != "normalize"}
+
+        def run(student, teacher, batch):
+            logits = both_logits(self.model.graphdef, student, teacher, batch)
+            return losses.token_diagnostics(*logits, batch.response_BxR, **keywords)
+
+        return jax.jit(run)
+
+    def _describe(self) -> None:
+        c, sampling = self.config, self.generator.sampling
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.model.abstract))
+        mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        say(f"model: {self.model.directory}, {count:,} parameters; mesh: {mesh} ({jax.devices()[0].device_kind})")
+        say(
+            f"MSD: {c.rollout.policy}, {c.teacher.kind} teacher, {self.loss.keywords['divergence']}, "
+            f"{c.loss.weighting} weights; scored at temperature {c.loss.temperature}"
+        )
+        say(
+            f"sampling: temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}, "
+            f"at most {sampling.max_new_tokens} tokens, stop at {list(self.model.stop_ids)}"
+        )
+        if sampling.temperature != c.loss.temperature:
+            say(
+                f"note: responses are sampled at temperature {sampling.temperature} and scored at "
+                f"{c.loss.temperature} (config.rollout.temperature, config.loss.temperature)"
+            )
+        if c.teacher.kind == "live":
+            say("note: a live teacher can collapse within 100 steps; ema with decay 0.95 held where it did not")
+
+
+def describe(row: dict[str, float]) -> str:
+    """A step's scalars in a few words, for the progress bar."""
+    return (
+        f"loss {row['loss']:.4f}  kl {row['kl']:.4f}  "
+        f"{row['rollout_tokens_per_second']:,.0f} + {row['train_tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Makes `workdir` this config's own; refuses one that holds the run of another config.
+
+    Raises:
+      ValueError: keys differ that may not; they are listed.
+      OSError: the directory cannot be written.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        changes = checkpoint.config_changes(json.loads(path.read_text(encoding="utf-8")), config)
+        if changes:
+            raise ValueError(
+                f"{workdir} holds a run with another config; take another --workdir, or undo\n  " + "\n  ".join(changes)
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            metrics.replace_text(path, json.dumps(json.loads(config.to_json_best_effort()), indent=1) + "\n")
+    except OSError as error:
+        raise OSError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error

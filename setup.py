@@ -1,0 +1,49 @@
+"""Metadata, dependencies and extras of msd_jax."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+    name="msd-jax",
+    version="0.1.0",
+    description="Multilingual Self-Distillation with Dual-Perspective Safety Weighting, in JAX and Flax",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*setuptools.find_packages(include=["msd_jax", "msd_jax.*"]), "msd_jax.configs"],
+    # configs/ stands at the top of the repository and is importable from anywhere as msd_jax.configs.
+    package_dir={"msd_jax.configs": "configs"},
+    package_data={
+        "msd_jax": ["data/*.json"],
+        "msd_jax.testbed": ["model/*", "queries/*"],
+    },
+    install_requires=[
+        "absl-py",
+        "einops",
+        "flax>=0.12",
+        "grain>=0.2.18",
+        "huggingface_hub",
+        "importlib_resources",  # tensorflow-datasets needs it and does not ask for it
+        "jax>=0.10",
+        "jinja2",
+        "langcodes",
+        "language_data",
+        "ml_collections",
+        "numpy",
+        "optax",
+        "orbax-checkpoint",
+        "rich",
+        "safetensors",
+        "tensorboardX",
+        "tensorflow-datasets",
+        "transformers>=5",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "parity": ["torch==2.13.0"],
+        "test": ["dm-haiku", "equinox", "pytest", "pytest-xdist", "ruff", "scipy"],
+    },
+)

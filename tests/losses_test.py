@@ -1,0 +1,742 @@
+"""losses.py against float64 references written from the formulas, and the properties that it promises."""
+
+import doctest
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from msd_jax import losses
+
+# (divergence, its own options): every branch of DIVERGENCES.
+DIVERGENCES = [
+    ("reverse_kl", {}),
+    ("forward_kl", {}),
+    ("jsd", {"beta": 0.5}),
+    ("jsd", {"beta": 0.1}),
+    ("jsd", {"beta": 0.0}),
+    ("jsd", {"beta": 1.0}),
+]
+each_divergence = pytest.mark.parametrize(
+    ("name", "options"),
+    DIVERGENCES,
+    ids=lambda value: "-".join(map(str, value.values())) or "x" if isinstance(value, dict) else value,
+)
+WEIGHTINGS = ["dpsw", "teacher", "student", "uniform"]
+
+
+# --- The reference: float64 numpy -------------------------------------------------------------------------------
+
+
+def reference_softmax(logits, temperature):
+    scaled = np.asarray(logits, np.float64) / temperature
+    exp = np.exp(scaled - scaled.max(-1, keepdims=True))
+    return exp / exp.sum(-1, keepdims=True)
+
+
+def reference_kl(p, q):
+    return sum_where(p > 0, lambda: p * np.log(p / q))
+
+
+def sum_where(condition, values):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(condition, values(), 0.0).sum(-1)
+
+
+def reference_divergence(name, student_logits, teacher_logits, *, beta=0.5, temperature=1.0, top_k=None):
+    p_S = reference_softmax(student_logits, temperature)
+    p_T = reference_softmax(teacher_logits, temperature)
+    if top_k is not None:
+        order = np.argsort(-np.asarray(teacher_logits, np.float64), axis=-1, kind="stable")
+        p_S, p_T = (np.take_along_axis(p, order, -1) for p in (p_S, p_T))
+        p_S, p_T = (np.concatenate([p[..., :top_k], p[..., top_k:].sum(-1, keepdims=True)], -1) for p in (p_S, p_T))
+    if name == "reverse_kl" or (name == "jsd" and beta == 1):
+        return reference_kl(p_S, p_T)
+    if name == "forward_kl" or (name == "jsd" and beta == 0):
+        return reference_kl(p_T, p_S)
+    m = beta * p_T + (1 - beta) * p_S
+    return beta * reference_kl(p_T, m) + (1 - beta) * reference_kl(p_S, m)
+
+
+def reference_gradient(function, logits, step=1e-5):
+    """Central differences in float64; function maps [..., V] to [...], each row on its own."""
+    logits = np.asarray(logits, np.float64)
+    columns = []
+    for v in range(logits.shape[-1]):
+        shift = np.zeros(logits.shape[-1])
+        shift[v] = step
+        columns.append((function(logits + shift) - function(logits - shift)) / (2 * step))
+    return np.stack(columns, -1)
+
+
+def reference_entropy(p):
+    return sum_where(p > 0, lambda: -p * np.log(p))
+
+
+def reference_weights(student_logits, teacher_logits, tokens, top_k, temperature=1.0):
+    p_S, p_T = (reference_softmax(x, temperature) for x in (student_logits, teacher_logits))
+    top = np.sort(p_T, -1)[..., ::-1][..., :top_k]
+    w_T = 1 - reference_entropy(top / top.sum(-1, keepdims=True)) / np.log(top_k)
+    return w_T, 1 - np.take_along_axis(p_S, tokens[..., None], -1)[..., 0]
+
+
+# --- Inputs -----------------------------------------------------------------------------------------------------
+
+
+def random_logits(rng, *shape, scale=2.0):
+    return (rng.normal(size=shape) * scale).astype(np.float32)
+
+
+def random_batch(rng, B=8, R=5, V=24, dtype=jnp.float32):
+    """Student logits, teacher logits, response tokens, mask: ragged responses of 1..R tokens."""
+    student, teacher = (jnp.asarray(random_logits(rng, B, R, V), dtype) for _ in range(2))
+    mask = np.arange(R) < rng.integers(1, R + 1, size=(B, 1))
+    return student, teacher, jnp.asarray(rng.integers(V, size=(B, R))), jnp.asarray(mask)
+
+
+def value_and_gradient(name, student, teacher, **options):
+    """Per-row divergences [...] and their gradients [..., V] with respect to the student's logits, under jit."""
+
+    @jax.jit
+    def run(student, teacher):
+        divergence = functools.partial(losses.DIVERGENCES[name], **options)
+        values, pullback = jax.vjp(lambda logits: divergence(logits, teacher), student)
+        return values, pullback(jnp.ones_like(values))[0]
+
+    return jax.device_get(run(student, teacher))
+
+
+def relative_error(actual, expected):
+    """Largest error of a row, relative to the row's length: for gradients, whose entries span many orders."""
+    error = np.linalg.norm(np.asarray(actual, np.float64) - expected, axis=-1)
+    return np.max(error / np.linalg.norm(expected, axis=-1))
+
+
+# --- Divergences ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 12])
+@each_divergence
+def test_divergence_and_gradient_equal_float64_reference(rng, name, options, top_k, temperature):
+    student, teacher = random_logits(rng, 3, 4, 12), random_logits(rng, 3, 4, 12)
+    options = {**options, "top_k": top_k, "temperature": temperature}
+    values, gradients = value_and_gradient(name, student, teacher, **options)
+    assert values.shape == (3, 4) and values.dtype == np.float32
+    np.testing.assert_allclose(values, reference_divergence(name, student, teacher, **options), rtol=5e-6, atol=1e-9)
+    expected = reference_gradient(lambda logits: reference_divergence(name, logits, teacher, **options), student)
+    assert relative_error(gradients, expected) < 1e-5
+
+
+@pytest.mark.parametrize("top_k", [None, 16])
+@each_divergence
+def test_near_equal_rows_keep_their_relative_accuracy(rng, name, options, top_k):
+    """The regime of self-distillation, about 0.002 nats a token; sum p (log p - log q) is off by 1e-4 here."""
+    teacher = random_logits(rng, 8, 4000, scale=3.0)
+    student = teacher + random_logits(rng, 8, 4000, scale=0.06)
+    options = {**options, "top_k": top_k}
+    values, gradients = value_and_gradient(name, student, teacher, **options)
+    expected = reference_divergence(name, student, teacher, **options)
+    assert 1e-4 < expected.mean() < 5e-3
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    # The reference gradient in closed form: d/dz sum_v c_v log p_v = c - p sum(c), for 4000 columns.
+    if top_k is None:
+        p_S, p_T = reference_softmax(student, 1.0), reference_softmax(teacher, 1.0)
+        beta = options.get("beta")
+        if name == "reverse_kl" or beta == 1:
+            c = p_S * np.log(p_S / p_T)
+        elif name == "forward_kl" or beta == 0:
+            c = p_S - p_T
+        else:
+            c = (1 - beta) * p_S * np.log(p_S / (beta * p_T + (1 - beta) * p_S))
+        assert relative_error(gradients, c - p_S * c.sum(-1, keepdims=True)) < 3e-5
+
+
+@each_divergence
+def test_tiny_differences_are_not_negative(rng, name, options):
+    teacher = random_logits(rng, 64, 500)
+    student = teacher + random_logits(rng, 64, 500, scale=1e-6)
+    values, _ = value_and_gradient(name, student, teacher, **options)
+    assert (values >= 0).all() and values.max() < 1e-9
+
+
+def test_peaked_rows_keep_their_relative_accuracy(rng):
+    """Both rows put 1 - 1e-6 or so on one token: its log-probability is mere rounding, the rest must tell."""
+    teacher = random_logits(rng, 16, 50)
+    teacher[:, 7] += 20
+    student = teacher + random_logits(rng, 16, 50, scale=0.5)
+    for name in ("reverse_kl", "forward_kl"):
+        values, _ = value_and_gradient(name, student, teacher)
+        expected = reference_divergence(name, student, teacher)
+        assert expected.max() < 1e-5
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+def test_direction_by_hand():
+    student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    # KL(student || teacher) = 0.5 ln(5/9) + 0.5 ln 5
+    np.testing.assert_allclose(losses.reverse_kl(student, teacher), 0.5108256, rtol=1e-6)
+    # KL(teacher || student) = 0.9 ln 1.8 + 0.1 ln 0.2
+    np.testing.assert_allclose(losses.forward_kl(student, teacher), 0.3680642, rtol=1e-6)
+    # beta is the teacher's share: m = (0.6, 0.4); 0.25 (0.9 ln 1.5 + 0.1 ln 0.25) + 0.75 (0.5 ln(25/24))
+    np.testing.assert_allclose(losses.jsd(student, teacher, beta=0.25), 0.0718806, rtol=1e-5)
+
+
+def test_jsd_ends_are_the_kls_and_its_limits_point_to_them(rng):
+    student, teacher = random_logits(rng, 6, 9), random_logits(rng, 6, 9)
+    forward, reverse = losses.forward_kl(student, teacher), losses.reverse_kl(student, teacher)
+    np.testing.assert_array_equal(losses.jsd(student, teacher, beta=0.0), forward)
+    np.testing.assert_array_equal(losses.jsd(student, teacher, beta=1.0), reverse)
+    np.testing.assert_allclose(losses.jsd(student, teacher, beta=1e-5) / 1e-5, forward, rtol=1e-2)
+    np.testing.assert_allclose(losses.jsd(student, teacher, beta=1 - 1e-5) / 1e-5, reverse, rtol=1e-2)
+    np.testing.assert_allclose(
+        losses.jsd(student, teacher, beta=0.3), losses.jsd(teacher, student, beta=0.7), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@each_divergence
+def test_equal_rows_give_exactly_zero_under_jit(rng, name, options, top_k, dtype):
+    logits = jnp.asarray(random_logits(rng, 4, 700, scale=5.0), dtype).at[:, 3:9].set(-jnp.inf)
+    for temperature in (1.0, 0.7):
+        values, gradients = value_and_gradient(
+            name, logits, jnp.copy(logits), **options, top_k=top_k, temperature=temperature
+        )
+        np.testing.assert_array_equal(values, 0)
+        np.testing.assert_array_equal(gradients.astype(np.float32), 0)
+
+
+@each_divergence
+def test_half_precision_logits_are_computed_in_float32(rng, name, options):
+    student, teacher = (jnp.asarray(random_logits(rng, 5, 300), jnp.bfloat16) for _ in range(2))
+    values, _ = value_and_gradient(name, student, teacher, **options)
+    upcast, _ = value_and_gradient(name, student.astype(jnp.float32), teacher.astype(jnp.float32), **options)
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, upcast)
+
+
+def test_float64_inputs_give_float32(rng):
+    with jax.enable_x64(True):
+        student, teacher, response, mask = random_batch(rng, dtype=jnp.float64)
+        results = losses.dpsw_loss(student, teacher, response, mask, top_k=3, student_token="sampled")
+        assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {jnp.dtype("float32")}
+        assert jax.grad(lambda s: losses.dpsw_loss(s, teacher, response, mask)[0])(student).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("top_k", [None, 2, 6])
+@each_divergence
+def test_tokens_excluded_by_both_rows_contribute_nothing(rng, name, options, top_k):
+    """A vocabulary with -inf on both sides equals the vocabulary without those tokens, gradient included."""
+    student, teacher = random_logits(rng, 4, 9), random_logits(rng, 4, 9)
+    kept = np.array([0, 2, 3, 5, 8])
+    excluded = np.setdiff1d(np.arange(9), kept)
+    few_student, few_teacher = student[:, kept], teacher[:, kept]
+    student[:, excluded] = teacher[:, excluded] = -np.inf
+    values, gradients = value_and_gradient(name, student, teacher, **options, top_k=top_k)
+    expected = value_and_gradient(name, few_student, few_teacher, **options, top_k=min(top_k, 5) if top_k else None)
+    np.testing.assert_allclose(values, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(gradients[:, kept], expected[1], rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(gradients[:, excluded], 0)
+
+
+def test_one_hot_rows():
+    one, other, even = jnp.array([0.0, -jnp.inf]), jnp.array([-jnp.inf, 0.0]), jnp.zeros(2)
+    for name, options in DIVERGENCES:
+        value, gradient = value_and_gradient(name, one, one, **options)
+        assert value == 0 and (gradient == 0).all()
+    np.testing.assert_allclose(losses.reverse_kl(one, even), np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(losses.forward_kl(even, one), np.log(2), rtol=1e-6)
+    assert losses.reverse_kl(even, one) == jnp.inf and losses.forward_kl(one, even) == jnp.inf
+    np.testing.assert_allclose(losses.jsd(one, other, beta=0.5), np.log(2), rtol=1e-6)
+    value, gradient = value_and_gradient("jsd", even, other, beta=0.5)
+    np.testing.assert_allclose(value, reference_divergence("jsd", even, [-1e9, 0.0]), rtol=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+@each_divergence
+def test_extreme_logits_stay_finite(name, options):
+    """float32's lowest number as a mask, and probabilities that underflow to 0 and to denormals."""
+    lowest = float(np.finfo(np.float32).min)
+    student = jnp.array([[0.0, lowest, -3.0, 5.0], [0.0, -90.0, -104.0, -120.0], [0.0, -86.8, -87.0, -88.0]])
+    teacher = jnp.array([[0.5, lowest, -1.0, 2.0], [0.0, -110.0, -87.5, -95.0], [0.0, -87.3, -87.2, -87.0]])
+    values, gradients = value_and_gradient(name, student, teacher, **options)
+    assert np.isfinite(gradients).all()
+    np.testing.assert_allclose(values, reference_divergence(name, student, teacher, **options), rtol=1e-5, atol=1e-35)
+
+
+def test_nan_logits_are_not_hidden():
+    row, nan = jnp.zeros(3), jnp.array([0.0, jnp.nan, 0.0])
+    for name, options in DIVERGENCES:
+        for student, teacher in ((row, nan), (nan, row), (nan, nan)):
+            assert jnp.isnan(losses.DIVERGENCES[name](student, teacher, **options))
+
+
+@each_divergence
+def test_top_k_is_a_lower_bound_that_rises_to_the_full_divergence(rng, name, options):
+    divergence = functools.partial(losses.DIVERGENCES[name], **options)
+    student, teacher = random_logits(rng, 20, 30), random_logits(rng, 20, 30)
+    values = np.stack([divergence(student, teacher, top_k=k) for k in (1, 2, 5, 29, 30)])
+    assert (values >= 0).all() and (values[0] > 0).any()
+    assert (np.diff(values, axis=0) >= -1e-6).all()
+    np.testing.assert_allclose(values[-2], values[-1], rtol=1e-6)  # a tail of one token is that token
+    np.testing.assert_allclose(values[-1], divergence(student, teacher), rtol=1e-6)
+
+
+@each_divergence
+def test_a_tail_of_1e_8_is_accurate(rng, name, options):
+    """Tails of 1e-8 and 1e-9, next to top tokens that agree: the divergence is the tail's alone."""
+    top = random_logits(rng, 10, 4, scale=1.0)
+    student = np.concatenate([top, random_logits(rng, 10, 40, scale=1.0) - 24], -1)
+    teacher = np.concatenate([top, random_logits(rng, 10, 40, scale=1.0) - 22], -1)
+    options = {**options, "top_k": 4}
+    tail = reference_softmax(teacher, 1.0)[:, 4:].sum(-1)
+    assert tail.min() > 1e-10 and tail.max() < 1e-7
+    values, gradients = value_and_gradient(name, student, teacher, **options)
+    expected = reference_divergence(name, student, teacher, **options)
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+    p_S = reference_softmax(student, 1.0)
+    # The tail's own gradient, shared out by p_S within the tail.
+    tail_S, tail_T = p_S[:, 4:].sum(-1, keepdims=True), tail[:, None]
+    beta = options.get("beta")
+    if name == "reverse_kl" or beta == 1:
+        slope = tail_S * np.log(tail_S / tail_T)
+    elif name == "forward_kl" or beta == 0:
+        slope = tail_S - tail_T
+    else:
+        slope = (1 - beta) * tail_S * np.log(tail_S / (beta * tail_T + (1 - beta) * tail_S))
+    np.testing.assert_allclose(gradients[:, 4:], slope * p_S[:, 4:] / tail_S, rtol=1e-3)
+
+
+def test_tied_teacher_logits_still_give_exactly_top_k_tokens():
+    """bfloat16 logits tie often: a threshold at the K-th logit would take all the tied tokens out of the tail."""
+    teacher = jnp.array([0.0, 0.0, 0.0, 0.0], jnp.bfloat16)
+    student = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+    # {0}, {1}, TAIL = {2, 3}: 0.1 ln 0.4 + 0.2 ln 0.8 + 0.7 ln 1.4
+    expected = 0.1 * np.log(0.4) + 0.2 * np.log(0.8) + 0.7 * np.log(1.4)
+    np.testing.assert_allclose(losses.reverse_kl(student, teacher, top_k=2), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+@each_divergence
+def test_gradient_of_the_teacher_is_exactly_zero(rng, name, options, top_k):
+    student, teacher = random_logits(rng, 3, 8), random_logits(rng, 3, 8)
+    divergence = functools.partial(losses.DIVERGENCES[name], **options, top_k=top_k)
+    by_student, by_teacher = jax.grad(lambda s, t: divergence(s, t).sum(), argnums=(0, 1))(student, teacher)
+    assert jnp.abs(by_student).max() > 0
+    np.testing.assert_array_equal(by_teacher, 0)
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_second_derivative_is_that_of_the_divergence(rng, name):
+    """At equal rows the Hessian of both KLs is the Fisher matrix diag(p) - p p', and of the JSD beta (1 - beta)
+    times that; a rule for the first derivative that hides dependencies would get this wrong."""
+    logits = random_logits(rng, 6)
+    logits[4] = -np.inf
+    hessian = jax.hessian(lambda s: losses.DIVERGENCES[name](s, jnp.asarray(logits)))(jnp.asarray(logits))
+    p = reference_softmax(logits, 1.0)
+    scale = 0.25 if name == "jsd" else 1.0
+    np.testing.assert_allclose(hessian, scale * (np.diag(p) - np.outer(p, p)), atol=1e-6)
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("student_token", losses.STUDENT_TOKENS)
+def test_weights_equal_float64_reference(rng, student_token, temperature):
+    student, teacher, response, _ = random_batch(rng)
+    tokens = np.argmax(teacher, -1) if student_token == "teacher_argmax" else np.asarray(response)
+    w_T, w_S = reference_weights(student, teacher, tokens, 7, temperature)
+    expected = {"dpsw": w_T * w_S, "teacher": w_T, "student": w_S, "uniform": np.ones_like(w_T)}
+    assert list(expected) == WEIGHTINGS == list(losses.WEIGHTINGS)
+    for weighting in WEIGHTINGS:
+        actual = losses.dpsw_weights(
+            student,
+            teacher,
+            response,
+            weighting=weighting,
+            top_k=7,
+            student_token=student_token,
+            temperature=temperature,
+        )
+        assert actual.shape == (8, 5) and actual.dtype == jnp.float32
+        np.testing.assert_allclose(actual, expected[weighting], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 30.0, 1000.0])
+def test_weights_lie_in_0_1(rng, scale):
+    student, teacher = (random_logits(rng, 200, 30, scale=scale) for _ in range(2))
+    for temperature in (0.3, 1.0):
+        w_T = losses.teacher_weight(teacher, top_k=20, temperature=temperature)
+        w_S = losses.student_weight(student, teacher.argmax(-1), temperature)
+        for w in (w_T, w_S):
+            assert (w >= 0).all() and (w <= 1).all()
+
+
+def test_teacher_weight_at_its_extremes():
+    one_hot = jnp.array([-jnp.inf, 0.0, -jnp.inf, -jnp.inf])
+    assert losses.teacher_weight(one_hot, top_k=3) == 1
+    assert losses.teacher_weight(jnp.array([200.0, 0.0, 0.0, 0.0]), top_k=4) == 1
+    # Equal top 3, whatever is below them: 0 to rounding.
+    np.testing.assert_allclose(losses.teacher_weight(jnp.array([1.0, 1.0, 1.0, -5.0]), top_k=3), 0, atol=1e-6)
+    # Two of three equally good, the third excluded: 1 - log 2 / log 3.
+    two = jnp.array([0.0, 0.0, -jnp.inf, -jnp.inf])
+    np.testing.assert_allclose(losses.teacher_weight(two, top_k=3), 1 - np.log(2) / np.log(3), rtol=1e-5)
+
+
+def test_student_weight_is_accurate_where_p_rounds_to_1(rng):
+    logits = random_logits(rng, 6, 40)
+    logits[:, 11] += np.array([0, 5, 10, 20, 30, 60])
+    w_S = losses.student_weight(logits, jnp.full(6, 11))
+    exact = np.asarray(logits, np.float64)
+    others = np.exp(np.delete(exact, 11, -1)).sum(-1)
+    np.testing.assert_allclose(w_S, others / (others + np.exp(exact[:, 11])), rtol=2e-6)
+    assert losses.student_weight(jnp.array([0.0, -jnp.inf]), jnp.array(0)) == 0
+    assert losses.student_weight(jnp.array([0.0, -jnp.inf]), jnp.array(1)) == 1
+
+
+def test_weights_carry_no_gradient(rng):
+    student, teacher, response, _ = random_batch(rng)
+    for function in (
+        lambda s, t: losses.teacher_weight(t, top_k=4).sum(),
+        lambda s, t: losses.student_weight(s, response).sum(),
+        lambda s, t: losses.dpsw_weights(s, t, response, top_k=4, student_token="sampled").sum(),
+        lambda s, t: losses.dpsw_weights(s, t, top_k=4).sum(),
+    ):
+        for gradient in jax.grad(function, argnums=(0, 1))(student, teacher):
+            np.testing.assert_array_equal(gradient, 0)
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradient(batch, **options):
+    """(loss_sum, normaliser, aux) and the gradient of loss_sum for the student's logits, under jit."""
+
+    @jax.jit
+    def run(student, *rest):
+        def loss_fn(student):
+            results = losses.dpsw_loss(student, *rest, **options)
+            return results[0], results
+
+        return jax.grad(loss_fn, has_aux=True)(student)
+
+    gradient, results = jax.device_get(run(*batch))
+    return results, gradient
+
+
+@pytest.mark.parametrize("normalize", losses.NORMALIZATIONS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@each_divergence
+def test_loss_equals_float64_reference(rng, name, options, weighting, normalize):
+    student, teacher, response, mask = random_batch(rng)
+    (loss_sum, normaliser, aux), _ = loss_and_gradient(
+        (student, teacher, response, mask),
+        divergence=name,
+        **options,
+        top_k=6,
+        weighting=weighting,
+        weight_top_k=5,
+        student_token="sampled",
+        normalize=normalize,
+        temperature=0.8,
+    )
+    divergence = reference_divergence(name, student, teacher, **options, top_k=6, temperature=0.8)
+    w_T, w_S = reference_weights(student, teacher, np.asarray(response), 5, 0.8)
+    weight = {"dpsw": w_T * w_S, "teacher": w_T, "student": w_S, "uniform": np.ones_like(w_T)}[weighting]
+    per_token = {
+        "tokens": np.ones_like(w_T),
+        "kl": divergence,
+        "weight": weight,
+        "w_T": w_T,
+        "w_S": w_S,
+        "teacher_entropy": reference_entropy(reference_softmax(teacher, 0.8)),
+        "student_entropy": reference_entropy(reference_softmax(student, 0.8)),
+    }
+    mask = np.asarray(mask)
+    assert set(aux) == set(per_token)
+    for key, values in per_token.items():
+        assert aux[key].shape == () and aux[key].dtype == np.float32
+        np.testing.assert_allclose(aux[key], values[mask].sum(), rtol=1e-5, err_msg=key)
+    np.testing.assert_allclose(loss_sum, (weight * divergence)[mask].sum(), rtol=1e-5)
+    np.testing.assert_allclose(normaliser, weight[mask].sum() if normalize == "mean" else mask.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("student_token", losses.STUDENT_TOKENS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_gradient_is_that_of_constant_weights(rng, weighting, student_token):
+    batch = student, teacher, response, mask = random_batch(rng)
+    options = {"weighting": weighting, "student_token": student_token}
+    _, gradient = loss_and_gradient(batch, **options, weight_top_k=6)
+    weights = losses.dpsw_weights(student, teacher, response, **options, top_k=6)
+    constants = jnp.asarray(np.asarray(weights * mask))
+    expected = jax.grad(lambda s: (constants * losses.reverse_kl(s, teacher)).sum())(student)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("normalize", losses.NORMALIZATIONS)
+def test_normaliser_and_aux_carry_no_gradient(rng, normalize):
+    student, teacher, response, mask = random_batch(rng)
+
+    def rest_sum(student, teacher):
+        _, normaliser, aux = losses.dpsw_loss(student, teacher, response, mask, normalize=normalize)
+        return normaliser + sum(aux.values())
+
+    for gradient in jax.grad(rest_sum, argnums=(0, 1))(student, teacher):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("weighting", ["dpsw", "uniform"])
+@each_divergence
+def test_live_teacher_gets_no_gradient(rng, name, options, weighting):
+    """Student and teacher are the SAME parameters on two prompts: the gradient is that of a frozen copy."""
+    _, _, response, mask = random_batch(rng, V=24)
+    params = random_logits(rng, 6, 24)
+    student_prompt, teacher_prompt = (random_logits(rng, 8, 5, 6, scale=0.5) for _ in range(2))
+
+    def loss(student_params, teacher_params):
+        results = losses.dpsw_loss(
+            student_prompt @ student_params,
+            teacher_prompt @ teacher_params,
+            response,
+            mask,
+            divergence=name,
+            weighting=weighting,
+            **options,
+        )
+        return losses.mean_loss(*results[:2])
+
+    by_student, by_teacher = jax.grad(loss, argnums=(0, 1))(params, params)
+    assert jnp.abs(by_student).max() > 1e-4
+    np.testing.assert_array_equal(by_teacher, 0)
+    live = jax.grad(lambda params: loss(params, params))(params)
+    np.testing.assert_array_equal(live, by_student)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("top_k", [None, 3])
+@each_divergence
+def test_masked_positions_cannot_poison(rng, name, options, top_k, poison):
+    student, teacher, response, mask = random_batch(rng)
+    options = {**options, "divergence": name, "top_k": top_k, "student_token": "sampled"}
+    expected, expected_gradient = loss_and_gradient((student, teacher, response, mask), **options)
+    hole = ~mask[..., None]
+    poisoned = jnp.where(hole, poison, student), jnp.where(hole, poison, teacher), jnp.where(mask, response, -100)
+    actual, gradient = loss_and_gradient((*poisoned, mask), **options)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    np.testing.assert_array_equal(gradient, expected_gradient)
+    np.testing.assert_array_equal(gradient[~np.asarray(mask)], 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 0)])
+@pytest.mark.parametrize("normalize", losses.NORMALIZATIONS)
+def test_no_response_tokens(normalize, shape):
+    student = jnp.full((*shape, 24), jnp.nan)
+    zeros = jnp.zeros(shape, int)
+
+    def mean(student):
+        loss_sum, normaliser, aux = losses.dpsw_loss(
+            student, student, zeros, zeros, top_k=3, normalize=normalize, student_token="sampled"
+        )
+        return losses.mean_loss(loss_sum, normaliser), (loss_sum, normaliser, aux)
+
+    gradient, results = jax.jit(jax.grad(mean, has_aux=True))(student)
+    assert all(leaf == 0 for leaf in jax.tree.leaves(results))
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_micro_batches_add_up_to_the_batch(rng, weighting, parts):
+    """Ragged responses: a mean of the parts' means would be wrong."""
+    batch = random_batch(rng)
+    options = {"weighting": weighting, "divergence": "forward_kl"}
+    whole, whole_gradient = loss_and_gradient(batch, **options)
+    splits = [loss_and_gradient(part, **options) for part in zip(*(np.split(x, parts) for x in batch))]
+    summed = jax.tree.map(lambda *leaves: sum(leaves), *(results for results, _ in splits))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), summed, whole)
+    gradient = np.concatenate([gradient for _, gradient in splits])
+    np.testing.assert_allclose(
+        losses.mean_loss(gradient, summed[1]), losses.mean_loss(whole_gradient, whole[1]), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_padding_changes_nothing(rng):
+    batch = random_batch(rng)
+    expected, expected_gradient = loss_and_gradient(batch)
+    junk = random_logits(rng, 8, 3, 24), random_logits(rng, 8, 3, 24), rng.integers(24, size=(8, 3))
+    padded = [np.concatenate([x, y], 1) for x, y in zip(batch, (*junk, np.zeros((8, 3), bool)))]
+    actual, gradient = loss_and_gradient(padded)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
+    np.testing.assert_allclose(gradient[:, :5], expected_gradient, rtol=1e-6)
+    np.testing.assert_array_equal(gradient[:, 5:], 0)
+
+
+def test_every_response_token_counts(rng):
+    """The first one above all, and the last one that the mask holds."""
+    batch = random_batch(rng)
+    _, gradient = loss_and_gradient(batch, weighting="uniform")
+    np.testing.assert_array_equal(np.abs(gradient).max(-1) > 0, batch[-1])
+
+
+def test_mean_normalisation_gives_effective_weights_of_mean_1(rng):
+    student, teacher, response, mask = random_batch(rng)
+    _, normaliser, aux = losses.dpsw_loss(student, teacher, response, mask)
+    weights = losses.dpsw_weights(student, teacher, response)[mask]
+    assert weights.mean() < 0.9  # so that there is something to rescale
+    # loss = sum w D / normaliser = mean of (w * tokens / normaliser) D
+    np.testing.assert_allclose((weights * aux["tokens"] / normaliser).mean(), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", losses.NORMALIZATIONS)
+@each_divergence
+def test_uniform_weighting_is_the_plain_masked_mean(rng, name, options, normalize):
+    student, teacher, response, mask = random_batch(rng)
+    results = losses.dpsw_loss(
+        student, teacher, response, mask, divergence=name, **options, weighting="uniform", normalize=normalize
+    )
+    plain = losses.DIVERGENCES[name](student, teacher, **options)[mask].mean()
+    np.testing.assert_allclose(losses.mean_loss(*results[:2]), plain, rtol=1e-6)
+
+
+def test_token_diagnostics_are_the_terms_of_the_loss(rng):
+    student, teacher, response, mask = random_batch(rng)
+    options = {"divergence": "jsd", "beta": 0.3, "student_token": "sampled", "temperature": 0.9}
+    tokens = losses.token_diagnostics(student, teacher, response, **options)
+    loss_sum, _, aux = losses.dpsw_loss(student, teacher, response, mask, **options)
+    np.testing.assert_allclose((tokens["weight"] * tokens["kl"])[mask].sum(), loss_sum, rtol=1e-6)
+    for name, values in tokens.items():
+        assert values.shape == (8, 5)
+        np.testing.assert_allclose(values[mask].sum(), aux[name], rtol=1e-6)
+
+
+def test_mean_loss_passes_nan_on():
+    assert losses.mean_loss(jnp.array(6.0), jnp.array(4.0)) == 1.5
+    assert losses.mean_loss(jnp.array(0.0), jnp.array(0.0)) == 0
+    assert jnp.isnan(losses.mean_loss(jnp.array(jnp.nan), jnp.array(1.0)))
+    assert jnp.isnan(losses.mean_loss(jnp.array(1.0), jnp.array(jnp.nan)))
+
+
+# --- Transformations --------------------------------------------------------------------------------------------
+
+
+def test_jit_vmap_and_numpy_inputs_agree_with_eager(rng):
+    batch = random_batch(rng)
+    loss_fn = functools.partial(losses.dpsw_loss, divergence="jsd", top_k=4, student_token="sampled")
+    eager = loss_fn(*batch)
+    check = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-6))
+    check(jax.jit(loss_fn)(*batch), eager)
+    check(loss_fn(*map(np.asarray, batch)), eager)
+    by_row = jax.jit(jax.vmap(loss_fn))(*batch)
+    assert by_row[0].shape == (8,)
+    check(jax.tree.map(jnp.sum, by_row), eager)
+    one_token = jax.tree.map(lambda x: x[0, 0], batch)  # no leading axes at all
+    np.testing.assert_allclose(loss_fn(*one_token)[2]["kl"], losses.jsd(*one_token[:2], top_k=4), rtol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+@each_divergence
+def test_shard_map_over_all_devices(rng, name, options, top_k):
+    """Batch sharded, sums psum-ed, divided once: the loss and the gradient of one device."""
+    devices = jax.device_count()
+    batch = random_batch(rng, B=2 * devices)
+    mesh = jax.make_mesh((devices,), ("data",))
+    loss_fn = functools.partial(losses.dpsw_loss, divergence=name, **options, top_k=top_k, student_token="sampled")
+
+    def mean_and_gradient(*batch, total):
+        def local_loss(student):
+            return loss_fn(student, *batch[1:])[:2]
+
+        loss_sum, pullback, normaliser = jax.vjp(local_loss, batch[0], has_aux=True)
+        gradient = pullback(jnp.ones_like(loss_sum))[0]
+        return losses.mean_loss(total(loss_sum), total(normaliser)), losses.mean_loss(gradient, total(normaliser))
+
+    sharded = jax.shard_map(
+        functools.partial(mean_and_gradient, total=functools.partial(jax.lax.psum, axis_name="data")),
+        mesh=mesh,
+        in_specs=PartitionSpec("data"),
+        out_specs=(PartitionSpec(), PartitionSpec("data")),
+    )
+    loss, gradient = jax.jit(sharded)(*batch)
+    expected_loss, expected_gradient = jax.jit(functools.partial(mean_and_gradient, total=lambda x: x))(*batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_vocabulary_sharded_by_the_compiler(rng):
+    devices = jax.device_count()
+    batch = random_batch(rng, V=16 * devices)
+    mesh = jax.make_mesh((devices,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    sharded = jax.device_put(batch[0], spec), jax.device_put(batch[1], spec), *batch[2:]
+    options = {"top_k": 5, "divergence": "forward_kl", "weight_top_k": 5}
+    actual, gradient = loss_and_gradient(sharded, **options)
+    expected, expected_gradient = loss_and_gradient(batch, **options)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+
+
+# --- Errors and examples ----------------------------------------------------------------------------------------
+
+LOGITS, TOKENS, MASK = jnp.zeros((2, 3, 24)), jnp.zeros((2, 3), int), jnp.ones((2, 3), bool)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: losses.reverse_kl(LOGITS, LOGITS[..., :5]), r"same shape.*\(2, 3, 24\) and \(2, 3, 5\)"),
+        (lambda: losses.reverse_kl(LOGITS, LOGITS[0]), "same shape"),
+        (lambda: losses.forward_kl(TOKENS, LOGITS), "student_logits must be floats.*int"),
+        (lambda: losses.jsd(LOGITS, jnp.float32(1.0)), "teacher_logits must be floats of shape"),
+        (lambda: losses.reverse_kl(LOGITS, LOGITS, temperature=0.0), "temperature must be > 0, got 0.0"),
+        (lambda: losses.reverse_kl(LOGITS, LOGITS, temperature=float("nan")), "temperature must be > 0"),
+        (lambda: losses.reverse_kl(LOGITS, LOGITS, top_k=25), r"top_k .* in 1\.\.24 .*got 25"),
+        (lambda: losses.reverse_kl(LOGITS, LOGITS, top_k=0), "top_k .*got 0"),
+        (lambda: losses.jsd(LOGITS, LOGITS, beta=1.5), r"beta must be in \[0, 1\], got 1.5"),
+        (lambda: losses.teacher_weight(LOGITS, top_k=1), r"top_k .* in 2\.\.24 .*got 1"),
+        (lambda: losses.teacher_weight(LOGITS, top_k=30), r"top_k .* in 2\.\.24 .*got 30"),
+        (lambda: losses.student_weight(LOGITS, TOKENS[0]), r"tokens must be integers of shape \(2, 3\)"),
+        (lambda: losses.student_weight(LOGITS, TOKENS * 1.0), "tokens must be integers.*float32"),
+        (
+            lambda: losses.dpsw_weights(LOGITS, LOGITS, weighting="kl"),
+            "weighting must be one of 'dpsw', 'teacher', 'student', 'uniform', got 'kl'",
+        ),
+        (
+            lambda: losses.dpsw_weights(LOGITS, LOGITS, student_token="argmax"),
+            "student_token must be one of 'teacher_argmax', 'sampled', got 'argmax'",
+        ),
+        (lambda: losses.dpsw_weights(LOGITS, LOGITS, student_token="sampled"), "needs the response tokens"),
+        (
+            lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, divergence="kl"),
+            "divergence must be one of 'reverse_kl', 'forward_kl', 'jsd', got 'kl'",
+        ),
+        (
+            lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, normalize="sum"),
+            "normalize must be one of 'mean', 'none', got 'sum'",
+        ),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, weight_top_k=25), "weight_top_k .*got 25"),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK[:, :2]), r"mask .*\(2, 3\), got \(2, 2\)"),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS[:, :2], TOKENS, MASK), "same shape|mask"),
+        (
+            lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS[:, :2], MASK, student_token="sampled"),
+            r"integers of shape \(2, 3\)",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_docstring_examples():
+    result = doctest.testmod(losses)
+    assert result.failed == 0 and result.attempted > 0
+    # One for each public function.
+    examples = {test.name.split(".")[-1] for test in doctest.DocTestFinder().find(losses) if test.examples}
+    public = {name for name, value in vars(losses).items() if callable(value) and name[0] != "_"}
+    public = {name for name in public if getattr(vars(losses)[name], "__module__", "") == losses.__name__}
+    assert public and public <= examples

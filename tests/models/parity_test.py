@@ -1,0 +1,181 @@
+"""The decoder against transformers' PyTorch models: every family, ragged left-padded batches, cached decoding."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from msd_jax import export, forward, rollout, sharding
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder, weights
+
+torch = pytest.importorskip("torch", reason="the parity extra is not installed")
+transformers = pytest.importorskip("transformers")
+
+# Awkward on purpose: odd layer count, a vocabulary that no block divides, sequences beyond the sliding window.
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 20}
+FAMILIES = {
+    "llama2": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "llama3": ("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama_yarn": ("LlamaConfig", {"rope_parameters": YARN_ROPE}),
+    "llama_linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "gemma2": ("Gemma2Config", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One random model, in PyTorch and here."""
+
+    directory: pathlib.Path
+    torch_model: object
+    config: model_config.DecoderConfig
+    graphdef: nnx.GraphDef
+    params: decoder.Params
+
+    def torch_log_probs(self, tokens, valid, positions):
+        with torch.no_grad():
+            logits = self.torch_model(
+                input_ids=torch.tensor(tokens),
+                attention_mask=torch.tensor(valid.astype(int)),
+                position_ids=torch.tensor(positions),
+            ).logits
+        return torch.log_softmax(logits.double(), -1).numpy()
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=list(FAMILIES))
+def pair(request, tmp_path_factory) -> Pair:
+    name, options = FAMILIES[request.param]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**SIZES, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():  # norms and biases start at constants that would hide a fault
+        for key, value in model.named_parameters():
+            if "norm" in key or "bias" in key:
+                value.add_(0.3 * torch.randn_like(value))
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory)
+    ours = model_config.read(directory)
+    return Pair(directory, model, ours, decoder.abstract(ours)[0], weights.read(directory, ours, np.float32))
+
+
+def ragged(rng, rows=3, T=29):
+    """tokens, valid, positions of a left-padded batch, longer than the sliding window of 8."""
+    lengths = np.array([T, 11, 20])[:rows]
+    valid = np.arange(T) >= T - lengths[:, None]
+    return rng.integers(0, SIZES["vocab_size"], (rows, T)), valid, np.maximum(np.cumsum(valid, 1) - 1, 0)
+
+
+def test_log_probs_equal_pytorch(pair, rng):
+    tokens, valid, positions = ragged(rng)
+
+    @jax.jit
+    def run(params, *inputs):
+        model = nnx.merge(pair.graphdef, params)
+        return jax.nn.log_softmax(model.logits(model(*inputs)[0]))
+
+    actual = run(pair.params, tokens, positions, valid)
+    expected = pair.torch_log_probs(tokens, valid, positions)
+    np.testing.assert_allclose(np.asarray(actual)[valid], expected[valid], atol=2e-4, rtol=0)
+
+
+def test_cached_decoding_equals_pytorch(pair, rng):
+    tokens, valid, positions = ragged(rng)
+    T, prefill = tokens.shape[1], 20
+
+    @jax.jit
+    def run(params, cache, slot, tokens, positions):
+        model = nnx.merge(pair.graphdef, params)
+        hidden, cache = model(tokens, positions, valid, cache, slot)
+        return jax.nn.log_softmax(model.logits(hidden)), cache
+
+    cache, parts = decoder.init_cache(pair.config, len(tokens), T, jnp.float32), []
+    for first, last in [(0, prefill)] + [(t, t + 1) for t in range(prefill, T)]:
+        log_probs, cache = run(pair.params, cache, first, tokens[:, first:last], positions[:, first:last])
+        parts.append(log_probs)
+    expected = pair.torch_log_probs(tokens, valid, positions)
+    actual = np.concatenate(parts, axis=1)
+    np.testing.assert_allclose(actual[valid], expected[valid], atol=2e-4, rtol=0)
+
+
+def test_greedy_generation_equals_transformers(pair, rng):
+    tokens, valid, _ = ragged(rng, T=20)
+    lengths = valid.sum(1).astype(np.int32)
+    new = 64
+    with torch.no_grad():
+        expected = pair.torch_model.generate(
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.tensor(valid.astype(int)),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        ).numpy()[:, tokens.shape[1] :]
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    greedy = rollout.Sampling(new, temperature=0.0)
+    generator = rollout.Generator(pair.graphdef, mesh, greedy, stop_ids=(-1,), pad_id=0)
+    ones = np.ones(len(tokens))
+    actual = generator(
+        pair.params, tokens.astype(np.int32), lengths, ones.astype(np.uint32), ones.astype(bool), jax.random.key(0)
+    )
+    np.testing.assert_array_equal(np.asarray(actual.response_BxR), expected)
+
+
+def test_response_logits_equal_pytorch_on_the_unpadded_sequence(pair, rng):
+    """Each row alone, without padding, through PyTorch: the layout adds nothing and shifts nothing."""
+    P, R = 13, 9
+    prompt_lengths, response_lengths = np.array([13, 4, 1, 7]), np.array([9, 5, 9, 1])
+    prompt = rng.integers(0, SIZES["vocab_size"], (4, P))
+    response = rng.integers(0, SIZES["vocab_size"], (4, R))
+    run = jax.jit(forward.response_logits, static_argnums=0)
+    logits = run(pair.graphdef, pair.params, prompt, prompt_lengths, response, response_lengths)
+    actual = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    for row, (p, r) in enumerate(zip(prompt_lengths, response_lengths)):
+        sequence = np.concatenate([prompt[row, P - p :], response[row, :r]])[None]
+        expected = pair.torch_log_probs(sequence, np.ones_like(sequence), np.arange(p + r)[None])[0]
+        np.testing.assert_allclose(actual[row, :r], expected[p - 1 : p + r - 1], atol=2e-4, rtol=0)
+
+
+def test_export_is_bit_identical(pair, tmp_path):
+    export.save(tmp_path / "out", pair.params, pair.directory)
+    before, after = load_file(pair.directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        np.testing.assert_array_equal(tensor, after[name], err_msg=name)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(reloaded(tokens).logits, pair.torch_model(tokens).logits)

@@ -1,0 +1,281 @@
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import zlib
+
+import ml_collections
+import numpy as np
+import pytest
+import scipy.stats
+from prompts_test import byte_tokenizer, prompts_config
+
+from msd_jax import pipeline, prompts, queries
+
+PAD = 1  # the tokenizer's eos and pad
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return prompts.load_tokenizer(str(byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+def make_config(**changes) -> ml_collections.ConfigDict:
+    data = {"path": "queries.jsonl", "source_language": "en"}
+    return ml_collections.ConfigDict({"data": data, "prompts": prompts_config(**changes)})
+
+
+def make_query(name: str, **lengths: int) -> queries.Query:
+    """A query whose texts have so many letters, by language."""
+    return queries.Query(name, True, "", {language: "x" * n for language, n in lengths.items()})
+
+
+def make_encoded(count: int, languages: tuple[str, ...] = ("sw", "jv", "bn"), seed: int = 0) -> pipeline.Encoded:
+    """Random prompts without a tokenizer, pad ids among them."""
+    rng = np.random.default_rng(seed)
+    records = tuple(
+        tuple(
+            prompts.Example(
+                f"q{i}",
+                language,
+                None,
+                rng.integers(0, 9, rng.integers(1, 41), dtype=np.int32),
+                rng.integers(0, 9, rng.integers(1, 101), dtype=np.int32),
+            )
+            for language in languages
+        )
+        for i in range(count)
+    )
+    return pipeline.Encoded(records, languages, student_limit=40, teacher_limit=100, dropped={})
+
+
+def stream(encoded: pipeline.Encoded, batch_size: int, count: int, seed: int = 0, **weights: float) -> list:
+    """(query id, language) of the first `count` examples."""
+    weights = weights or dict.fromkeys(encoded.languages, 1.0)
+    rows = itertools.chain.from_iterable(
+        batch.examples for batch in pipeline.batches(encoded, weights, batch_size, seed, PAD)
+    )
+    return [(example.query_id, example.language) for example in itertools.islice(rows, count)]
+
+
+def same(a: pipeline.Batch, b: pipeline.Batch) -> bool:
+    arrays = [field.name for field in dataclasses.fields(a) if field.name != "examples"]
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays) and [
+        (x.query_id, x.language) for x in a.examples
+    ] == [(x.query_id, x.language) for x in b.examples]
+
+
+def test_order_is_a_function_of_the_seed():
+    encoded = make_encoded(20)
+    first = stream(encoded, 4, 200, seed=0)
+    assert first == stream(encoded, 4, 200, seed=0)
+    assert first != stream(encoded, 4, 200, seed=1)
+    # Neither the order nor the languages of a seed's later epochs are another seed's earlier ones.
+    others = [stream(encoded, 4, 200, seed=seed) for seed in (1, 2)]
+    epochs = [tuple(s[i : i + 20]) for s in (first, *others) for i in range(0, 200, 20)]
+    assert len(set(epochs)) == len(epochs)
+    assert len({tuple(id for id, _ in epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_order_does_not_depend_on_the_batch_size():
+    encoded = make_encoded(7)
+    streams = [stream(encoded, batch_size, 100) for batch_size in (1, 3, 7, 16, 50)]
+    assert all(s == streams[0] for s in streams)
+
+
+@pytest.mark.parametrize("count", [1, 2, 13, 64])
+def test_each_epoch_holds_each_record_once(count):
+    epochs = np.array([int(id[1:]) for id, _ in stream(make_encoded(count), 5, 6 * count)]).reshape(6, count)
+    assert (np.sort(epochs, axis=1) == np.arange(count)).all()
+    if count > 10:
+        assert len({tuple(epoch) for epoch in epochs}) == 6
+        assert tuple(range(count)) not in {tuple(epoch) for epoch in epochs}
+
+
+def test_a_record_meets_all_its_languages_over_the_epochs():
+    languages = collections.defaultdict(set)
+    for id, language in stream(make_encoded(10), 5, 300):
+        languages[id].add(language)
+    assert all(seen == {"sw", "jv", "bn"} for seen in languages.values())
+
+
+def test_languages_are_drawn_by_weight():
+    weights = {"sw": 6.0, "jv": 3.0, "bn": 1.0, "it": 0.0}
+    drawn = [language for _, language in stream(make_encoded(1000, tuple(weights)), 16, 5000, **weights)]
+    counts = collections.Counter(drawn)
+    assert set(counts) == {"sw", "jv", "bn"}
+    observed = [counts[language] for language in ("sw", "jv", "bn")]
+    assert scipy.stats.chisquare(observed, [3000, 1500, 500]).pvalue > 1e-3
+    # ... and independently: what one query gets says nothing of the next one's language.
+    pairs = collections.Counter(itertools.pairwise(drawn))
+    table = [[pairs[a, b] for b in ("sw", "jv", "bn")] for a in ("sw", "jv", "bn")]
+    assert scipy.stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_weights_are_shared_out_among_the_languages_that_a_record_has_left():
+    encoded = make_encoded(100, ("sw", "jv"))
+    records = tuple(record if i % 2 else record[1:] for i, record in enumerate(encoded.records))  # half have jv alone
+    encoded = dataclasses.replace(encoded, records=records)
+    rows = stream(encoded, 4, 2000, sw=3.0, jv=1.0)
+    counts = collections.Counter((int(id[1:]) % 2, language) for id, language in rows)
+    assert counts[0, "jv"] == 1000 and counts[0, "sw"] == 0
+    assert scipy.stats.binomtest(counts[1, "sw"], 1000, 0.75).pvalue > 1e-3
+    # Without jv, one half has nothing to give.
+    assert {int(id[1:]) % 2 for id, _ in stream(encoded, 4, 100, sw=1.0, jv=0.0)} == {1}
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 10])
+def test_a_restored_iterator_goes_on_identically(taken):
+    weights = {"sw": 2.0, "jv": 1.0, "bn": 0.0}
+    iterator = iter(pipeline.batches(make_encoded(10), weights, 4, 3, PAD))
+    for _ in range(taken):
+        next(iterator)
+    state = json.dumps(iterator.get_state())
+    expected = [next(iterator) for _ in range(8)]
+    fresh = iter(pipeline.batches(make_encoded(10), weights, 4, 3, PAD))
+    next(fresh)
+    fresh.set_state(json.loads(state))
+    assert all(same(a, b) for a, b in zip(expected, fresh))
+    iterator.set_state(json.loads(state))  # backwards too
+    assert all(same(a, b) for a, b in zip(expected, iterator))
+
+
+def test_another_process_goes_on_identically():
+    iterator = iter(pipeline.batches(make_encoded(10), {"sw": 2.0, "jv": 1.0}, 4, 3, PAD))
+    for _ in range(3):
+        next(iterator)
+    code = (
+        "import itertools, json, sys; sys.path.insert(0, 'tests'); import pipeline_test as t\n"
+        "it = iter(t.pipeline.batches(t.make_encoded(10), {'sw': 2.0, 'jv': 1.0}, 4, 3, t.PAD))\n"
+        "it.set_state(json.loads(sys.argv[1]))\n"
+        "print(json.dumps([[b.query_hash_B.tolist(), b.teacher_prompt_BxP.tolist()] for b in itertools.islice(it, 6)]))"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    arguments = [sys.executable, "-c", code, json.dumps(iterator.get_state())]
+    output = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=True).stdout
+    expected = [[b.query_hash_B.tolist(), b.teacher_prompt_BxP.tolist()] for b in itertools.islice(iterator, 6)]
+    assert json.loads(output.splitlines()[-1]) == expected
+
+
+def test_batches_are_left_padded_and_lengths_count_real_tokens():
+    iterator = iter(pipeline.batches(make_encoded(30), {"sw": 1.0, "jv": 1.0}, 8, 0, PAD))
+    for batch in itertools.islice(iterator, 10):
+        for role in ("student", "teacher"):
+            prompt_BxP, length_B = getattr(batch, f"{role}_prompt_BxP"), getattr(batch, f"{role}_lengths_B")
+            assert prompt_BxP.dtype == length_B.dtype == np.int32
+            assert prompt_BxP.shape[0] == len(length_B) == len(batch.examples) == 8
+            limit = {"student": 40, "teacher": 100}[role]
+            assert prompt_BxP.shape[1] == pipeline.bucket(length_B.max(), limit)  # each role has its own
+            for row, length, example in zip(prompt_BxP, length_B, batch.examples):
+                ids = getattr(example, f"{role}_ids")
+                assert length == len(ids)  # pad ids within a prompt count as well
+                np.testing.assert_array_equal(row[len(row) - length :], ids)
+                assert (row[: len(row) - length] == PAD).all()
+        assert batch.query_hash_B.dtype == np.uint32
+        for hash, example in zip(batch.query_hash_B, batch.examples):
+            assert hash == zlib.crc32(f"{example.query_id}\x1f{example.language}".encode())
+
+
+def test_query_hash_tells_queries_and_languages_apart():
+    pairs = [(f"q{i}", language) for i in range(500) for language in ("sw", "jv", "bn")] + [("q1sw", ""), ("", "q1sw")]
+    assert len({pipeline.query_hash(*pair) for pair in pairs}) == len(pairs)
+    assert pipeline.query_hash("q1", "sw") == 2534312769  # stored responses and seeds rely on it
+
+
+def test_buckets():
+    sizes = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+    assert sorted({pipeline.bucket(n, 512) for n in range(513)}) == sizes
+    for n in range(1, 513):
+        size = pipeline.bucket(n, 512)
+        assert n <= size and (size == 16 or 3 * (size - n) < size)
+    assert pipeline.bucket(96, 512) == 96 and pipeline.bucket(97, 512) == 128
+    assert [pipeline.bucket(n, 100) for n in (90, 96, 97, 100)] == [96, 96, 100, 100]
+    assert pipeline.bucket(3, 5) == 5
+    with pytest.raises(ValueError, match="length of 101 exceeds its limit of 100"):
+        pipeline.bucket(101, 100)
+
+
+def test_prompts_at_the_limit_stay_and_longer_ones_are_counted(tokenizer):
+    config = make_config(student_limit=60, teacher_limit=60, teacher_template="{query}")
+    frame = len(prompts.student_ids(make_query("q", en=1, sw=1), "sw", tokenizer, config.prompts)) - 1
+    fits, long = 60 - frame, 61 - frame
+    records = [
+        make_query("all", en=1, sw=fits, jv=1),
+        make_query("no sw", en=fits, sw=long, jv=1),
+        make_query("nothing", en=long, sw=1, jv=long),
+        make_query("nothing for jv", en=1, sw=1, jv=long + 7),
+    ]
+    encoded = pipeline.encode_all(records, ("sw", "jv"), tokenizer, config)
+    kept = [[(example.query_id, example.language) for example in record] for record in encoded.records]
+    assert kept == [[("all", "sw"), ("all", "jv")], [("no sw", "jv")], [("nothing for jv", "sw")]]
+    assert encoded.dropped == {
+        ("sw", "student_limit"): 1,
+        ("sw", "teacher_limit"): 1,
+        ("jv", "student_limit and teacher_limit"): 1,
+        ("jv", "student_limit"): 1,
+    }
+    assert sum(encoded.dropped.values()) + sum(map(len, kept)) == len(records) * 2
+    assert "1 prompts in sw dropped, longer than config.prompts.student_limit" in encoded.describe_dropped()
+    assert len(encoded.describe_dropped()) == 4
+    assert (encoded.records[0][0].student_ids.size, encoded.languages) == (60, ("sw", "jv"))
+    assert {id for id, _ in stream(encoded, 4, 30)} == {"all", "no sw", "nothing for jv"}
+
+
+def test_all_prompts_too_long_is_an_error(tokenizer):
+    records = [make_query(f"q{n}", en=1, sw=n, jv=1) for n in (30, 50, 40)]
+    limits = {"student_limit": 89, "teacher_limit": 4096, "teacher_template": "{query}"}
+    assert len(pipeline.encode_all(records, ("sw", "jv"), tokenizer, make_config(**limits)).records) == 3
+    with pytest.raises(
+        ValueError,
+        match=r"queries\.jsonl: all 3 prompts in 'sw' are longer than config\.prompts\.student_limit=30 "
+        r"\(longest: 89 tokens\); raise the limit",
+    ):
+        pipeline.encode_all(records, ("sw", "jv"), tokenizer, make_config(**limits | {"student_limit": 30}))
+    with pytest.raises(ValueError, match=r"teacher_limit=5 \(longest: 20 tokens\)"):
+        pipeline.encode_all(records, ("jv",), tokenizer, make_config(**limits | {"teacher_limit": 5}))
+
+
+@pytest.mark.parametrize("missing", ["en", "jv"])
+def test_a_record_without_a_needed_language_is_an_error(tokenizer, missing):
+    lengths = {"en": 1, "sw": 1, "jv": 1}
+    records = [make_query("a", **lengths), make_query("b", **{k: n for k, n in lengths.items() if k != missing})]
+    with pytest.raises(
+        ValueError, match=rf"queries\.jsonl: 1 of 2 records have no text in '{missing}' \(first: id 'b'\)"
+    ):
+        pipeline.encode_all(records, ("sw", "jv"), tokenizer, make_config())
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"sw": -1.0}, r"languages\.sw=-1\.0 must be a number from 0 on"),
+        ({"sw": float("nan")}, r"languages\.sw=nan must be"),
+        ({"sw": float("inf")}, r"languages\.sw=inf must be"),
+        ({"sw": 1.0, "yo": 1.0}, r"languages\.yo: only sw, jv, bn were encoded"),
+        ({"sw": 0.0}, r"no language with a weight above 0"),
+        ({}, r"no language with a weight above 0"),
+    ],
+)
+def test_bad_weights(weights, message):
+    with pytest.raises(ValueError, match=r"config\.data\.languages.*" + message.removeprefix("languages")):
+        pipeline.batches(make_encoded(3), weights, 2, 0, PAD)
+
+
+def test_multijail_from_file_to_batch(tokenizer):
+    path = pathlib.Path(__file__).parents[2] / "shared/data/multijail/MultiJail_dev.csv"
+    if not path.is_file():
+        pytest.skip("MultiJail_dev.csv is not beside this repository")
+    records = queries.read(path, harmful="true")
+    config = make_config(student_limit=400, teacher_limit=400)
+    encoded = pipeline.encode_all(records, ("sw", "bn"), tokenizer, config)
+    texts = {record.id: record.texts for record in records}
+    kept = sum(map(len, encoded.records))
+    assert 300 < kept < 420 and kept + sum(encoded.dropped.values()) == 420  # one token a byte: Bengali is long
+    batch = next(iter(pipeline.batches(encoded, {"sw": 1.0, "bn": 1.0}, 16, 0, PAD)))
+    for row, length, example in zip(batch.student_prompt_BxP, batch.student_lengths_B, batch.examples):
+        text = texts[example.query_id][example.language]
+        assert example.harmful is True
+        assert tokenizer.decode(row[-length:]) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
