@@ -1,6 +1,7 @@
 """What the commands share: the --config flag, errors in one line, and no traceback for a mistake of the user."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -22,8 +23,12 @@ def clear_errors() -> Iterator[None]:
 
 
 def config() -> ml_collections.ConfigDict:
-    """The config of the command line, frozen."""
-    return ml_collections.FrozenConfigDict(_CONFIG.value)
+    """The config of the command line, frozen. Raises ValueError where its file is missing or does not load."""
+    try:
+        return ml_collections.FrozenConfigDict(_CONFIG.value)
+    except Exception as error:  # whatever the code in a config file may raise
+        path = config_flags.get_config_filename(FLAGS["config"])
+        raise ValueError(f"--config={path} does not load: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def run(main: Callable[[list[str]], None], **strings: str | None) -> None:
@@ -36,11 +41,22 @@ def run(main: Callable[[list[str]], None], **strings: str | None) -> None:
         try:
             return FLAGS(argv)
         except Exception as error:  # a typo in a key, a wrong type, a config that is not there or does not load
-            sys.exit(f"error: {_first_line(error)}")
+            sys.exit(f"error: {_explain(error, argv)}")
 
     app.run(main, flags_parser=parse)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error).strip() or type(error).__name__
-    return " ".join(text.split())
+def _explain(error: Exception, argv: list[str]) -> str:
+    """One line for what is wrong with the flags; ml_collections names a key without the flag it stands in."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
+    unknown = re.match(r"'?(\w+)'?( Did you mean \"(\w+)\"|$)", text)
+    if unknown:
+        key, _, near = unknown.groups()
+        for flag in argv:
+            parents, found, rest = flag.partition(f".{key}")
+            if flag.startswith("--config.") and found and rest[:1] in ("", "=", "."):
+                hint = f"did you mean {parents.removeprefix('--')}.{near}?" if near else "see configs/default.py"
+                return f"{flag}: there is no such key; {hint}"
+    return text

@@ -473,7 +473,7 @@ def dpsw_loss(
       Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
     """
     _check_choice("normalize", normalize, NORMALIZATIONS)
-    _check_logits("student_logits", student_logits_BxRxV)
+    _check_pair(student_logits_BxRxV, teacher_logits_BxRxV)
     if mask_BxR.shape != student_logits_BxRxV.shape[:-1]:
         raise ValueError(
             f"mask must have the shape of the logits without their last axis, "
@@ -579,9 +579,12 @@ def _log_rows(
     _check_top_k("top_k", top_k, 1, log_teacher.shape[-1])
     if top_k == log_teacher.shape[-1]:  # the tail is empty
         return log_student, log_teacher
-    top_tokens = jax.lax.top_k(log_teacher, top_k)[1]
-    # By index, not by threshold: equal logits are common in bfloat16, and a threshold would let more than K in.
-    in_top = jnp.put_along_axis(jnp.zeros(log_teacher.shape, bool), top_tokens, True, axis=-1, inplace=False)
+    top_values, top_tokens = jax.lax.top_k(log_teacher, top_k)
+    # Equal logits are common in bfloat16: of those that tie at the K-th place, top_k takes the lower indices.
+    # (The K-th place by min: a slice of top_k's results keeps XLA from its fast top-k, and it sorts all of V.)
+    lowest = jnp.min(top_values, axis=-1, keepdims=True)
+    last = jnp.max(jnp.where(top_values == lowest, top_tokens, -1), axis=-1, keepdims=True)
+    in_top = (log_teacher > lowest) | ((log_teacher == lowest) & (jnp.arange(log_teacher.shape[-1]) <= last))
     return _coarsen(log_student, top_tokens, in_top), _coarsen(log_teacher, top_tokens, in_top)
 
 

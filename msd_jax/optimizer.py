@@ -9,7 +9,7 @@ import optax
 
 def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
     """Linear warm-up to config.learning_rate, then constant or cosine to final_fraction of it at `steps`."""
-    warmup = min(config.warmup_steps, steps)
+    warmup = config.warmup_steps
     rest = max(steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(config.learning_rate),

@@ -92,23 +92,26 @@ def encode_all(
             example = prompts.encode(record, language, tokenizer, config.prompts, source)
             lengths = {"student_limit": len(example.student_ids), "teacher_limit": len(example.teacher_ids)}
             over = [key for key in limits if lengths[key] > limits[key]]
+            for key in over:
+                longest[language, key] = max(longest[language, key], lengths[key])
             if over:
                 dropped[language, " and ".join(over)] += 1
             else:
                 examples.append(example)
-            for key in over:
-                longest[language, key] = max(longest[language, key], lengths[key])
         if examples:
             kept.append(tuple(examples))
-    for language in set(languages) - {example.language for example in itertools.chain(*kept)}:
-        reasons = ", ".join(
-            f"config.prompts.{key}={limits[key]} (longest: {longest[language, key]} tokens)"
-            for key in limits
-            if longest[language, key]
-        )
-        raise ValueError(
-            f"{config.data.path}: all {len(records)} prompts in {language!r} are longer than {reasons}; raise the limit"
-        )
+    left = {example.language for examples in kept for example in examples}
+    for language in languages:
+        if language not in left:
+            reasons = " and ".join(
+                f"config.prompts.{key}={limits[key]} (longest: {longest[language, key]} tokens)"
+                for key in limits
+                if longest[language, key]
+            )
+            raise ValueError(
+                f"{config.data.path}: all {len(records)} prompts in {language!r} are longer than {reasons}; "
+                "raise the limit"
+            )
     return Encoded(tuple(kept), tuple(languages), **limits, dropped=dict(dropped))
 
 

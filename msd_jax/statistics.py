@@ -43,5 +43,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     center = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    # At a rate of 0 or 1 an end lies exactly there; rounding must not carry it past.
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    # At a rate of 0 or 1 one end lies exactly there; rounding would put it beside.
+    low = (center - half) / scale if successes > 0 else 0.0
+    high = (center + half) / scale if successes < n else 1.0
+    return low, high

@@ -184,6 +184,7 @@ BAD_CSV = {
     "category twice": ("id,tags,category,en\na,x,y,z\n", r"column 'category' says the same as 'tags'"),
     "empty id": ("id,en\n,x\n", r"line 2: 'id' is missing or empty"),
     "short row": ('id,en,sw\na,"x\n\ny",z\nb,x\n', r"line 5: 2 cells under 3 columns"),
+    "row over many lines": ('id,en,sw\na,"x\n\ny",\n', r"line 2 \(id 'a'\): the text in 'sw' is empty"),
     "long row": ("id,en\na,x,y\n", r"line 2: 3 cells under 2 columns"),
     "open quote": ('id,en\na,x\nb,"x\n', r"line 3: malformed CSV"),
     "harmful of a wrong type": ("id,harmful,en\na,maybe,x\n", r"line 2: harmful='maybe' must be true, false"),

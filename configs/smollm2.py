@@ -1,0 +1,30 @@
+"""What: SmolLM2-135M-Instruct aligned towards Swahili and Italian on MultiJail's queries, on a laptop's CPU.
+
+Command:  python -m msd_jax.main --config configs/smollm2.py --workdir runs/smollm2 \
+              --config.data.path=MultiJail.csv [--config.model.path=LOCAL_DIRECTORY]
+
+A check of the whole path on real weights, not a recipe for a safe model: 30 steps, harmful queries alone (which teach
+refusing everything; mix in harmless ones), and a model that speaks little Swahili.
+"""
+
+import ml_collections
+
+from msd_jax.configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default.get_config()
+    config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.data.harmful = "true"  # MultiJail has no such column: all of its queries are
+    config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "it": 1.0})
+    config.data.batch_size = 8
+    config.prompts.student_limit = 192
+    config.prompts.teacher_limit = 320
+    config.rollout.max_new_tokens = 64
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.warmup_steps = 3
+    config.train.steps = 30
+    config.train.checkpoint_every = 15
+    config.train.completions_every = 10
+    config.train.checkpoints_kept = 1
+    return config

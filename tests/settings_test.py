@@ -1,0 +1,74 @@
+"""Every fault of a config is named with its key, its value and what would do, before anything else happens."""
+
+import pytest
+
+from msd_jax import settings
+from msd_jax.configs import default
+
+
+@pytest.fixture
+def config():
+    return default.get_config()
+
+
+def test_the_defaults_pass(config):
+    settings.check(config)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("loss.divergence", "kl", r"config.loss.divergence='kl': choose one of auto, reverse_kl"),
+        ("train.steps", 0, r"config.train.steps=0 must be at least 1"),
+        ("rollout.temperature", -1.0, r"config.rollout.temperature=-1.0 must be at least 0"),
+        ("rollout.top_p", 0.0, r"config.rollout.top_p=0.0 must be greater than 0"),
+        ("rollout.top_p", 1.5, r"config.rollout.top_p=1.5 must be at most 1"),
+        ("loss.beta", 2.0, r"config.loss.beta=2.0 must be at least 0.0 and at most 1.0"),
+        ("loss.weight_top_k", 1, r"config.loss.weight_top_k=1 must be at least 2"),
+        ("teacher.kind", "", r"config.teacher.kind='': choose one of frozen, live, ema, periodic"),
+        ("train.micro_batches", 5, r"micro_batches=5 does not divide config.data.batch_size=32"),
+    ],
+)
+def test_impossible_values(config, key, value, message):
+    section, name = key.split(".")
+    config[section][name] = value
+    with pytest.raises(ValueError, match=message):
+        settings.check(config)
+
+
+def test_unknown_missing_and_mistyped_keys(config):
+    config.loss.weigthing = "dpsw"
+    with pytest.raises(ValueError, match=r"config.loss.weigthing is not a known key; known here are: .*weighting"):
+        settings.check(config)
+    config = default.get_config()
+    del config.loss.weighting
+    with pytest.raises(ValueError, match=r"config.loss.weighting is missing"):
+        settings.check(config)
+    config = default.get_config()
+    with config.ignore_type():
+        config.train.steps, config.train.export = "many", 1
+    with pytest.raises(ValueError, match=r"(?s)export=1 must be of type bool.*steps='many' must be of type int"):
+        settings.check(config)
+
+
+def test_languages(config):
+    for weights, message in [
+        ({}, "is empty"),
+        ({"sw": -1.0}, "must not be negative"),
+        ({"sw": 0.0}, "at least one sampling weight"),
+        ({"sw": "x"}, "must be a number"),
+    ]:
+        with config.unlocked(), config.ignore_type():
+            config.data.languages = weights
+        with pytest.raises(ValueError, match=message):
+            settings.check(config)
+
+
+@pytest.mark.parametrize("policy", ["off_policy", "mixed"])
+@pytest.mark.parametrize("kind", ["live", "ema", "periodic"])
+def test_stored_responses_need_a_frozen_teacher(config, policy, kind):
+    config.rollout.policy, config.teacher.kind = policy, kind
+    with pytest.raises(ValueError, match=r"reuse_teacher_responses=False"):
+        settings.check(config)
+    config.rollout.reuse_teacher_responses = False
+    settings.check(config)

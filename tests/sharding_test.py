@@ -1,0 +1,53 @@
+"""The mesh and the rule table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from msd_jax import sharding
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder
+from tests.conftest import LLAMA
+
+
+def test_mesh_sizes():
+    assert dict(sharding.make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    for sizes in [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, 8, 1), (16, -1, 1)]:
+        with pytest.raises(ValueError, match=r"config.mesh="):
+            sharding.make_mesh(*sizes)
+
+
+def test_rules_split_every_matrix():
+    mesh = sharding.make_mesh(2, 2, 2)
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))
+    train = sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN)
+    assert train["layers"]["query"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert train["layers"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
+    assert train["embedding"].spec == PartitionSpec("tensor", "fsdp")
+    rollout = sharding.param_shardings(mesh, abstract, axes, sharding.ROLLOUT)
+    assert rollout["layers"]["query"].spec == PartitionSpec(None, None, "tensor", None)
+
+
+def test_a_size_that_does_not_divide_is_named():
+    mesh = sharding.make_mesh(1, 1, 8)
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))
+    with pytest.raises(ValueError, match=r"layers.key: axis 'kv_heads' of size 2 .* 'tensor' of size 8"):
+        sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN)
+
+
+def test_a_collision_is_named():
+    mesh = sharding.make_mesh(1, 4, 2)
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))
+    with pytest.raises(ValueError, match=r"parameter \S+: axis '\w+' falls on mesh axis 'tensor', already taken"):
+        sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN | {"embed": "tensor"})
+
+
+def test_batches_go_out_by_rows_and_come_back_whole(rng):
+    mesh = sharding.make_mesh(2, 2, 2)
+    array = rng.integers(0, 9, (8, 3))
+    placed = sharding.put_batch(mesh, array)
+    assert placed.sharding.shard_shape(placed.shape) == (2, 3)
+    np.testing.assert_array_equal(sharding.fetch(placed), array)
+    assert jnp.sum(jax.jit(lambda x: x)(placed)) == array.sum()
