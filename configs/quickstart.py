@@ -20,15 +20,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompts.student_limit = 64
     config.prompts.teacher_limit = 96
     config.rollout.max_new_tokens = 24
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 5
-    config.train.steps = 60
-    config.train.checkpoint_every = 20
-    config.train.completions_every = 20
+    config.train.steps = 30
+    config.train.checkpoint_every = 10
+    config.train.completions_every = 10
     config.eval.path = str(testbed.EVAL_QUERIES)
     config.eval.languages = (*testbed.SOURCE_LANGUAGES, *testbed.TARGET_LANGUAGES, *testbed.UNSEEN_LANGUAGES)
     config.eval.source_languages = testbed.SOURCE_LANGUAGES
-    config.eval.batch_size = 128
+    config.eval.batch_size = 256
     config.eval.max_new_tokens = 24
     config.mesh.data, config.mesh.fsdp = -1, 1
     return config

@@ -8,7 +8,6 @@ refusing everything; mix in harmless ones), and a model that speaks little Swahi
 """
 
 import ml_collections
-
 from msd_jax.configs import default
 
 

@@ -19,7 +19,7 @@ rescaling to mean 1, top-K + TAIL, and one temperature for divergence and weight
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -558,7 +558,7 @@ def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
 
 def _entropy(log_p: jax.Array) -> jax.Array:
     p = jnp.exp(log_p)
-    return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+    return -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
 
 
 def _log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
@@ -648,6 +648,6 @@ def _check_top_k(name: str, top_k: int, lowest: int, vocabulary: int) -> None:
         raise ValueError(f"{name} must be an integer in {lowest}..{vocabulary} (the vocabulary's size), got {top_k!r}")
 
 
-def _check_choice(name: str, value: str, allowed) -> None:
+def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -77,7 +77,7 @@ def random_logits(rng, *shape, scale=2.0):
     return (rng.normal(size=shape) * scale).astype(np.float32)
 
 
-def random_batch(rng, B=8, R=5, V=24, dtype=jnp.float32):
+def random_batch(rng, B=16, R=5, V=24, dtype=jnp.float32):
     """Student logits, teacher logits, response tokens, mask: ragged responses of 1..R tokens."""
     student, teacher = (jnp.asarray(random_logits(rng, B, R, V), dtype) for _ in range(2))
     mask = np.arange(R) < rng.integers(1, R + 1, size=(B, 1))
@@ -109,20 +109,26 @@ def relative_error(actual, expected):
 # --- Divergences ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("top_k", "temperature"), [(None, 1.0), (None, 0.6), (1, 1.0), (5, 1.0), (5, 3.0)])
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("reverse_kl", {}), ("forward_kl", {}), ("jsd", {}), ("jsd", {"beta": 0.1})],
-    ids=["reverse_kl", "forward_kl", "jsd", "jsd-0.1"],
+    [
+        *(
+            (name, {"top_k": top_k, "temperature": temperature})
+            for name in losses.DIVERGENCES
+            for top_k, temperature in ((None, 1.0), (None, 0.6), (5, 1.0), (1, 3.0))
+        ),
+        ("jsd", {"beta": 0.1, "top_k": None}),
+        ("jsd", {"beta": 0.9, "top_k": 5}),
+    ],
+    ids=str,
 )
-def test_divergence_and_gradient_equal_float64_reference(rng, name, options, top_k, temperature):
+def test_divergence_and_gradient_equal_float64_reference(rng, name, options):
     student, teacher = random_logits(rng, 3, 4, 12), random_logits(rng, 3, 4, 12)
-    options = {**options, "top_k": top_k, "temperature": temperature}
     values, gradients = value_and_gradient(name, student, teacher, **options)
     assert values.shape == (3, 4) and values.dtype == np.float32
     expected = functools.partial(reference_divergence, name, teacher_logits=teacher, **options)
     np.testing.assert_allclose(values, expected(student), rtol=5e-6, atol=1e-8)
-    assert relative_error(gradients, reference_gradient(expected, student)) < 1e-5
+    np.testing.assert_allclose(gradients, reference_gradient(expected, student), rtol=2e-5, atol=5e-6)
 
 
 @each_divergence
@@ -177,7 +183,7 @@ def test_direction_by_hand():
 
 
 def test_jsd_ends_are_the_kls_and_its_limits_point_to_them(rng):
-    student, teacher = random_logits(rng, 6, 9), random_logits(rng, 6, 9)
+    student, teacher = random_logits(rng, 3, 4, 12), random_logits(rng, 3, 4, 12)
     forward, reverse = losses.forward_kl(student, teacher), losses.reverse_kl(student, teacher)
     np.testing.assert_array_equal(losses.jsd(student, teacher, beta=0.0), forward)
     np.testing.assert_array_equal(losses.jsd(student, teacher, beta=1.0), reverse)
@@ -220,7 +226,7 @@ def test_float64_inputs_give_float32(rng):
         assert gradient.dtype == jnp.float64  # that of the input
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 5])
+@pytest.mark.parametrize("top_k", [None, 5])
 @each_divergence
 def test_tokens_excluded_by_both_rows_contribute_nothing(rng, name, top_k):
     """-inf on both sides is 0 probability; with top_k = 5 and 4 tokens left, TAIL is excluded as well."""
@@ -232,7 +238,7 @@ def test_tokens_excluded_by_both_rows_contribute_nothing(rng, name, top_k):
     expected = functools.partial(reference_divergence, name, teacher_logits=teacher, **options)
     np.testing.assert_allclose(values, expected(student), rtol=5e-6, atol=1e-8)
     np.testing.assert_array_equal(gradients[..., excluded], 0)
-    assert relative_error(gradients, reference_gradient(expected, student)) < 1e-5
+    np.testing.assert_allclose(gradients, reference_gradient(expected, student), rtol=2e-5, atol=5e-6)
 
 
 def test_one_hot_rows():
@@ -261,23 +267,32 @@ def test_extreme_logits_stay_finite(name):
 
 
 @each_divergence
-def test_nan_logits_are_not_hidden(name):
-    row, nan = jnp.zeros(3), jnp.array([0.0, jnp.nan, 0.0])
+def test_nan_logits_are_not_hidden(rng, name):
+    row = random_logits(rng, 3, 4, 12)
+    nan = row.copy()
+    nan[..., 5] = np.nan
     for student, teacher in ((row, nan), (nan, row), (nan, nan)):
-        assert jnp.isnan(losses.DIVERGENCES[name](student, teacher))
+        values, _ = value_and_gradient(name, student, teacher, top_k=None, temperature=1.0)
+        assert np.isnan(values).all()
 
 
 @each_divergence
 def test_top_k_is_a_lower_bound_that_rises_to_the_full_divergence(rng, name):
     student, teacher = random_logits(rng, 3, 4, 12), random_logits(rng, 3, 4, 12)
-    values = np.stack(
-        [value_and_gradient(name, student, teacher, top_k=top_k, temperature=1.0)[0] for top_k in (1, 5, 11, 12, None)]
+    one, few, all_but_one, full = (
+        value_and_gradient(name, student, teacher, **options)[0]
+        for options in (
+            {"top_k": 1, "temperature": 3.0},
+            {"top_k": 5, "temperature": 1.0},
+            {"top_k": 11, "temperature": 1.0},
+            {"top_k": None, "temperature": 1.0},
+        )
     )
-    assert (values >= 0).all()
-    assert (np.diff(values, axis=0) >= -1e-6).all()
-    assert (values[1] < values[-1] - 1e-3).any()  # a bound that leaves something out
-    np.testing.assert_allclose(values[2], values[-1], rtol=1e-5, atol=1e-7)  # a tail of one token is that token
-    np.testing.assert_array_equal(values[3], values[-1])
+    hot, _ = value_and_gradient(name, student / 3, teacher / 3, top_k=None, temperature=1.0)
+    assert (one >= 0).all() and (one <= hot + 1e-6).all()
+    assert (few >= 0).all() and (few <= full + 1e-6).all() and (few < full - 1e-3).any()
+    np.testing.assert_allclose(all_but_one, full, rtol=1e-5, atol=1e-7)  # a tail of one token is that token
+    np.testing.assert_array_equal(losses.DIVERGENCES[name](student, teacher, top_k=12), full)
 
 
 @each_divergence
@@ -301,11 +316,10 @@ def test_a_tail_of_1e_8_is_accurate(rng, name):
     np.testing.assert_allclose(gradients[..., 5:], slope * p_S[..., 5:] / tail_S, rtol=1e-3)
 
 
-@pytest.mark.parametrize("top_k", [1, 5])
-def test_tied_teacher_logits_still_give_exactly_top_k_tokens(rng, top_k):
+def test_tied_teacher_logits_still_give_exactly_top_k_tokens(rng):
     """bfloat16 logits tie often; a threshold at the K-th logit alone would take the tied ones out of the tail."""
     student, teacher = random_logits(rng, 3, 4, 12), rng.integers(3, size=(3, 4, 12)).astype(np.float32)
-    options = {"top_k": top_k, "temperature": 1.0}
+    options = {"top_k": 5, "temperature": 1.0}
     values, _ = value_and_gradient("reverse_kl", student, teacher, **options)
     np.testing.assert_allclose(values, reference_divergence("reverse_kl", student, teacher, **options), rtol=1e-5)
 
@@ -352,7 +366,7 @@ def test_weights_equal_float64_reference(rng, student_token, temperature):
             student_token=student_token,
             temperature=temperature,
         )
-        assert actual.shape == (8, 5) and actual.dtype == jnp.float32
+        assert actual.shape == (16, 5) and actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, expected[weighting], rtol=1e-5, atol=1e-6)
 
 
@@ -419,29 +433,29 @@ def loss_and_gradient(batch, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "weighting", "normalize"),
+    ("name", "top_k", "weighting", "normalize"),
     [
-        ("reverse_kl", "dpsw", "mean"),
-        ("forward_kl", "dpsw", "none"),
-        ("jsd", "teacher", "mean"),
-        ("reverse_kl", "student", "none"),
-        ("forward_kl", "uniform", "mean"),
+        ("reverse_kl", None, "dpsw", "mean"),
+        ("forward_kl", 6, "dpsw", "none"),
+        ("jsd", None, "teacher", "mean"),
+        ("reverse_kl", 6, "student", "none"),
+        ("forward_kl", None, "uniform", "mean"),
     ],
 )
-def test_loss_equals_float64_reference(rng, name, weighting, normalize):
+def test_loss_equals_float64_reference(rng, name, top_k, weighting, normalize):
     student, teacher, response, mask = random_batch(rng)
     (loss_sum, normaliser, aux), _ = loss_and_gradient(
         (student, teacher, response, mask),
         divergence=name,
         beta=0.3,
-        top_k=6,
+        top_k=top_k,
         weighting=weighting,
         weight_top_k=5,
         student_token="sampled",
         normalize=normalize,
         temperature=0.8,
     )
-    divergence = reference_divergence(name, student, teacher, beta=0.3, top_k=6, temperature=0.8)
+    divergence = reference_divergence(name, student, teacher, beta=0.3, top_k=top_k, temperature=0.8)
     w_T, w_S = reference_weights(student, teacher, np.asarray(response), 5, 0.8)
     weight = {"dpsw": w_T * w_S, "teacher": w_T, "student": w_S, "uniform": np.ones_like(w_T)}[weighting]
     per_token = {
@@ -488,12 +502,12 @@ def test_normaliser_and_aux_carry_no_gradient(rng, normalize):
         np.testing.assert_array_equal(gradient, 0)
 
 
-@each_divergence
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
 def test_live_teacher_gets_no_gradient(rng, name):
     """Student and teacher are the SAME parameters on two prompts: the gradient is that of a frozen copy."""
-    _, _, response, mask = random_batch(rng, V=24)
+    _, _, response, mask = random_batch(rng)
     params = random_logits(rng, 6, 24)
-    student_prompt, teacher_prompt = (random_logits(rng, 8, 5, 6, scale=0.5) for _ in range(2))
+    student_prompt, teacher_prompt = (random_logits(rng, 16, 5, 6, scale=0.5) for _ in range(2))
 
     def loss(student_params, teacher_params):
         student, teacher = student_prompt @ student_params, teacher_prompt @ teacher_params
@@ -520,6 +534,16 @@ def test_masked_positions_cannot_poison(rng, name, top_k):
         np.testing.assert_array_equal(gradient[~np.asarray(mask)], 0)
 
 
+def test_masked_and_excluded_logits_do_not_trip_debug_nans(rng):
+    student, teacher, response, mask = map(np.array, random_batch(rng))
+    student[..., 3] = teacher[..., 3] = -np.inf
+    student[~mask] = teacher[~mask] = np.nan
+    for name in losses.DIVERGENCES:
+        with jax.debug_nans(True):
+            loss_sum, _, _ = losses.dpsw_loss(student, teacher, response, mask, divergence=name, top_k=5)
+        assert loss_sum > 0
+
+
 @pytest.mark.parametrize(("shape", "normalize"), [((3, 4), "mean"), ((3, 4), "none"), ((3, 0), "mean")])
 def test_no_response_tokens(shape, normalize):
     student = jnp.full((*shape, 24), jnp.nan)
@@ -536,9 +560,7 @@ def test_no_response_tokens(shape, normalize):
     np.testing.assert_array_equal(gradient, 0)
 
 
-@pytest.mark.parametrize(
-    ("weighting", "parts"), [("dpsw", 2), ("dpsw", 4), ("dpsw", 8), ("uniform", 4), ("teacher", 4)]
-)
+@pytest.mark.parametrize(("weighting", "parts"), [("dpsw", 2), ("dpsw", 4), ("dpsw", 16), ("uniform", 4)])
 def test_micro_batches_add_up_to_the_batch(rng, weighting, parts):
     """Ragged responses: a mean of the parts' means would be wrong."""
     batch = random_batch(rng)
@@ -549,15 +571,15 @@ def test_micro_batches_add_up_to_the_batch(rng, weighting, parts):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), summed, whole)
     gradient = np.concatenate([gradient for _, gradient in splits])
     np.testing.assert_allclose(
-        losses.mean_loss(gradient, summed[1]), losses.mean_loss(whole_gradient, whole[1]), rtol=1e-6, atol=1e-9
+        losses.mean_loss(gradient, summed[1]), losses.mean_loss(whole_gradient, whole[1]), rtol=1e-6, atol=1e-8
     )
 
 
 def test_padding_changes_nothing(rng):
     batch = random_batch(rng)
     expected, expected_gradient = loss_and_gradient(batch, weighting="dpsw")
-    junk = random_logits(rng, 8, 3, 24), random_logits(rng, 8, 3, 24), rng.integers(24, size=(8, 3))
-    padded = [np.concatenate([x, y], 1) for x, y in zip(batch, (*junk, np.zeros((8, 3), bool)))]
+    junk = random_logits(rng, 16, 3, 24), random_logits(rng, 16, 3, 24), rng.integers(24, size=(16, 3))
+    padded = [np.concatenate([x, y], 1) for x, y in zip(batch, (*junk, np.zeros((16, 3), bool)))]
     actual, gradient = loss_and_gradient(padded, weighting="dpsw")
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
     np.testing.assert_allclose(gradient[:, :5], expected_gradient, rtol=1e-6)
@@ -598,7 +620,7 @@ def test_token_diagnostics_are_the_terms_of_the_loss(rng):
     loss_sum, _, aux = losses.dpsw_loss(student, teacher, response, mask, **options)
     np.testing.assert_allclose((tokens["weight"] * tokens["kl"])[mask].sum(), loss_sum, rtol=1e-6)
     for name, values in tokens.items():
-        assert values.shape == (8, 5)
+        assert values.shape == (16, 5)
         np.testing.assert_allclose(values[mask].sum(), aux[name], rtol=1e-6)
 
 
@@ -612,55 +634,45 @@ def test_mean_loss_passes_nan_on():
 # --- Transformations --------------------------------------------------------------------------------------------
 
 
-def test_jit_vmap_and_numpy_inputs_agree_with_eager(rng):
+def test_eager_numpy_vmap_and_single_tokens_agree_with_jit(rng):
     batch = random_batch(rng)
-    loss_fn = functools.partial(losses.dpsw_loss, divergence="jsd", top_k=4, student_token="sampled")
-    eager = loss_fn(*batch)
+    expected, _ = loss_and_gradient(batch, weighting="dpsw")
     check = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-6))
-    check(jax.jit(loss_fn)(*batch), eager)
-    check(loss_fn(*map(np.asarray, batch)), eager)
-    by_row = jax.jit(jax.vmap(loss_fn))(*batch)
-    assert by_row[0].shape == (8,)
-    check(jax.tree.map(jnp.sum, by_row), eager)
-    one_token = jax.tree.map(lambda x: x[0, 0], batch)  # no leading axes at all
-    np.testing.assert_allclose(loss_fn(*one_token)[2]["kl"], losses.jsd(*one_token[:2], top_k=4), rtol=1e-6)
+    check(losses.dpsw_loss(*map(np.asarray, batch)), expected)
+    by_row = jax.jit(jax.vmap(losses.dpsw_loss))(*batch)
+    assert by_row[0].shape == (16,)
+    check(jax.tree.map(jnp.sum, by_row), expected)
+    by_token = jax.jit(jax.vmap(jax.vmap(losses.dpsw_loss)))(*batch)  # each call: logits [V], no other axis
+    assert by_token[0].shape == (16, 5)
+    check(jax.tree.map(jnp.sum, by_token), expected)
 
 
-@pytest.mark.parametrize(("name", "top_k"), [("reverse_kl", None), ("forward_kl", 4), ("jsd", None)])
+@pytest.mark.parametrize(("name", "top_k"), [("reverse_kl", None), ("forward_kl", 3), ("jsd", None)])
 def test_shard_map_over_all_devices(rng, name, top_k):
     """Batch sharded, sums psum-ed, divided once: the loss and the gradient of one device."""
-    devices = jax.device_count()
-    batch = random_batch(rng, B=2 * devices)
-    mesh = jax.make_mesh((devices,), ("data",))
-    loss_fn = functools.partial(losses.dpsw_loss, divergence=name, top_k=top_k, student_token="sampled")
+    options = {"divergence": name, "top_k": top_k, "student_token": "sampled"}
+    batch = random_batch(rng, B=2 * jax.device_count())
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = PartitionSpec("data"), PartitionSpec()
 
-    def mean_and_gradient(*batch, total):
-        def local_loss(student):
-            return loss_fn(student, *batch[1:])[:2]
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=((whole, whole), rows))
+    def sharded(*batch):
+        gradient, (loss_sum, normaliser, _) = compiled_loss(**options)(*batch)
+        loss_sum, normaliser = jax.lax.psum((loss_sum, normaliser), "data")
+        return (losses.mean_loss(loss_sum, normaliser), normaliser), losses.mean_loss(gradient, normaliser)
 
-        loss_sum, pullback, normaliser = jax.vjp(local_loss, batch[0], has_aux=True)
-        gradient = pullback(jnp.ones_like(loss_sum))[0]
-        return losses.mean_loss(total(loss_sum), total(normaliser)), losses.mean_loss(gradient, total(normaliser))
-
-    sharded = jax.shard_map(
-        functools.partial(mean_and_gradient, total=functools.partial(jax.lax.psum, axis_name="data")),
-        mesh=mesh,
-        in_specs=PartitionSpec("data"),
-        out_specs=(PartitionSpec(), PartitionSpec("data")),
-    )
-    loss, gradient = jax.jit(sharded)(*batch)
-    expected_loss, expected_gradient = jax.jit(functools.partial(mean_and_gradient, total=lambda x: x))(*batch)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-9)
+    (loss, normaliser), gradient = jax.jit(sharded)(*batch)
+    (loss_sum, *_), whole_gradient = loss_and_gradient(batch, **options)
+    np.testing.assert_allclose(loss, losses.mean_loss(loss_sum, normaliser), rtol=1e-6)
+    np.testing.assert_allclose(gradient, whole_gradient / normaliser, rtol=1e-5, atol=1e-8)
 
 
 def test_vocabulary_sharded_by_the_compiler(rng):
-    devices = jax.device_count()
-    batch = random_batch(rng, V=16 * devices)
-    mesh = jax.make_mesh((devices,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
-    sharded = jax.device_put(batch[0], spec), jax.device_put(batch[1], spec), *batch[2:]
-    options = {"top_k": 5, "divergence": "forward_kl", "weight_top_k": 5}
+    options = {"divergence": "forward_kl", "top_k": 3, "student_token": "sampled"}
+    batch = random_batch(rng, V=3 * jax.device_count())
+    mesh = jax.make_mesh((jax.device_count(),), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    shards = NamedSharding(mesh, PartitionSpec(None, None, "tensor"))
+    sharded = (*jax.device_put(batch[:2], shards), *batch[2:])
     actual, gradient = loss_and_gradient(sharded, **options)
     expected, expected_gradient = loss_and_gradient(batch, **options)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
@@ -707,7 +719,7 @@ LOGITS, TOKENS, MASK = jnp.zeros((2, 3, 24)), jnp.zeros((2, 3), int), jnp.ones((
         ),
         (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, weight_top_k=25), "weight_top_k .*got 25"),
         (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK[:, :2]), r"mask .*\(2, 3\), got \(2, 2\)"),
-        (lambda: losses.dpsw_loss(LOGITS, LOGITS[:, :2], TOKENS, MASK), "same shape|mask"),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS[:, :2], TOKENS, MASK), r"same shape.*\(2, 2, 24\)"),
         (
             lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS[:, :2], MASK, student_token="sampled"),
             r"integers of shape \(2, 3\)",

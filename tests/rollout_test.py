@@ -141,7 +141,7 @@ def test_samples_follow_the_distribution(rng, sampling):
 
 def test_relayout_casts_and_reshards():
     config = model_config.from_dict(LLAMA)
-    graphdef, params = decoder.init(config, jax.random.key(0))
+    _graphdef, params = decoder.init(config, jax.random.key(0))
     _, abstract, axes = decoder.abstract(config)
     mesh = sharding.make_mesh(1, 4, 2)
     trained = jax.device_put(params, sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN))

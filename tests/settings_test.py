@@ -1,9 +1,9 @@
 """Every fault of a config is named with its key, its value and what would do, before anything else happens."""
 
 import pytest
+from msd_jax.configs import default
 
 from msd_jax import settings
-from msd_jax.configs import default
 
 
 @pytest.fixture

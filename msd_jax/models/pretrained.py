@@ -55,6 +55,7 @@ def load(path: str, *, dtype: str, param_dtype: str, remat: str) -> Pretrained:
     """
     directory = weights.resolve(path)
     config = model_config.read(directory)
+    weights.check(directory, config)
     tokenizer = prompts.load_tokenizer(str(directory))
     if len(tokenizer) > config.vocab_size:
         raise ValueError(

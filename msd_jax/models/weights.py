@@ -24,7 +24,7 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges
 def resolve(path: str) -> pathlib.Path:
     """The local directory of a model: `path` itself, or a snapshot of the hub id `path` (HF_HUB_OFFLINE respected)."""
     directory = pathlib.Path(path).expanduser()
-    if directory.is_dir():
+    if path and directory.is_dir():
         return directory
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
         raise FileNotFoundError(
@@ -88,46 +88,24 @@ def read(directory: pathlib.Path, config: DecoderConfig, dtype: Any, shardings: 
         and only for the slices that this process holds.
 
     Raises:
-      FileNotFoundError, ValueError: a file is missing, truncated or not safetensors, or tensors are missing, left
-        over or of another shape; the message names the file and the tensors.
+      FileNotFoundError, ValueError: as `check`.
     """
-    files = _files(directory)
+    tensors = check(directory, config)
     table = layout(config)
     _, abstract, _ = decoder.abstract(config)
     flat, treedef = jax.tree.flatten_with_path(abstract)
     names = [".".join(key.key for key in path) for path, _ in flat]
-
-    expected = {
-        tensor.format(i): name
-        for name in names
-        for tensor in [table[name][0]]
-        for i in range(config.layers if "{}" in tensor else 1)
-    }
-    found = {tensor: file for file, handle in files.items() for tensor in handle.keys()}  # noqa: SIM118
-    # A tied head and rotary tables are sometimes stored; they follow from what is read.
-    derived = {t for t in found if t.endswith("rotary_emb.inv_freq")}
-    derived |= {"lm_head.weight"} if config.tied_embeddings else set()
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - derived
-    if missing or extra:
-        raise ValueError(
-            f"{directory}: the tensors do not fit config.json; missing: {_some(missing)}; left over: {_some(extra)}"
-        )
 
     def load(name: str, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         tensor, pattern = table[name]
         stacked = "{}" in tensor
         shape = leaf.shape[1:] if stacked else leaf.shape
         letters = dict(zip(pattern.split("->")[1].split(), shape))
-        wanted = _tensor_shape(pattern, letters)
+        sizes = {k: v for k, v in letters.items() if k in "nh"} if "(" in pattern else {}
 
         def one(layer: int) -> np.ndarray:
             key = tensor.format(layer)
-            file = found[key]
-            if tuple(files[file].get_slice(key).get_shape()) != wanted:
-                actual = tuple(files[file].get_slice(key).get_shape())
-                raise ValueError(f"{file}: {key} has shape {actual}, config.json asks for {wanted}")
-            sizes = {k: v for k, v in letters.items() if k in "nh"} if "(" in pattern else {}
-            return einops.rearrange(files[file].get_tensor(key), pattern, **sizes)
+            return einops.rearrange(tensors[key].get_tensor(key), pattern, **sizes)
 
         def read_slice(index: tuple[slice, ...]) -> np.ndarray:
             if not stacked:
@@ -142,6 +120,38 @@ def read(directory: pathlib.Path, config: DecoderConfig, dtype: Any, shardings: 
     flat_shardings = [None] * len(names) if shardings is None else treedef.flatten_up_to(shardings)
     leaves = [load(name, leaf, s) for name, (_, leaf), s in zip(names, flat, flat_shardings)]
     return treedef.unflatten(leaves)
+
+
+def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
+    """The open safetensors file of each tensor, all of them there and of the right shape; reads headers alone.
+
+    Raises:
+      FileNotFoundError, ValueError: a file is missing, truncated or not safetensors, or tensors are missing, left
+        over or of another shape; the message names the file and the tensors.
+    """
+    _, abstract, _ = decoder.abstract(config)
+    expected = {}
+    for name, leaf in _flat(abstract):
+        tensor, pattern = layout(config)[name]
+        stacked = "{}" in tensor
+        letters = dict(zip(pattern.split("->")[1].split(), leaf.shape[stacked:]))
+        shape = _tensor_shape(pattern, letters)
+        expected |= {tensor.format(layer): shape for layer in range(config.layers if stacked else 1)}
+    files = _files(directory)
+    found = {tensor: path for path, file in files.items() for tensor in file.keys()}  # noqa: SIM118
+    # A tied head and rotary tables are sometimes stored; they follow from what is read.
+    derived = {tensor for tensor in found if tensor.endswith("rotary_emb.inv_freq")}
+    derived |= {"lm_head.weight"} if config.tied_embeddings else set()
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - derived
+    if missing or extra:
+        raise ValueError(
+            f"{directory}: the tensors do not fit config.json; missing: {_some(missing)}; left over: {_some(extra)}"
+        )
+    for tensor, shape in expected.items():
+        actual = tuple(files[found[tensor]].get_slice(tensor).get_shape())
+        if actual != shape:
+            raise ValueError(f"{found[tensor]}: {tensor} has shape {actual}, config.json asks for {shape}")
+    return {tensor: files[path] for tensor, path in found.items()}
 
 
 def write(
@@ -173,6 +183,7 @@ def write(
         number = len(set(weight_map.values())) + 1
         file = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
         safetensors.numpy.save_file(shard, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # safetensors gives it to its owner alone
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 

@@ -1,0 +1,76 @@
+"""config.json: what is not implemented is refused by name, never approximated."""
+
+import json
+
+import numpy as np
+import pytest
+
+from msd_jax.models import config as model_config
+from tests.conftest import LLAMA
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported"),
+        ({"num_local_experts": 8}, "num_local_experts=8: mixture-of-experts"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope_type 'longrope' is not implemented"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "the key 'rope parameter factor' is missing"),
+        ({"attention_bias": True}, "attention_bias=True is not implemented"),
+        ({"mlp_bias": True}, "mlp_bias=True is not implemented"),
+        ({"hidden_act": "relu"}, "hidden_act='relu' is not implemented"),
+        ({"vision_config": {"layers": 2}}, "vision_config="),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers says 3"),
+        ({"layer_types": ["linear_attention"] * 3}, "layer_types holds 'linear_attention'"),
+    ],
+)
+def test_refused_by_name(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | change))
+    with pytest.raises(ValueError, match=message) as error:
+        model_config.read(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_not_a_config(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config.json"):
+        model_config.read(tmp_path)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    values = {k: v for k, v in LLAMA.items() if k != "hidden_size"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config.json: the key 'hidden_size' is missing"):
+        model_config.read(tmp_path)
+
+
+def test_both_layouts_of_rope_parameters():
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    old = model_config.from_dict(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling})
+    new = model_config.from_dict(LLAMA | {"rope_parameters": scaling | {"rope_theta": 5e5}})
+    assert old == new and old.ropes[0].theta == 5e5
+
+
+def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
+    rope = model_config.from_dict(
+        LLAMA
+        | {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "rope_theta": 5e5,
+        }
+    ).ropes[0]
+    scaled, factor = rope.frequencies(128)
+    plain, _ = model_config.Rope(5e5).frequencies(128)
+    wavelength = 2 * np.pi / plain
+    assert factor == 1
+    np.testing.assert_allclose(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
+    np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
