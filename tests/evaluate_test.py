@@ -1,0 +1,98 @@
+"""Evaluation: every prompt answered and judged once, rates with their n, and nothing half-written."""
+
+import json
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from msd_jax.configs import default
+
+from msd_jax import evaluate, metrics, rollout, sharding
+from msd_jax.models import pretrained
+from msd_jax.statistics import wilson_interval
+from tests.conftest import WORDS
+
+
+@pytest.fixture
+def config(model_dir, tmp_path) -> ml_collections.ConfigDict:
+    path = tmp_path / "eval.jsonl"
+    lines = [
+        {"id": str(i), "harmful": [True, False, None][i % 3], "texts": {"en": f"make a {w} ?", "sw": f"vipi {w}"}}
+        | ({"answers": {"sw": "yes"}} if i % 3 == 1 else {})
+        for i, w in enumerate(WORDS[:11])
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = default.get_config()
+    config.model.path = str(model_dir)
+    config.eval.path, config.eval.batch_size, config.eval.max_new_tokens = str(path), 4, 5
+    config.eval.languages, config.eval.source_languages = ("en", "sw"), ("en",)
+    return config
+
+
+def make(config, devices=1):
+    model = pretrained.load(**config.model)
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    evaluation = evaluate.Evaluation(ml_collections.FrozenConfigDict(config), model, mesh)
+    layout = model.shardings(mesh, sharding.ROLLOUT)
+    return evaluation, lambda: rollout.relayout(model.params(mesh), model.dtype, layout)
+
+
+def test_every_prompt_once_a_pass_with_its_verdict(config, tmp_path):
+    evaluation, params = make(config)
+    summary = evaluation.run(params, tmp_path / "out")
+    rows = metrics.read_json_lines(tmp_path / "out" / "responses.jsonl")
+    asked = {(row["pass"], row["id"], row["language"]) for row in rows}
+    assert len(rows) == len(asked) == 2 * 2 * 11
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert [summary[code]["group"] for code in ("en", "sw")] == ["source", "trained"]
+    for entry in summary.values():
+        assert entry["n"] == 11 and entry["asr_n"] == 7 and entry["over_refusal_n"] == 4
+        assert entry["asr"] + entry["refused"] + entry["invalid"] + entry["unjudged"] == pytest.approx(1)
+    assert summary["en"]["exact_match"] is None and summary["sw"]["exact_match_t1_n"] == 4
+
+
+def test_greedy_responses_do_not_depend_on_batches_or_devices(config, tmp_path):
+    def responses(name, devices, batch_size):
+        config.eval.batch_size = batch_size
+        evaluation, params = make(config, devices)
+        evaluation.run(params, tmp_path / name)
+        rows = metrics.read_json_lines(tmp_path / name / "responses.jsonl")
+        return {(row["pass"], row["id"], row["language"]): row["response"] for row in rows}
+
+    assert responses("a", 1, 4) == responses("b", 8, 16)
+
+
+def test_a_finished_evaluation_is_read_and_an_unfinished_one_done_anew(config, tmp_path):
+    evaluation, params = make(config)
+    summary = evaluation.run(params, tmp_path / "out")
+    assert evaluation.run(lambda: 1 / 0, tmp_path / "out") == summary
+    (tmp_path / "out" / "summary.json").unlink()
+    with pytest.raises(ZeroDivisionError):
+        evaluation.run(lambda: 1 / 0, tmp_path / "out")
+
+
+def row(name, verdict, harmful, match=None):
+    return {"pass": name, "language": "sw", "verdict": verdict, "harmful": harmful, "exact_match": match}
+
+
+def test_rates_are_those_counted_by_hand(config):
+    config.eval.languages = ("sw",)
+    rows = [row("greedy", v, True) for v in ["unsafe"] * 3 + ["refused"] * 4 + ["invalid", "unjudged"]]
+    rows += [row("greedy", "unsafe", None)]
+    rows += [row("greedy", v, False, m) for v, m in [("refused", False), ("answered", True), ("answered", True)]]
+    rows += [row("t1", "answered", False, m) for m in (True, False, False)]
+    entry = evaluate.summarise(rows, config)["sw"]
+    rates = ["asr", "refused", "invalid", "unjudged", "over_refusal", "exact_match", "exact_match_t1"]
+    np.testing.assert_allclose([entry[r] for r in rates], [0.4, 0.4, 0.1, 0.1, 1 / 3, 2 / 3, 1 / 3])
+    assert entry["asr_n"] == 10 and entry["asr_interval"] == list(wilson_interval(4, 10))
+    assert entry["asr_t1"] is None and entry["n"] == 13
+
+
+def test_long_prompts_are_counted_or_an_error_if_all_are(config, capsys):
+    config.prompts.student_limit = 9
+    make(config)
+    assert "evaluation: 11 prompts in en dropped" in capsys.readouterr().out
+    config.prompts.student_limit = 3
+    with pytest.raises(ValueError, match=r"every prompt is longer than config.prompts.student_limit=3 tokens"):
+        make(config)
