@@ -101,7 +101,7 @@ class Evaluation:
         weights = params()
         rows: list[dict[str, Any]] = []
         for name in PASSES:
-            rows += self._answer(name, weights)
+            rows += self.answer(name, weights)
         summary = summarise(rows, self.config)
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ class Evaluation:
             metrics.replace_text(path, json.dumps(summary, indent=1) + "\n")
         return summary
 
-    def _answer(self, name: str, params: decoder.Params) -> list[dict[str, Any]]:
+    def answer(self, name: str, params: decoder.Params) -> list[dict[str, Any]]:
         """One judged response a prompt, batches sorted by length so that little is padding."""
         order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i].ids))
         key = jax.random.key(self.config.seed)

@@ -1,5 +1,6 @@
 """The corpus, and what the tiny model has to be for the quickstart to mean something."""
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -66,15 +67,16 @@ def evaluated(directory, limit=0):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     evaluation = evaluate.Evaluation(ml_collections.FrozenConfigDict(config), model, mesh)
     params = rollout.relayout(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
-    student = evaluate.summarise(evaluation._answer("greedy", params), config)
+    student = evaluate.summarise(evaluation.answer("greedy", params), config)
+    encode = functools.partial(prompts.encode, tokenizer=model.tokenizer, config=config.prompts, source_language="en")
     as_teacher = [
-        evaluate.Prompt(p.query, p.language, prompts.encode(p.query, p.language, model.tokenizer, config.prompts, "en").teacher_ids)
-        for p in evaluation.prompts
-    ]  # fmt: skip
+        evaluate.Prompt(prompt.query, prompt.language, encode(prompt.query, prompt.language).teacher_ids)
+        for prompt in evaluation.prompts
+    ]
     config.prompts.student_limit = config.prompts.teacher_limit
     teacher = evaluate.Evaluation(ml_collections.FrozenConfigDict(config), model, mesh)
     teacher.prompts = as_teacher
-    return student, evaluate.summarise(teacher._answer("greedy", params), config)
+    return student, evaluate.summarise(teacher.answer("greedy", params), config)
 
 
 def test_the_committed_model_is_safe_in_the_source_languages_alone_and_as_a_teacher_in_all():
