@@ -67,7 +67,7 @@ def mean(summary: dict, rate: str, group: str | None = None) -> float:
 
 
 def show(rows: list[dict]) -> None:
-    table = rich.table.Table(title=f"To an ASR of {TARGET:.0%} in the trained languages: mean over seeds [min, max]")
+    table = rich.table.Table(title=f"To an ASR of {TARGET:.0%} in the trained languages: mean over seeds \\[min, max]")
     for name in ("weighting", "steps", "seconds", "ASR, T=1", "exact match", "exact match, T=1", "over-refusal"):
         table.add_column(name, justify="right")
     keys = {"steps": 1, "seconds": 1, "asr_t1": 100, "exact_match": 100, "exact_match_t1": 100, "over_refusal": 100}

@@ -59,7 +59,8 @@ def sample(logits_BxV: jax.Array, key_B: jax.Array, sampling: Sampling) -> tuple
         log_prob_BxV = jax.nn.log_softmax(logits_BxV / sampling.temperature)
         kept_BxV = log_prob_BxV
         if 0 < sampling.top_k < kept_BxV.shape[-1]:
-            lowest_Bx1 = jax.lax.top_k(kept_BxV, sampling.top_k)[0][:, -1:]
+            # min, not [-1]: a slice of top_k's values keeps XLA's fast top-k from being used on CPU.
+            lowest_Bx1 = jnp.min(jax.lax.top_k(kept_BxV, sampling.top_k)[0], axis=-1, keepdims=True)
             kept_BxV = jnp.where(kept_BxV >= lowest_Bx1, kept_BxV, -jnp.inf)
         if sampling.top_p < 1:
             kept_BxV = jax.nn.log_softmax(kept_BxV)

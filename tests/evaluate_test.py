@@ -90,7 +90,7 @@ def test_rates_are_those_counted_by_hand(config):
 
 
 def test_long_prompts_are_counted_or_an_error_if_all_are(config, capsys):
-    config.prompts.student_limit = 9
+    config.prompts.student_limit = 8
     make(config)
     assert "evaluation: 11 prompts in en dropped" in capsys.readouterr().out
     config.prompts.student_limit = 3

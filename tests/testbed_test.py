@@ -93,7 +93,7 @@ def test_a_small_model_built_anew_has_the_same_properties(tmp_path):
     """In a process of its own, at full optimisation: most of the time is spent in the steps."""
     code = (
         "import pathlib; from msd_jax.testbed import build; "
-        f"build.build(pathlib.Path({str(tmp_path)!r}), steps=400, seed=1, width=48, layers=2)"
+        f"build.build(pathlib.Path({str(tmp_path)!r}), steps=400, seed=1, layers=2)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"})
     student, teacher = evaluated(tmp_path / "model")

@@ -204,35 +204,32 @@ class Decoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         frequencies, factors = zip(*(rope.frequencies(c.head_dim) for rope in c.ropes))
         windows = jnp.array([window or np.iinfo(np.int32).max for window in c.windows], jnp.int32)
-        per_layer = (stacked, jnp.arange(c.layers), jnp.array(frequencies), jnp.array(factors), windows)
+        per_layer = (stacked, cache, jnp.array(frequencies), jnp.array(factors), windows)
 
-        def layer(carry, inputs):
-            x_BxTxD, cache = carry
-            params, index, frequency, factor, window = inputs
+        def layer(x_BxTxD, inputs):
+            params, cached, frequency, factor, window = inputs
             block = nnx.merge(graphdef, params)
             angle = positions_BxT[..., None].astype(jnp.float32) * frequency
             cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
             query, key, value = block.qkv(block.norm(x_BxTxD, block.attention_norm))
             query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
-            if cache is not None:
-                start = (index, 0, slot, 0, 0)
-                cache = KVCache(
-                    *(
-                        jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
-                        for old, new in zip(cache, (key, value))
-                    )
-                )
-                key, value = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in cache)
+            new = None
+            if cached is not None:
+                new = KVCache(key.astype(cached[0].dtype), value.astype(cached[1].dtype))
+                key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=1) for pair in zip(cached, new))
             mask = mask_BxTxS & (distance_TxS < window) if any(c.windows) else mask_BxTxS
             attended = attention(query, key, value, mask, c.query_scale, c.attention_softcap)
             update = jnp.einsum("btnh,nhd->btd", attended, block.output[...].astype(self.dtype))
             x_BxTxD = block.residual(x_BxTxD, update, "post_attention_norm")
             update = block.feed_forward(block.norm(x_BxTxD, block.ffw_norm))
-            return (block.residual(x_BxTxD, update, "post_ffw_norm"), cache), None
+            return block.residual(x_BxTxD, update, "post_ffw_norm"), new
 
         if cache is None and self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        (x_BxTxD, cache), _ = jax.lax.scan(layer, (x_BxTxD, cache), per_layer)
+        x_BxTxD, new_LxBxTxKxH = jax.lax.scan(layer, x_BxTxD, per_layer)
+        if cache is not None:  # written once for all layers: a cache carried through the scan is copied by each
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
+            cache = jax.tree.map(write, cache, new_LxBxTxKxH)
         return rms_norm(x_BxTxD, self.final_norm[...], c.norm_eps, c.norm_offset), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
