@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Languages are reported in three groups: source (these), trained (data.languages), unseen (all others).
     config.eval.languages = ("en", "sw")
     config.eval.source_languages = ("en",)
-    config.eval.limit = 0  # use only the first records; 0 for all
+    config.eval.limit = 0  # use at most so many records, evenly spread over the file; 0 for all
     config.eval.batch_size = 32
     config.eval.max_new_tokens = 256
 

@@ -7,6 +7,10 @@ from typing import Any
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from msd_jax import sharding
+from msd_jax.models import pretrained, weights
 
 # Keys that a resumed run may change; all others decide what the run computes.
 MAY_CHANGE = (
@@ -87,18 +91,31 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def restore_params(directory: pathlib.Path, abstract_params: Any) -> Any:
-    """The student's weights alone, from one step of a run (WORKDIR/checkpoints/STEP).
+def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> Any:
+    """The student's weights, in the training layout.
+
+    Args:
+      path: a Hugging Face directory, a step of a run (WORKDIR/checkpoints/STEP), or "": the model's own directory.
+      model: what the weights belong to.
+      mesh: from sharding.make_mesh.
 
     Raises:
-      FileNotFoundError: `directory` is not such a step.
+      FileNotFoundError, ValueError: `path` is neither, or does not fit the model.
     """
-    saved = directory.resolve() / "state"
+    directory = pathlib.Path(path).resolve() if path else model.directory
+    if (directory / "config.json").is_file():
+        weights.check(directory, model.config)
+        return model.params(mesh, directory)
+    saved = directory / "state"
     if not saved.is_dir():
-        raise FileNotFoundError(f"{directory} is neither a Hugging Face directory nor WORKDIR/checkpoints/STEP")
+        raise FileNotFoundError(f"--checkpoint={path} is neither a Hugging Face directory nor WORKDIR/checkpoints/STEP")
+    layout = model.shardings(mesh, sharding.TRAIN)
+    params = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), model.abstract, layout
+    )
     args = ocp.args.PyTreeRestore(
-        item={"params": abstract_params},
-        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract_params}),
+        item={"params": params},
+        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": params}),
         partial_restore=True,
     )
     return ocp.PyTreeCheckpointer().restore(saved, args=args)["params"]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
@@ -43,6 +43,7 @@ def run(main: Callable[[list[str]], None], **strings: str | None) -> None:
         except Exception as error:  # a typo in a key, a wrong type, a config that is not there or does not load
             sys.exit(f"error: {_explain(error, argv)}")
 
+    logging.set_verbosity(logging.WARNING)  # libraries are quiet; our own lines are printed
     app.run(main, flags_parser=parse)
 
 

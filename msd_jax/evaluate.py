@@ -53,7 +53,8 @@ class Evaluation:
         self.config, self.model, self.mesh = config, model, mesh
         languages = tuple(config.eval.languages)
         records = queries.read(config.eval.path, harmful=config.eval.harmful)
-        records = records[: config.eval.limit or None]
+        if config.eval.limit:  # evenly spread, for files are often sorted by kind
+            records = records[:: -(-len(records) // config.eval.limit)]
         queries.require_languages(records, languages, config.eval.path)
         self.prompts: list[Prompt] = []
         self.dropped: collections.Counter[str] = collections.Counter()
@@ -229,7 +230,7 @@ def summarise(rows: Iterable[dict[str, Any]], config: ml_collections.ConfigDict)
 
 def main(argv: list[str]) -> None:
     del argv
-    from msd_jax import cli, report
+    from msd_jax import checkpoint, cli, report
 
     with cli.clear_errors():
         config = cli.config()
@@ -241,26 +242,11 @@ def main(argv: list[str]) -> None:
         out = pathlib.Path(cli.FLAGS.out)
         if (out / "summary.json").exists():
             raise ValueError(f"--out={out} already holds an evaluation; take another directory")
-        trained = load_checkpoint(cli.FLAGS.checkpoint, model, mesh)
+        trained = checkpoint.load_params(cli.FLAGS.checkpoint, model, mesh)
     layout = model.shardings(mesh, sharding.ROLLOUT)
     summary = evaluation.run(lambda: rollout.relayout(trained, model.dtype, layout), out)
     report.print_summary(summary)
     say(f"responses and verdicts: {out / 'responses.jsonl'}")
-
-
-def load_checkpoint(path: str, model: pretrained.Pretrained, mesh: Mesh) -> decoder.Params:
-    """Params from a Hugging Face directory or a step of a run; from the model's own directory where path is ""."""
-    from msd_jax import checkpoint
-
-    directory = pathlib.Path(path) if path else model.directory
-    if (directory / "config.json").is_file():
-        return model.params(mesh, directory)
-    abstract = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        model.abstract,
-        model.shardings(mesh, sharding.TRAIN),
-    )
-    return checkpoint.restore_params(directory, abstract)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""params -> a Hugging Face directory that transformers, vLLM and the like load (`python -m msd_jax.export`)."""
+"""params -> a Hugging Face directory that transformers, vLLM and the like load.
+
+A run exports its last step; `python -m msd_jax.export --config configs/NAME.py --checkpoint WORKDIR/checkpoints/STEP
+--out DIR` does so for another.
+"""
 
 import json
 import pathlib
@@ -38,3 +42,26 @@ def save(
     (unfinished / "config.json").write_text(json.dumps(values | {"dtype": dtype}, indent=2) + "\n")
     shutil.rmtree(directory, ignore_errors=True)
     unfinished.rename(directory)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    from msd_jax import checkpoint, cli, sharding
+    from msd_jax.console import say
+    from msd_jax.models import pretrained
+
+    with cli.clear_errors():
+        config = cli.config()
+        model, mesh = pretrained.load(**config.model), sharding.make_mesh(**config.mesh)
+        params = checkpoint.load_params(cli.FLAGS.checkpoint, model, mesh)
+        out = pathlib.Path(cli.FLAGS.out)
+        if out.exists():
+            raise ValueError(f"--out={out} is there already; name a new directory")
+    save(out, params, model.directory)
+    say(f"exported: {out}")
+
+
+if __name__ == "__main__":
+    from msd_jax import cli
+
+    cli.run(main, checkpoint=None, out=None)

@@ -3,14 +3,12 @@
 import pathlib
 
 import jax
-from absl import logging
 
 from msd_jax import cli, train
 
 
 def main(argv: list[str]) -> None:
     del argv
-    logging.set_verbosity(logging.WARNING)  # libraries are quiet; our own lines are printed
     with cli.clear_errors():
         trainer = train.Trainer(cli.config(), pathlib.Path(cli.FLAGS.workdir))
     trainer.train()

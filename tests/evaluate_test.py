@@ -96,3 +96,10 @@ def test_long_prompts_are_counted_or_an_error_if_all_are(config, capsys):
     config.prompts.student_limit = 3
     with pytest.raises(ValueError, match=r"every prompt is longer than config.prompts.student_limit=3 tokens"):
         make(config)
+
+
+@pytest.mark.parametrize("limit, ids", [(0, range(11)), (4, (0, 3, 6, 9)), (6, (0, 2, 4, 6, 8, 10)), (20, range(11))])
+def test_a_limit_is_spread_over_the_file(config, limit, ids):
+    config.eval.limit = limit
+    evaluation, _ = make(config)
+    assert [p.query.id for p in evaluation.prompts if p.language == "sw"] == [str(i) for i in ids]

@@ -13,9 +13,9 @@ import optax
 import pytest
 from msd_jax.configs import default
 
-from msd_jax import forward, losses, metrics, sharding, train
+from msd_jax import checkpoint, forward, losses, metrics, sharding, train
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder
+from msd_jax.models import decoder, pretrained
 from tests.conftest import LLAMA, WORDS
 
 CONFIG = model_config.from_dict(LLAMA)
@@ -203,9 +203,7 @@ def config(model_dir, tmp_path) -> ml_collections.ConfigDict:
 def run(config, workdir: pathlib.Path):
     trainer = train.Trainer(ml_collections.FrozenConfigDict(config), workdir)
     trainer.train()
-    state, _ = train.checkpoint.Checkpoints(workdir).restore(
-        config.train.steps, train.checkpoint.abstract(trainer.initial_state())
-    )
+    state, _ = checkpoint.Checkpoints(workdir).restore(config.train.steps, checkpoint.abstract(trainer.initial_state()))
     return state, metrics.read_json_lines(workdir / "metrics.jsonl")
 
 
@@ -282,6 +280,12 @@ def test_more_steps_go_on_from_the_last_checkpoint(config, tmp_path):
     config.train.steps = 6
     extended, _ = run(config, tmp_path / "extended")
     jax.tree.map(np.testing.assert_array_equal, extended.params, longer.params)
+    # One step's weights alone, as evaluation and export read them.
+    model, mesh = pretrained.load(**config.model), sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+    params = checkpoint.load_params(str(tmp_path / "extended" / "checkpoints" / "6"), model, mesh)
+    jax.tree.map(np.testing.assert_array_equal, params, longer.params)
+    with pytest.raises(FileNotFoundError, match=r"neither a Hugging Face directory nor WORKDIR/checkpoints/STEP"):
+        checkpoint.load_params(str(tmp_path / "extended"), model, mesh)
 
 
 def test_batches_that_do_not_divide_over_the_devices(config, tmp_path):
