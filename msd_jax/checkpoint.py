@@ -103,7 +103,7 @@ def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> Any:
       FileNotFoundError, ValueError: `path` is neither, or does not fit the model.
     """
     directory = pathlib.Path(path).resolve() if path else model.directory
-    if (directory / "config.json").is_file():
+    if any(directory.glob("*.safetensors")):  # not by config.json, which a run's workdir has too
         weights.check(directory, model.config)
         return model.params(mesh, directory)
     saved = directory / "state"
