@@ -127,13 +127,11 @@ class Evaluation:
         return rows
 
     def _generate(self, name: str, params: decoder.Params, batch: list[Prompt], key: jax.Array) -> rollout.Rollout:
-        P = pipeline.bucket(max(len(prompt.ids) for prompt in batch), self.config.prompts.student_limit)
-        prompt_BxP = np.full((self._rows, P), self.model.pad_id, np.int32)
-        length_B, hash_B = np.ones(self._rows, np.int32), np.zeros(self._rows, np.uint32)
-        for row, prompt in enumerate(batch):
-            prompt_BxP[row, P - len(prompt.ids) :] = prompt.ids
-            length_B[row] = len(prompt.ids)
-            hash_B[row] = pipeline.query_hash(prompt.query.id, prompt.language)
+        filled = batch + batch[:1] * (self._rows - len(batch))
+        prompt_BxP, length_B = pipeline.left_pad(
+            [prompt.ids for prompt in filled], self.config.prompts.student_limit, self.model.pad_id
+        )
+        hash_B = np.array([pipeline.query_hash(p.query.id, p.language) for p in filled], np.uint32)
         active_B = np.arange(self._rows) < len(batch)  # the last batch is filled up with rows that get no tokens
         generator = self._generators[name]
         return sharding.fetch(generator(params, prompt_BxP, length_B, hash_B, active_B, key))
