@@ -19,6 +19,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.param_dtype = "float32"  # of the trained weights and the optimizer's moments
     config.model.dtype = "float32"  # of activations and matrix products; bfloat16 on TPU and GPU
     config.model.remat = "full"  # what the backward pass keeps of each layer: none | dots | full (nothing)
+    config.model.freeze_embeddings = False  # also freezes the head where it is tied
+    # Low-rank adapters: they alone are trained, and the frozen teacher is the base itself.
+    config.model.lora = ml_collections.ConfigDict()
+    config.model.lora.rank = 0  # 0 trains all weights
+    config.model.lora.alpha = 32.0  # the update is scaled by alpha / rank
+    config.model.lora.targets = ("query", "key", "value", "output", "gate", "up", "down")
+    config.model.lora.base_dtype = "bfloat16"  # of the weights that are not trained
 
     # Parallel queries; no responses are needed.
     config.data = ml_collections.ConfigDict()
@@ -28,6 +35,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Languages to align, with their sampling weights. A user's own config replaces the whole mapping.
     config.data.languages = ml_collections.ConfigDict({"sw": 1.0})
     config.data.batch_size = 32  # queries a step, over all devices
+    # Queries of so many batches are sorted by length before they are split, which saves padding; 1 leaves their order.
+    # Where a language takes many more tokens than the others, its queries then tend to share batches.
+    config.data.length_window = 8
 
     config.prompts = ml_collections.ConfigDict()
     config.prompts.teacher_template = prompts.DEFAULT_TEACHER_TEMPLATE  # with {query} and {language}
@@ -77,7 +87,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # global norm of the gradient
-    config.optimizer.freeze_embeddings = False  # also freezes the head where it is tied
 
     config.train = ml_collections.ConfigDict()
     config.train.steps = 300

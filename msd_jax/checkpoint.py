@@ -9,8 +9,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from msd_jax import sharding
-from msd_jax.models import pretrained, weights
+from msd_jax.models import decoder, pretrained, weights
 
 # Keys that a resumed run may change; all others decide what the run computes.
 MAY_CHANGE = (
@@ -109,13 +108,11 @@ def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> Any:
     saved = directory / "state"
     if not saved.is_dir():
         raise FileNotFoundError(f"--checkpoint={path} is neither a Hugging Face directory nor WORKDIR/checkpoints/STEP")
-    layout = model.shardings(mesh, sharding.TRAIN)
-    params = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), model.abstract, layout
-    )
+    trained, _ = model.split(model.target(mesh))
     args = ocp.args.PyTreeRestore(
-        item={"params": params},
-        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": params}),
+        item={"params": trained},
+        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": trained}),
         partial_restore=True,
     )
-    return ocp.PyTreeCheckpointer().restore(saved, args=args)["params"]
+    restored = ocp.PyTreeCheckpointer().restore(saved, args=args)["params"]
+    return decoder.join(restored, model.frozen_params(mesh))

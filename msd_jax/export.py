@@ -4,14 +4,17 @@ A run exports its last step; `python -m msd_jax.export --config configs/NAME.py 
 --out DIR` does so for another.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 import jax
 
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, weights
+from msd_jax.models import decoder, pretrained, weights
+from msd_jax.models import lora as lora_lib
 
 
 def save(
@@ -20,6 +23,7 @@ def save(
     source: pathlib.Path,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    lora: lora_lib.Lora | None = None,
 ) -> None:
     """Writes `params` to `directory` in the layout of the model that they came from.
 
@@ -29,17 +33,41 @@ def save(
       source: the Hugging Face directory whose config.json and tokenizer go along.
       dtype: of the tensors; None takes the one that SOURCE/config.json names.
       max_shard_bytes: above this size the weights are split over several files with an index.
+      lora: settings of the adapters in `params`, which are merged into the matrices.
     """
     config = model_config.read(source)
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     dtype = dtype or values.get("dtype") or values.get("torch_dtype") or "float32"
+    values.pop("torch_dtype", None)
+    if lora:
+        params = lora_lib.merge(params, lora, jax.numpy.dtype(dtype))
+    with _whole(directory) as unfinished:
+        weights.write(unfinished, params, config, jax.numpy.dtype(dtype), max_shard_bytes)
+        weights.copy_tokenizer(source, unfinished)
+        (unfinished / "config.json").write_text(json.dumps(values | {"dtype": dtype}, indent=2) + "\n")
+
+
+def save_adapter(directory: pathlib.Path, params: decoder.Params, model: pretrained.Pretrained, base: str) -> None:
+    """Writes the adapters alone, in PEFT's layout, with the tokenizer.
+
+    Args:
+      directory: replaced as a whole, and only when everything is written.
+      params: holds the adapters.
+      model: what they belong to.
+      base: hub id or directory, noted as the base model.
+    """
+    with _whole(directory) as unfinished:
+        lora_lib.write(unfinished, params, model.lora, weights.layout(model.config), base)
+        model.tokenizer.save_pretrained(unfinished)
+
+
+@contextlib.contextmanager
+def _whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new directory to write into, which takes the place of `directory` when all is written."""
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    weights.write(unfinished, params, config, jax.numpy.dtype(dtype), max_shard_bytes)
-    weights.copy_tokenizer(source, unfinished)
-    values.pop("torch_dtype", None)
-    (unfinished / "config.json").write_text(json.dumps(values | {"dtype": dtype}, indent=2) + "\n")
+    yield unfinished
     shutil.rmtree(directory, ignore_errors=True)
     unfinished.rename(directory)
 
@@ -48,7 +76,6 @@ def main(argv: list[str]) -> None:
     del argv
     from msd_jax import checkpoint, cli, sharding
     from msd_jax.console import say
-    from msd_jax.models import pretrained
 
     with cli.clear_errors():
         config = cli.config()
@@ -57,7 +84,7 @@ def main(argv: list[str]) -> None:
         out = pathlib.Path(cli.FLAGS.out)
         if out.exists():
             raise ValueError(f"--out={out} is there already; name a new directory")
-    save(out, params, model.directory)
+    save(out, params, model.directory, lora=model.lora)
     say(f"exported: {out}")
 
 

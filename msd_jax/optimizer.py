@@ -23,12 +23,10 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
 def make_optimizer(
     config: ml_collections.ConfigDict, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a global-norm clip; embeddings take no updates where config.freeze_embeddings."""
+    """AdamW behind a global-norm clip."""
     schedule = make_schedule(config, steps)
     adamw = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=_is_matrix)
     chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-    if config.freeze_embeddings:
-        chain = optax.multi_transform({"train": chain, "freeze": optax.set_to_zero()}, _freeze_embeddings)
     return chain, schedule
 
 
@@ -36,7 +34,3 @@ def _is_matrix(params: Any) -> Any:
     """Weight decay is for matrices, not for norms and biases."""
     names = ("norm", "bias")
     return jax.tree.map_with_path(lambda path, _: not any(name in path[-1].key for name in names), params)
-
-
-def _freeze_embeddings(params: Any) -> Any:
-    return jax.tree.map_with_path(lambda path, _: "freeze" if path[-1].key == "embedding" else "train", params)

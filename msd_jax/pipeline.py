@@ -116,13 +116,15 @@ def encode_all(
 
 
 def batches(
-    encoded: Encoded, weights: Mapping[str, float], batch_size: int, seed: int, pad_id: int
+    encoded: Encoded, weights: Mapping[str, float], batch_size: int, seed: int, pad_id: int, window: int = 1
 ) -> grain.IterDataset[Batch]:
     """An endless stream of batches.
 
     Each epoch holds every query once, in a new order and in one target language drawn by weight; batches run on over
     the ends of epochs. Query i of the stream depends on (seed, i) alone: not on the batch size, nor on the number of
-    hosts. All hosts build the same batch and take their rows of it, so that they agree on P.
+    hosts. Of every `window * batch_size` queries those of like length then share a batch, so that little of it is
+    padding, and the batches come in random order. All hosts build the same batch and take their rows of it, so that
+    they agree on P.
 
     `iter(...)` gives an iterator with get_state() and set_state(); the state is {"next_index": i}, an int.
 
@@ -132,6 +134,7 @@ def batches(
       batch_size: B.
       seed: at least 0.
       pad_id: fills the left of shorter prompts.
+      window: number of batches among which queries are sorted by length; 1 leaves them as they come.
 
     Raises:
       ValueError: a weight is not a number from 0 on, its language was not encoded, or nothing is left.
@@ -150,21 +153,40 @@ def batches(
         weights_L = np.array([weights[example.language] for example in record], np.float64)
         return record[rng.choice(len(record), p=weights_L / weights_L.sum())]
 
+    def group(examples: Sequence[prompts.Example], rng: np.random.Generator) -> list[Sequence[prompts.Example]]:
+        if window > 1:
+            examples = sorted(examples, key=lambda example: len(example.student_ids) + len(example.teacher_ids))
+        groups = [examples[first : first + batch_size] for first in range(0, len(examples), batch_size)]
+        return [groups[i] for i in rng.permutation(window)]
+
     def collate(examples: Sequence[prompts.Example]) -> Batch:
         student = left_pad([example.student_ids for example in examples], encoded.student_limit, pad_id)
         teacher = left_pad([example.teacher_ids for example in examples], encoded.teacher_limit, pad_id)
         hashes = [query_hash(example.query_id, example.language) for example in examples]
         return Batch(*student, *teacher, np.array(hashes, np.uint32), tuple(examples))
 
-    return (
+    windows = (
         grain.MapDataset.source(records)
         .seed(seed)  # shuffle(seed=s) would use s + epoch, so that seeds 0 and 1 share their epochs
         .shuffle()
         .repeat()
         .random_map(draw)
-        .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))  # all is in memory already
-        .batch(batch_size, drop_remainder=True, batch_fn=collate)
+        .batch(window * batch_size, drop_remainder=True, batch_fn=list)
+        .random_map(group)
     )
+    groups = grain.experimental.FlatMapMapDataset(windows, _Split(window))
+    # Everything is in memory already: no threads, no buffer.
+    return groups.map(collate).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+
+class _Split(grain.experimental.FlatMapTransform):
+    """A list of `max_fan_out` elements -> each of them."""
+
+    def __init__(self, count: int):
+        self.max_fan_out = count
+
+    def flat_map(self, element: list) -> list:
+        return element
 
 
 def left_pad(rows: Sequence[np.ndarray], limit: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

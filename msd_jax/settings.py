@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 
 from msd_jax.configs import default
+from msd_jax.models.lora import INPUTS
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 _FREE = {
@@ -18,6 +19,7 @@ _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.lora.base_dtype": ("float32", "bfloat16"),
     "data.harmful": ("file", "true", "false"),
     "teacher.kind": ("frozen", "live", "ema", "periodic"),
     "rollout.policy": ("on_policy", "off_policy", "mixed"),
@@ -31,7 +33,9 @@ _CHOICES = {
 
 # Inclusive ranges; None is open.
 _RANGES = {
+    "model.lora.rank": (0, None),
     "data.batch_size": (1, None),
+    "data.length_window": (1, 64),
     "prompts.student_limit": (1, None),
     "prompts.teacher_limit": (1, None),
     "teacher.ema_decay": (0.0, 1.0),
@@ -60,7 +64,7 @@ _RANGES = {
     "eval.batch_size": (1, None),
     "eval.max_new_tokens": (1, None),
 }
-_POSITIVE = ("rollout.top_p", "loss.temperature", "optimizer.clip_norm", "optimizer.eps")
+_POSITIVE = ("model.lora.alpha", "rollout.top_p", "loss.temperature", "optimizer.clip_norm", "optimizer.eps")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -93,6 +97,10 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
             yield f"config.{key}={value(key)!r} must be greater than 0"
     if value("rollout.top_p") > 1:
         yield f"config.rollout.top_p={value('rollout.top_p')!r} must be at most 1"
+
+    targets, known = set(config.model.lora.targets), set(INPUTS)
+    if not targets or targets - known:
+        yield f"config.model.lora.targets={tuple(config.model.lora.targets)!r}: choose among {', '.join(INPUTS)}"
 
     languages = dict(config.data.languages)
     if not languages:

@@ -41,8 +41,8 @@ class TrainState:
 
     Attributes:
       step: int32 number of finished steps, those skipped among them.
-      params: the student's weights.
-      teacher: the teacher's weights; None for a live teacher, which is the student itself.
+      params: those of the student's weights that are trained: all, or adapters, or all but the embeddings.
+      teacher: the same part of the teacher's weights; None for a live teacher, which is the student itself.
       opt_state: of the optax chain.
       skipped: int32 number of steps whose gradient was not finite.
     """
@@ -78,6 +78,7 @@ def both_logits(
 
 def train_step(
     state: TrainState,
+    frozen: decoder.Params,
     batch: TrainBatch,
     *,
     graphdef: nnx.GraphDef,
@@ -90,6 +91,7 @@ def train_step(
 
     Args:
       state: donated.
+      frozen: the weights that are not trained, which student and teacher share; {} where all are.
       batch: B rows, divisible by `micro_batches`.
       graphdef, optimize, loss, teacher, micro_batches: static; `loss` is losses.dpsw_loss with its settings,
         `teacher` is config.teacher.
@@ -97,7 +99,8 @@ def train_step(
     teacher_params = state.params if state.teacher is None else state.teacher
 
     def loss_sum(params, micro):
-        student_BxRxV, teacher_BxRxV = both_logits(graphdef, params, teacher_params, micro)
+        both = (decoder.join(frozen, trained) for trained in (params, teacher_params))
+        student_BxRxV, teacher_BxRxV = both_logits(graphdef, *both, micro)
         mask_BxR = forward.response_mask(micro.response_length_B, micro.response_BxR.shape[1])
         total, normaliser, aux = loss(student_BxRxV, teacher_BxRxV, micro.response_BxR, mask_BxR)
         return total, (normaliser, aux)
@@ -178,7 +181,10 @@ class Trainer:
         records = queries.read(config.data.path, harmful=config.data.harmful)
         encoded = pipeline.encode_all(records, tuple(languages), self.model.tokenizer, config)
         self.evaluation = evaluate.Evaluation(config, self.model, self.mesh) if config.eval.path else None
-        batches = pipeline.batches(encoded, languages, config.data.batch_size, config.seed, self.model.pad_id)
+        data = config.data
+        batches = pipeline.batches(
+            encoded, languages, data.batch_size, config.seed, self.model.pad_id, data.length_window
+        )
         self.batches = iter(batches)
         for line in encoded.describe_dropped():
             say(line)
@@ -197,6 +203,7 @@ class Trainer:
             store = responses.Store(workdir / "teacher_responses.jsonl", mark)
         self.respond = responses.Responder(config, self.generator, store)
         self.loss = make_loss(config)
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # each costs one compilation
         self.train_step = jax.jit(
             functools.partial(
                 train_step,
@@ -219,15 +226,16 @@ class Trainer:
             )
 
     def initial_state(self) -> TrainState:
-        """Weights as they come; Adam's moments and the teacher follow the weights' sharding."""
-        params = self.model.params(self.mesh)
+        """Weights as they come; Adam's moments and the teacher follow the weights' sharding. Also sets `frozen`."""
+        params, self.frozen = self.model.split(self.model.params(self.mesh, seed=self.config.seed))
+        shardings, _ = self.model.split(self.model.shardings(self.mesh, sharding.TRAIN))
         replicated = sharding.replicated(self.mesh)
         # Moments take their parameter's sharding, counts are replicated.
         opt_shardings = optax.tree.map_params(
             self.optimize,
             lambda _, s: s,
             jax.eval_shape(self.optimize.init, params),
-            self.model.shardings(self.mesh, sharding.TRAIN),
+            shardings,
             transform_non_params=lambda _: replicated,
         )
         opt_state = jax.jit(self.optimize.init, out_shardings=opt_shardings)(params)
@@ -262,8 +270,7 @@ class Trainer:
         writer.close()
         self.checkpoints.close()
         if config.train.export:
-            export.save(self.workdir / "model", state.params, self.model.directory)
-            say(f"aligned model: {self.workdir / 'model'}")
+            self.export(state)
         if self.evaluation:
             self.evaluation.run(lambda: self.rollout_params(state.params), self.workdir / "eval" / str(step))
             report.print_before_after(self.workdir / "eval", 0, step)
@@ -289,9 +296,10 @@ class Trainer:
             written.length_B,
         )
         on_device = sharding.put_batch(self.mesh, train_batch)
+        self._shapes.add(tuple(x.shape for x in train_batch))
         if (step + 1) % self.config.train.completions_every == 0 and self.config.train.completions_kept:
             writer.completions(step + 1, self.completions(state, batch, written, on_device))
-        state, scalars = self.train_step(state, on_device)
+        state, scalars = self.train_step(state, self.frozen, on_device)
         row = {name: float(value) for name, value in sharding.fetch(scalars).items()}
         train_seconds = time.perf_counter() - start
 
@@ -309,18 +317,33 @@ class Trainer:
             "train_tokens_per_second": real / train_seconds,
             "padding": 1 - real / columns,
             "rollout_compilations": self.generator.compilations,
+            "train_compilations": len(self._shapes),
         }
         return state, row
 
-    def rollout_params(self, params: decoder.Params) -> decoder.Params:
-        return rollout.relayout(params, self.model.dtype, self.rollout_shardings)
+    def rollout_params(self, trained: decoder.Params) -> decoder.Params:
+        return rollout.relayout(decoder.join(self.frozen, trained), self.model.dtype, self.rollout_shardings)
+
+    def export(self, state: TrainState) -> None:
+        """Writes WORKDIR/model, and the adapters alone to WORKDIR/adapter where they are what was trained."""
+        export.save(
+            self.workdir / "model",
+            decoder.join(self.frozen, state.params),
+            self.model.directory,
+            lora=self.model.lora,
+        )
+        say(f"aligned model: {self.workdir / 'model'}")
+        if self.model.lora:
+            export.save_adapter(self.workdir / "adapter", state.params, self.model, self.config.model.path)
+            say(f"its adapter: {self.workdir / 'adapter'}")
 
     def completions(
         self, state: TrainState, batch: pipeline.Batch, written: responses.Responses, train_batch: TrainBatch
     ) -> list[dict[str, Any]]:
         """For a few rows: both prompts, the response, and each token's divergence and weights before the update."""
         teacher = state.params if state.teacher is None else state.teacher
-        tokens = sharding.fetch(self._token_diagnostics(state.params, teacher, train_batch))
+        both = (decoder.join(self.frozen, trained) for trained in (state.params, teacher))
+        tokens = sharding.fetch(self._token_diagnostics(*both, train_batch))
         decode = self.model.tokenizer.decode
         entries = []
         for row in range(min(self.config.train.completions_kept, len(batch.examples))):
@@ -355,7 +378,12 @@ class Trainer:
         c, sampling = self.config, self.generator.sampling
         count = sum(leaf.size for leaf in jax.tree.leaves(self.model.abstract))
         mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
-        say(f"model: {self.model.directory}, {count:,} parameters; mesh: {mesh} ({jax.devices()[0].device_kind})")
+        trained = sum(leaf.size for leaf in jax.tree.leaves(self.model.split(self.model.abstract)[0]))
+        say(
+            f"model: {self.model.directory}, {count:,} parameters"
+            + (f", {trained:,} of them trained" if trained < count else "")
+            + f"; mesh: {mesh} ({jax.devices()[0].device_kind})"
+        )
         say(
             f"MSD: {c.rollout.policy}, {c.teacher.kind} teacher, {self.loss.keywords['divergence']}, "
             f"{c.loss.weighting} weights; scored at temperature {c.loss.temperature}"

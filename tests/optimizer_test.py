@@ -37,14 +37,11 @@ def test_the_clip_is_by_global_norm(config):
     np.testing.assert_allclose(updates["embedding"], -0.5 * clipped / (clipped + 1), rtol=1e-5)
 
 
-def test_decay_spares_norms_and_frozen_embeddings_stay(config):
-    config.weight_decay, config.freeze_embeddings, config.warmup_steps = 0.1, True, 0
+def test_decay_spares_norms(config):
+    config.weight_decay, config.warmup_steps = 0.1, 0
     optimize, _ = optimizer.make_optimizer(config, 10)
     grads = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = optimize.update(grads, optimize.init(PARAMS), PARAMS)
     new = optax.apply_updates(PARAMS, updates)
     np.testing.assert_allclose(new["layers"]["query"], 1 - 0.5 * 0.1, rtol=1e-5)
     assert (new["layers"]["query_norm"] == 1).all()
-    grads = jax.tree.map(jnp.ones_like, PARAMS)
-    updates, _ = optimize.update(grads, optimize.init(PARAMS), PARAMS)
-    assert (updates["embedding"] == 0).all() and (updates["layers"]["query"] != 0).all()

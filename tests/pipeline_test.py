@@ -52,11 +52,11 @@ def make_encoded(count: int, languages: tuple[str, ...] = ("sw", "jv", "bn"), se
     return pipeline.Encoded(records, languages, student_limit=40, teacher_limit=100, dropped={})
 
 
-def stream(encoded: pipeline.Encoded, batch_size: int, count: int, seed: int = 0, **weights: float) -> list:
+def stream(encoded, batch_size: int, count: int, seed: int = 0, window: int = 1, **weights: float) -> list:
     """(query id, language) of the first `count` examples."""
     weights = weights or dict.fromkeys(encoded.languages, 1.0)
     rows = itertools.chain.from_iterable(
-        batch.examples for batch in pipeline.batches(encoded, weights, batch_size, seed, PAD)
+        batch.examples for batch in pipeline.batches(encoded, weights, batch_size, seed, PAD, window)
     )
     return [(example.query_id, example.language) for example in itertools.islice(rows, count)]
 
@@ -84,6 +84,35 @@ def test_order_does_not_depend_on_the_batch_size():
     encoded = make_encoded(45)
     streams = [stream(encoded, batch_size, 100) for batch_size in (1, 4, 45, 64)]
     assert all(rows == streams[0] for rows in streams)
+
+
+def test_a_window_sorts_by_length_and_nothing_else():
+    encoded = make_encoded(64, ("sw",))
+    weights = {"sw": 1.0}
+    plain, grouped = (
+        list(itertools.islice(pipeline.batches(encoded, weights, 8, 0, PAD, window), 24)) for window in (1, 4)
+    )
+    length = lambda example: len(example.student_ids) + len(example.teacher_ids)  # noqa: E731
+    orders = []
+    for first in range(0, 24, 4):
+        rows = [example for batch in plain[first : first + 4] for example in batch.examples]
+        windows = [batch.examples for batch in grouped[first : first + 4]]
+        assert {x.query_id for x in rows} == {x.query_id for batch in windows for x in batch}
+        ranges = sorted((length(batch[0]), length(batch[-1])) for batch in windows)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))  # no two batches overlap in length
+        orders.append(tuple(np.argsort([length(batch[0]) for batch in windows])))
+    assert len(set(orders)) > 2  # the batches themselves come in random order
+
+
+def test_a_window_leaves_less_padding():
+    encoded = make_encoded(400, ("sw",))
+
+    def padding(window):
+        batches = list(itertools.islice(pipeline.batches(encoded, {"sw": 1.0}, 8, 0, PAD, window), 48))
+        real = sum(int(b.student_lengths_B.sum() + b.teacher_lengths_B.sum()) for b in batches)
+        return 1 - real / sum(b.student_prompt_BxP.size + b.teacher_prompt_BxP.size for b in batches)
+
+    assert padding(8) < 0.8 * padding(1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 13, 64])
@@ -127,15 +156,16 @@ def test_weights_are_shared_out_among_the_languages_that_a_record_has_left():
     assert {int(id[1:]) % 2 for id, _ in stream(encoded, 4, 100, sw=1.0, jv=0.0)} == {1}
 
 
+@pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("taken", [0, 1, 3, 10])
-def test_a_restored_iterator_goes_on_identically(taken):
+def test_a_restored_iterator_goes_on_identically(taken, window):
     weights = {"sw": 2.0, "jv": 1.0, "bn": 0.0}
-    iterator = iter(pipeline.batches(make_encoded(10), weights, 4, 3, PAD))
+    iterator = iter(pipeline.batches(make_encoded(10), weights, 4, 3, PAD, window))
     for _ in range(taken):
         next(iterator)
     state = json.dumps(iterator.get_state())
     expected = [next(iterator) for _ in range(8)]
-    fresh = iter(pipeline.batches(make_encoded(10), weights, 4, 3, PAD))
+    fresh = iter(pipeline.batches(make_encoded(10), weights, 4, 3, PAD, window))
     next(fresh)
     fresh.set_state(json.loads(state))
     assert all(same(a, b) for a, b in zip(expected, fresh))
@@ -274,7 +304,8 @@ def test_multijail_from_file_to_batch(tokenizer):
     texts = {record.id: record.texts for record in records}
     kept = sum(map(len, encoded.records))
     assert 300 < kept < 420 and kept + sum(encoded.dropped.values()) == 420  # one token a byte: Bengali is long
-    batch = next(iter(pipeline.batches(encoded, {"sw": 1.0, "bn": 1.0}, 16, 0, PAD)))
+    stream = iter(pipeline.batches(encoded, {"sw": 1.0, "bn": 1.0}, 16, 0, PAD, window=8))
+    batch = next(stream)
     for row, length, example in zip(batch.student_prompt_BxP, batch.student_lengths_B, batch.examples):
         text = texts[example.query_id][example.language]
         assert example.harmful is True

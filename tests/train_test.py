@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from msd_jax.configs import default
+from safetensors.numpy import load_file
 
 from msd_jax import checkpoint, forward, losses, metrics, sharding, train
 from msd_jax.models import config as model_config
@@ -44,7 +45,8 @@ def make_step(optimize, *, micro_batches=1, teacher=FROZEN, dtype=jnp.float32, *
     graphdef, _, _ = decoder.abstract(CONFIG, dtype=dtype)
     loss = functools.partial(losses.dpsw_loss, **{"weight_top_k": 5} | loss)
     static = {"graphdef": graphdef, "optimize": optimize, "loss": loss, "teacher": teacher}
-    return jax.jit(functools.partial(train.train_step, micro_batches=micro_batches, **static))
+    step = jax.jit(functools.partial(train.train_step, micro_batches=micro_batches, **static))
+    return lambda state, batch: step(state, {}, batch)
 
 
 def largest_difference(a, b):
@@ -218,10 +220,13 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("policy, kind", [("on_policy", "ema"), ("off_policy", "frozen"), ("mixed", "frozen")])
-def test_a_killed_run_ends_bit_identical(config, tmp_path, monkeypatch, policy, kind):
+@pytest.mark.parametrize(
+    "policy, kind, rank",
+    [("on_policy", "ema", 0), ("on_policy", "ema", 2), ("off_policy", "frozen", 0), ("mixed", "frozen", 0)],
+)
+def test_a_killed_run_ends_bit_identical(config, tmp_path, policy, kind, rank):
     """Killed after step 5, whose checkpoint is that of step 4: parameters, EMA teacher, moments, metrics."""
-    config.rollout.policy, config.teacher.kind = policy, kind
+    config.rollout.policy, config.teacher.kind, config.model.lora.rank = policy, kind, rank
     unbroken, unbroken_rows = run(config, tmp_path / "unbroken")
 
     class Dies(train.Trainer):
@@ -242,6 +247,34 @@ def test_a_killed_run_ends_bit_identical(config, tmp_path, monkeypatch, policy, 
     assert seen == metrics.read_json_lines(tmp_path / "unbroken" / "completions.jsonl") and len(seen) == 8
 
 
+@pytest.mark.parametrize("policy", ["on_policy", "off_policy"])
+def test_responses_are_written_to_the_prompts_that_are_trained_on(config, tmp_path, policy):
+    config.rollout.policy = policy
+    trainer = train.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+    seen, generate, train_step = {}, trainer.generator, trainer.train_step
+
+    class Recorder:
+        sampling, pad_id = generate.sampling, generate.pad_id
+
+        def __call__(self, params, prompt_BxP, length_B, *rest):
+            seen["rollout"] = (prompt_BxP, length_B)
+            return generate(params, prompt_BxP, length_B, *rest)
+
+    def recorded(state, frozen, batch):
+        seen["batch"] = jax.device_get(batch)
+        return train_step(state, frozen, batch)
+
+    trainer.respond._generator, trainer.train_step = Recorder(), recorded
+    trainer.step(0, trainer.initial_state(), metrics.Metrics(tmp_path / "run", 0))
+    batch = seen["batch"]
+    trained = {
+        "on_policy": (batch.student_prompt_BxP, batch.student_length_B),
+        "off_policy": (batch.teacher_prompt_BxP, batch.teacher_length_B),
+    }
+    for generated, wanted in zip(seen["rollout"], trained[policy]):
+        np.testing.assert_array_equal(generated, wanted)
+
+
 def test_completions_tell_what_each_role_saw(config, tmp_path):
     config.train.steps = 3
     run(config, tmp_path / "run")
@@ -254,10 +287,10 @@ def test_completions_tell_what_each_role_saw(config, tmp_path):
 
 
 def test_training_moves_the_student_towards_the_teacher(config, tmp_path):
-    config.train.steps, config.optimizer.warmup_steps = 30, 0
+    config.train.steps, config.optimizer.warmup_steps = 40, 0
     _, rows = run(config, tmp_path / "run")
     kl = [row["kl"] for row in rows]
-    assert np.mean(kl[-5:]) < 0.5 * np.mean(kl[:5])
+    assert np.mean(kl[-10:]) < 0.6 * np.mean(kl[:10])
     assert rows[-1]["rollout_compilations"] == 1
 
 
@@ -286,6 +319,16 @@ def test_more_steps_go_on_from_the_last_checkpoint(config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, longer.params)
     with pytest.raises(FileNotFoundError, match=r"neither a Hugging Face directory nor WORKDIR/checkpoints/STEP"):
         checkpoint.load_params(str(tmp_path / "extended"), model, mesh)
+
+
+def test_frozen_embeddings_stay_and_have_no_optimizer_state(config, tmp_path):
+    config.train.steps, config.train.export, config.model.freeze_embeddings = 2, True, True
+    state, _ = run(config, tmp_path / "run")
+    assert "embedding" not in state.params and "embedding" not in state.teacher
+    before = load_file(pathlib.Path(config.model.path) / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    assert same == {"model.embed_tokens.weight"}
 
 
 def test_batches_that_do_not_divide_over_the_devices(config, tmp_path):

@@ -11,14 +11,17 @@ slots, V vocabulary, D width, L layers, N query heads, K key/value heads, H head
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
+from msd_jax.models import lora as lora_lib
 from msd_jax.models.config import DecoderConfig
+from msd_jax.models.lora import Lora
 
 Params = dict[str, Any]
 
@@ -83,54 +86,69 @@ def attention(
 class Layers(nnx.Module):
     """All L layers, each parameter stacked on a leading L axis; `axes` are the logical axes that sharding maps."""
 
-    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, param: Any):
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, param: Any, lora: Lora | None):
         c = config
-        self.config, self.dtype = c, dtype
+        self.config, self.dtype, self.lora = c, dtype, lora
         L, D, N, K, H, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffw
-        self.attention_norm = param((L, D), ("layers", None), one=True)
-        self.query = param((L, D, N, H), ("layers", "embed", "heads", None))
-        self.key = param((L, D, K, H), ("layers", "embed", "kv_heads", None))
-        self.value = param((L, D, K, H), ("layers", "embed", "kv_heads", None))
-        self.output = param((L, N, H, D), ("layers", "heads", None, "embed"))
-        self.ffw_norm = param((L, D), ("layers", None), one=True)
-        self.gate = param((L, D, F), ("layers", "embed", "ffw"))
-        self.up = param((L, D, F), ("layers", "embed", "ffw"))
-        self.down = param((L, F, D), ("layers", "ffw", "embed"))
+
+        def matrix(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+            setattr(self, name, param((L, *inputs, *outputs), ("layers", *axes)))
+            if lora and name in lora.targets:
+                in_axes, out_axes = axes[: len(inputs)], axes[len(inputs) :]
+                a = param((L, *inputs, lora.rank), ("layers", *in_axes, None), bound=lora_lib.bound(inputs))
+                b = param((L, lora.rank, *outputs), ("layers", None, *out_axes), fill=0.0)
+                setattr(self, name + lora_lib.A, a)
+                setattr(self, name + lora_lib.B, b)
+
+        self.attention_norm = param((L, D), ("layers", None), fill=1.0 - c.norm_offset)
+        matrix("query", (D,), (N, H), ("embed", "heads", None))
+        matrix("key", (D,), (K, H), ("embed", "kv_heads", None))
+        matrix("value", (D,), (K, H), ("embed", "kv_heads", None))
+        matrix("output", (N, H), (D,), ("heads", None, "embed"))
+        self.ffw_norm = param((L, D), ("layers", None), fill=1.0 - c.norm_offset)
+        matrix("gate", (D,), (F,), ("embed", "ffw"))
+        matrix("up", (D,), (F,), ("embed", "ffw"))
+        matrix("down", (F,), (D,), ("ffw", "embed"))
         if c.qkv_bias:
-            self.query_bias = param((L, N, H), ("layers", "heads", None), zero=True)
-            self.key_bias = param((L, K, H), ("layers", "kv_heads", None), zero=True)
-            self.value_bias = param((L, K, H), ("layers", "kv_heads", None), zero=True)
+            self.query_bias = param((L, N, H), ("layers", "heads", None), fill=0.0)
+            self.key_bias = param((L, K, H), ("layers", "kv_heads", None), fill=0.0)
+            self.value_bias = param((L, K, H), ("layers", "kv_heads", None), fill=0.0)
         if c.qk_norm:
-            self.query_norm = param((L, H), ("layers", None), one=True)
-            self.key_norm = param((L, H), ("layers", None), one=True)
+            self.query_norm = param((L, H), ("layers", None), fill=1.0 - c.norm_offset)
+            self.key_norm = param((L, H), ("layers", None), fill=1.0 - c.norm_offset)
         if c.sandwich_norms:
-            self.post_attention_norm = param((L, D), ("layers", None), one=True)
-            self.post_ffw_norm = param((L, D), ("layers", None), one=True)
+            self.post_attention_norm = param((L, D), ("layers", None), fill=1.0 - c.norm_offset)
+            self.post_ffw_norm = param((L, D), ("layers", None), fill=1.0 - c.norm_offset)
 
     def norm(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
         return rms_norm(x, weight[...], self.config.norm_eps, self.config.norm_offset)
 
+    def project(self, x: jax.Array, name: str) -> jax.Array:
+        """x through one layer's matrix `name` and its adapter: the matrix's input axes are the last ones of x."""
+
+        def times(x: jax.Array, weight: str, inputs: int) -> jax.Array:
+            return jnp.tensordot(x, getattr(self, weight)[...].astype(self.dtype), inputs)
+
+        y = times(x, name, lora_lib.INPUTS[name])
+        if self.lora and name in self.lora.targets:
+            y += times(times(x, name + lora_lib.A, lora_lib.INPUTS[name]), name + lora_lib.B, 1) * self.lora.scale
+        return y
+
     def qkv(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query [B, T, N, H], key and value [B, T, K, H] of one layer (no L axis on its parameters)."""
-        c, dtype = self.config, self.dtype
-        query = jnp.einsum("btd,dnh->btnh", x_BxTxD, self.query[...].astype(dtype))
-        key = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.key[...].astype(dtype))
-        value = jnp.einsum("btd,dkh->btkh", x_BxTxD, self.value[...].astype(dtype))
-        if c.qkv_bias:
-            query += self.query_bias[...].astype(dtype)
-            key += self.key_bias[...].astype(dtype)
-            value += self.value_bias[...].astype(dtype)
-        if c.qk_norm:
+        query, key, value = (self.project(x_BxTxD, name) for name in ("query", "key", "value"))
+        if self.config.qkv_bias:
+            query += self.query_bias[...].astype(self.dtype)
+            key += self.key_bias[...].astype(self.dtype)
+            value += self.value_bias[...].astype(self.dtype)
+        if self.config.qk_norm:
             query, key = self.norm(query, self.query_norm), self.norm(key, self.key_norm)
         return query, key, value
 
     def feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
-        dtype = self.dtype
         activation = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-        gate = jnp.einsum("btd,df->btf", x_BxTxD, self.gate[...].astype(dtype))
-        up = jnp.einsum("btd,df->btf", x_BxTxD, self.up[...].astype(dtype))
-        gated = activation[self.config.activation](gate) * up
-        return jnp.einsum("btf,fd->btd", gated, self.down[...].astype(dtype))
+        gate_BxTxF = activation[self.config.activation](self.project(x_BxTxD, "gate"))
+        return self.project(gate_BxTxF * self.project(x_BxTxD, "up"), "down")
 
     def residual(self, x: jax.Array, update: jax.Array, post_norm: str) -> jax.Array:
         return x + (self.norm(update, getattr(self, post_norm)) if self.config.sandwich_norms else update)
@@ -144,6 +162,7 @@ class Decoder(nnx.Module):
       dtype: of activations and matrix products; softmax, norms and logits are float32 whatever it is.
       param_dtype: of newly made parameters.
       remat: what the backward pass keeps of each layer: a key of REMAT_POLICIES.
+      lora: adapters beside the matrices of the layers, or None.
       rngs: for new parameters.
     """
 
@@ -154,21 +173,23 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         remat: str = "full",
+        lora: Lora | None = None,
         rngs: nnx.Rngs,
     ):
-        def param(shape, axes, *, one=False, zero=False):
-            if one:  # a norm's weight, which Gemma stores as the difference from 1
-                value = jnp.full(shape, 1.0 - config.norm_offset, param_dtype)
-            elif zero:
-                value = jnp.zeros(shape, param_dtype)
+        def param(shape, axes, *, fill=None, bound=None):
+            """A parameter that is `fill`, uniform within `bound`, or normal with the config's standard deviation."""
+            if fill is not None:
+                value = jnp.full(shape, fill, param_dtype)
+            elif bound is not None:
+                value = jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
             else:
                 value = config.initializer_range * jax.random.normal(rngs.params(), shape, param_dtype)
             return nnx.Param(value, axes=axes)
 
         self.config, self.dtype, self.remat = config, dtype, remat
         self.embedding = param((config.vocab_size, config.width), ("vocab", "embed"))
-        self.layers = Layers(config, dtype, param)
-        self.final_norm = param((config.width,), (None,), one=True)
+        self.layers = Layers(config, dtype, param, lora)
+        self.final_norm = param((config.width,), (None,), fill=1.0 - config.norm_offset)
         if not config.tied_embeddings:
             self.head = param((config.width, config.vocab_size), ("embed", "vocab"))
 
@@ -219,7 +240,7 @@ class Decoder(nnx.Module):
                 key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=1) for pair in zip(cached, new))
             mask = mask_BxTxS & (distance_TxS < window) if any(c.windows) else mask_BxTxS
             attended = attention(query, key, value, mask, c.query_scale, c.attention_softcap)
-            update = jnp.einsum("btnh,nhd->btd", attended, block.output[...].astype(self.dtype))
+            update = block.project(attended, "output")
             x_BxTxD = block.residual(x_BxTxD, update, "post_attention_norm")
             update = block.feed_forward(block.norm(x_BxTxD, block.ffw_norm))
             return block.residual(x_BxTxD, update, "post_ffw_norm"), new
@@ -252,6 +273,19 @@ def abstract(config: DecoderConfig, **options) -> tuple[nnx.GraphDef, Params, Pa
     graphdef, state = nnx.split(model)
     axes = jax.tree.map(lambda p: p.get_metadata()["axes"], state, is_leaf=lambda p: isinstance(p, nnx.Param))
     return graphdef, nnx.to_pure_dict(state), _pure(axes)
+
+
+def split(params: Params, chosen: Callable[[str], bool]) -> tuple[Params, Params]:
+    """(the parameters whose dotted name is `chosen`, the others), both as nested dicts; leaves may be anything."""
+    flat = traverse_util.flatten_dict(params, sep=".")
+    parts = ({name: leaf for name, leaf in flat.items() if chosen(name) == wanted} for wanted in (True, False))
+    return tuple(traverse_util.unflatten_dict(part, sep=".") for part in parts)
+
+
+def join(*parts: Params) -> Params:
+    """The nested dict that `split` took apart."""
+    flat = [traverse_util.flatten_dict(part, sep=".") for part in parts]
+    return traverse_util.unflatten_dict({name: leaf for part in flat for name, leaf in part.items()}, sep=".")
 
 
 def _pure(state: Any) -> Any:

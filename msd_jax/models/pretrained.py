@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from msd_jax import prompts, sharding
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, weights
+from msd_jax.models.lora import Lora, is_adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Pretrained:
       config: sizes and family differences.
       graphdef, abstract, axes: of the decoder: structure, ShapeDtypeStructs and logical axes of its params.
       dtype: of activations and of generation.
+      lora: settings of the adapters, which alone are trained; None where there are none.
+      freeze_embeddings: embeddings, and with them a tied head, are not trained.
       tokenizer: transformers' fast tokenizer.
       stop_ids: tokens that end a response.
       pad_id: fills unused columns; masks never look at it.
@@ -34,21 +37,61 @@ class Pretrained:
     abstract: decoder.Params
     axes: Any
     dtype: jnp.dtype
+    lora: Lora | None
+    freeze_embeddings: bool
     tokenizer: Any
     stop_ids: tuple[int, ...]
     pad_id: int
 
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """(what is trained, what is frozen) of a tree like params; decoder.join puts them together."""
+        if self.lora:
+            return decoder.split(params, is_adapter)
+        return decoder.split(params, lambda name: not (self.freeze_embeddings and name == "embedding"))
+
     def shardings(self, mesh: Mesh, rules: sharding.Rules) -> Any:
         return sharding.param_shardings(mesh, self.abstract, self.axes, rules)
 
-    def params(self, mesh: Mesh, directory: pathlib.Path | None = None) -> decoder.Params:
-        """Weights of `directory` (default: the model's own) in the training layout."""
-        dtype = jax.tree.leaves(self.abstract)[0].dtype
-        return weights.read(directory or self.directory, self.config, dtype, self.shardings(mesh, sharding.TRAIN))
+    def target(self, mesh: Mesh) -> decoder.Params:
+        """ShapeDtypeStructs of params in the training layout."""
+        return jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            self.abstract,
+            self.shardings(mesh, sharding.TRAIN),
+        )
+
+    def params(self, mesh: Mesh, directory: pathlib.Path | None = None, seed: int = 0) -> decoder.Params:
+        """Weights of `directory` (default: the model's own) in the training layout, and new adapters."""
+        adapters, base = decoder.split(self.target(mesh), is_adapter)
+        params = weights.read(directory or self.directory, self.config, base)
+        if not self.lora:
+            return params
+
+        def new_adapters() -> decoder.Params:
+            _, params = decoder.init(self.config, jax.random.key(seed), lora=self.lora)
+            params, _ = decoder.split(params, is_adapter)
+            return jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, adapters)
+
+        return decoder.join(params, jax.jit(new_adapters, out_shardings=jax.tree.map(lambda x: x.sharding, adapters))())
+
+    def frozen_params(self, mesh: Mesh) -> decoder.Params:
+        """Those of `params` that are not trained."""
+        _, frozen = self.split(self.target(mesh))
+        return weights.read(self.directory, self.config, frozen)
 
 
-def load(path: str, *, dtype: str, param_dtype: str, remat: str) -> Pretrained:
-    """Reads all of a model but its weights; `path` is a directory or a hub id.
+def load(
+    path: str, *, dtype: str, param_dtype: str, remat: str, freeze_embeddings: bool = False, lora: Any = None
+) -> Pretrained:
+    """Reads all of a model but its weights; the arguments are config.model's.
+
+    Args:
+      path: a directory or a hub id.
+      dtype: of activations and of generation.
+      param_dtype: of what is trained; under LoRA the base takes lora.base_dtype.
+      remat: see decoder.Decoder.
+      freeze_embeddings: see Pretrained.
+      lora: a mapping with rank (0: no adapters), alpha, targets and base_dtype.
 
     Raises:
       FileNotFoundError, ValueError: with one message that names the file and what is wrong with it.
@@ -61,9 +104,14 @@ def load(path: str, *, dtype: str, param_dtype: str, remat: str) -> Pretrained:
         raise ValueError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
         )
+    adapters = Lora(lora["rank"], lora["alpha"], tuple(lora["targets"])) if lora and lora["rank"] else None
     graphdef, abstract, axes = decoder.abstract(
-        config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), remat=remat
+        config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), remat=remat, lora=adapters
     )
+    if adapters:
+        trained, base = decoder.split(abstract, is_adapter)
+        base = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(lora["base_dtype"])), base)
+        abstract = decoder.join(trained, base)
     stop_ids = prompts.stop_token_ids(tokenizer, str(directory))
     return Pretrained(
         directory=directory,
@@ -72,6 +120,8 @@ def load(path: str, *, dtype: str, param_dtype: str, remat: str) -> Pretrained:
         abstract=abstract,
         axes=axes,
         dtype=jnp.dtype(dtype),
+        lora=adapters,
+        freeze_embeddings=freeze_embeddings,
         tokenizer=tokenizer,
         stop_ids=tuple(stop_ids),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop_ids),

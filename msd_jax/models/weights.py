@@ -1,6 +1,9 @@
 """safetensors of a Hugging Face directory <-> params, by one table that serves both directions."""
 
+import collections
+import functools
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -9,6 +12,7 @@ from typing import Any
 
 import einops
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -19,6 +23,9 @@ from msd_jax.models.config import DecoderConfig
 INDEX = "model.safetensors.index.json"
 # What a model directory is made of besides its weights; nothing that holds code or pickles.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+
+
+_GROUPS = re.compile(r"\(([^)]*)\)|(\w)")  # of one side of an einops pattern
 
 
 def resolve(path: str) -> pathlib.Path:
@@ -77,49 +84,75 @@ def layout(config: DecoderConfig) -> dict[str, tuple[str, str]]:
     }
 
 
-def read(directory: pathlib.Path, config: DecoderConfig, dtype: Any, shardings: Any = None) -> decoder.Params:
-    """Parameters from DIRECTORY's safetensors, cast to `dtype`.
+def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params) -> decoder.Params:
+    """Parameters from DIRECTORY's safetensors.
 
     Args:
       directory: holds model.safetensors, or several files with model.safetensors.index.json.
       config: of the model, from its config.json.
-      dtype: of the parameters.
-      shardings: a tree of shardings like params, or None for the default device. Tensors are read one at a time,
-        and only for the slices that this process holds.
+      target: the parameters wanted, all or some, as ShapeDtypeStructs: their dtypes are what the tensors are cast to,
+        and their shardings (None: the default device) where they go. Tensors are read one at a time, and only for the
+        slices that this process holds.
 
     Raises:
       FileNotFoundError, ValueError: as `check`.
     """
-    tensors = check(directory, config)
+    files = check(directory, config)
     table = layout(config)
-    _, abstract, _ = decoder.abstract(config)
-    flat, treedef = jax.tree.flatten_with_path(abstract)
-    names = [".".join(key.key for key in path) for path, _ in flat]
+    anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def load(name: str, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        tensor, pattern = table[name]
-        stacked = "{}" in tensor
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        letters = dict(zip(pattern.split("->")[1].split(), shape))
-        sizes = {k: v for k, v in letters.items() if k in "nh"} if "(" in pattern else {}
-
-        def one(layer: int) -> np.ndarray:
-            key = tensor.format(layer)
-            return einops.rearrange(tensors[key].get_tensor(key), pattern, **sizes)
+    def put(
+        tensor: str, pattern: str, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding
+    ) -> jax.Array:
+        slices: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one read
 
         def read_slice(index: tuple[slice, ...]) -> np.ndarray:
-            if not stacked:
-                return one(0)[index].astype(dtype)
-            layers = range(config.layers)[index[0]]
-            return np.stack([one(layer)[index[1:]].astype(dtype) for layer in layers])
+            bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+            if bounds not in slices:
+                slices[bounds] = _read_slice(files[tensor], tensor, pattern, shape, bounds).astype(dtype)
+            return slices[bounds]
 
-        if sharding is None:
-            return jax.device_put(read_slice((slice(None),) * len(leaf.shape)))
-        return jax.make_array_from_callback(leaf.shape, sharding, read_slice)
+        return jax.make_array_from_callback(shape, sharding, read_slice)
 
-    flat_shardings = [None] * len(names) if shardings is None else treedef.flatten_up_to(shardings)
-    leaves = [load(name, leaf, s) for name, (_, leaf), s in zip(names, flat, flat_shardings)]
-    return treedef.unflatten(leaves)
+    def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        tensor, pattern = table[".".join(key.key for key in path)]
+        sharding = leaf.sharding or anywhere
+        if "{}" not in tensor:
+            return put(tensor, pattern, leaf.shape, leaf.dtype, sharding)
+        # Stacked on the devices, so that the host never holds more than one layer of a parameter.
+        stack = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
+        for layer in range(config.layers):
+            one = put(tensor.format(layer), pattern, leaf.shape[1:], leaf.dtype, _without_layers(sharding))
+            stack = _write_layer(stack, one, layer)
+        return stack
+
+    return jax.tree.map_with_path(load, target)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(stack: jax.Array, one: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0)
+
+
+def _without_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The sharding of one layer of a stacked parameter."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+def _read_slice(file: Any, tensor: str, pattern: str, shape: tuple[int, ...], bounds: tuple) -> np.ndarray:
+    """Part `bounds` (start and stop of each axis) of a parameter of `shape`; nothing else of the tensor is read."""
+    left, right = pattern.split("->")
+    axes = right.split()
+    size, bound = dict(zip(axes, shape)), dict(zip(axes, bounds))
+    part, inner_sizes = [], {}
+    for group, single in _GROUPS.findall(left):
+        outer, *inner = (group or single).split()
+        step = math.prod(size[axis] for axis in inner)  # inner axes (a head's) are never split
+        part.append(slice(bound[outer][0] * step, bound[outer][1] * step))
+        inner_sizes |= {axis: size[axis] for axis in inner}
+    return einops.rearrange(file.get_slice(tensor)[tuple(part)], pattern, **inner_sizes)
 
 
 def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
@@ -137,8 +170,7 @@ def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
         letters = dict(zip(pattern.split("->")[1].split(), leaf.shape[stacked:]))
         shape = _tensor_shape(pattern, letters)
         expected |= {tensor.format(layer): shape for layer in range(config.layers if stacked else 1)}
-    files = _files(directory)
-    found = {tensor: path for path, file in files.items() for tensor in file.keys()}  # noqa: SIM118
+    found = _files(directory)
     # A tied head and rotary tables are sometimes stored; they follow from what is read.
     derived = {tensor for tensor in found if tensor.endswith("rotary_emb.inv_freq")}
     derived |= {"lm_head.weight"} if config.tied_embeddings else set()
@@ -147,6 +179,7 @@ def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
         raise ValueError(
             f"{directory}: the tensors do not fit config.json; missing: {_some(missing)}; left over: {_some(extra)}"
         )
+    files = {path: safetensors.safe_open(path, framework="np") for path in set(found.values())}
     for tensor, shape in expected.items():
         actual = tuple(files[found[tensor]].get_slice(tensor).get_shape())
         if actual != shape:
@@ -208,37 +241,67 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _files(directory: pathlib.Path) -> dict[str, Any]:
-    """Open safetensors files by path."""
-    index = directory / INDEX
+def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The safetensors file of each tensor, from headers alone."""
+    index, weight_map = directory / INDEX, None
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (KeyError, ValueError, AttributeError) as error:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{index} is not a safetensors index ({error!r})") from error
-        for name in names:
+        for name in set(weight_map.values()):
             if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{index} points to {name!r}, which is not a .safetensors file beside it")
-        paths = [directory / name for name in names]
+        paths = [directory / name for name in sorted(set(weight_map.values()))]
     else:
         paths = [directory / "model.safetensors"]
+    found: dict[str, pathlib.Path] = {}
     for path in paths:
         if not path.is_file():
             pickled = sorted(p.name for p in directory.glob("*.bin"))
             hint = f"; {', '.join(pickled)} will not be opened: convert to safetensors" if pickled else ""
             raise FileNotFoundError(f"{path} is missing{hint}")
-    handles = {}
-    for path in paths:
-        try:
-            handles[str(path)] = safetensors.safe_open(path, framework="np")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-    return handles
+        _check_link(directory, path)
+        for tensor in _tensor_names(path):
+            if tensor in found:
+                raise ValueError(f"{tensor} is in two files, {found[tensor].name} and {path.name} of {directory}")
+            if weight_map is not None and weight_map.get(tensor) != path.name:
+                raise ValueError(f"{path} holds {tensor}, which {index.name} does not expect there")
+            found[tensor] = path
+    return found
+
+
+def _check_link(directory: pathlib.Path, path: pathlib.Path) -> None:
+    """Refuses a link out of the model's directory; the hub's cache keeps a snapshot's files in blobs/ beside it."""
+    root = directory.resolve()
+    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside of the model's directory; copy the file there")
+
+
+def _tensor_names(path: pathlib.Path) -> list[str]:
+    """Names of the tensors in a file. Duplicates are refused here; the library checks header, offsets and length."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, count in collections.Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"{path} holds {name} twice")
+        return dict(pairs)
+
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            names = list(file.keys())
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        json.loads(file.read(length), object_pairs_hook=unique)
+    return names
 
 
 def _tensor_shape(pattern: str, letters: dict[str, int]) -> tuple[int, ...]:
     """Shape of the left side of an einops pattern."""
-    groups = re.findall(r"\(([^)]*)\)|(\w)", pattern.split("->")[0])
+    groups = _GROUPS.findall(pattern.split("->")[0])
     return tuple(int(np.prod([letters[k] for k in (group or single).split()])) for group, single in groups)
 
 

@@ -1,0 +1,21 @@
+"""What: Qwen2.5-7B-Instruct, one of the paper's four models, aligned by on-policy MSD with DPSW, all weights trained.
+
+Command:  python -m msd_jax.main --config configs/qwen2_5_7b.py --workdir DIR \
+              --config.data.path=QUERIES.jsonl --config.eval.path=MULTIJAIL.csv --config.eval.harmful=true
+          The variant configs/qwen2_5_7b.py:lora trains adapters, configs/qwen2_5_7b.py:smoke tries two steps anywhere.
+Hardware: a pod of chips with 16 GB or more; `tensor` below divides its 28 query and 4 key/value heads.
+Memory:   estimated: 152 GB over all chips for weights, teacher, gradients and AdamW in float32 (7.6 B parameters
+          x 20 bytes), and 3.8 GB a chip for the weights in bfloat16 while it generates.
+Time:     not measured on hardware.
+Expected: not measured; the smoke variant runs in this project's tests.
+"""
+
+import ml_collections
+from msd_jax.configs import paper
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    config = paper.get_config()
+    config.model.path = "Qwen/Qwen2.5-7B-Instruct"
+    config.mesh.tensor = 4
+    return paper.variant(config, "qwen2_5_7b", variant)

@@ -1,0 +1,96 @@
+"""Tiny random models with the config.json keys of real ones, made where they are asked for: recipes tried anywhere."""
+
+import json
+import os
+import pathlib
+import tempfile
+
+import jax
+
+from msd_jax import export
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder, weights
+from msd_jax.testbed import MODEL_PATH
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.05,
+    "dtype": "bfloat16",
+}
+_LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_bias": False}
+# Keys and values as in the published config.json; only sizes are another.
+VALUES = {
+    "qwen2_5_7b": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "sliding_window": 131_072,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+        "tie_word_embeddings": False,
+        "attention_dropout": 0.0,
+    },
+    "qwen3_8b": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 32,  # as in the real one, more than hidden_size / heads
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1_000_000,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+    },
+    "llama2_7b": _LLAMA
+    | {"rms_norm_eps": 1e-5, "rope_scaling": None, "tie_word_embeddings": False, "num_key_value_heads": 4},
+    "llama3_8b": _LLAMA | {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": False},
+    "gemma3_1b": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "head_dim": 32,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_local_base_freq": 10_000,
+        "rope_scaling": None,
+        "rope_theta": 1_000_000,
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+    },
+}
+
+
+def model(name: str) -> pathlib.Path:
+    """The directory of a tiny random model of recipe `name`'s family, with the testbed's tokenizer.
+
+    It is made once, in the user's cache directory (XDG_CACHE_HOME respected).
+    """
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "msd_jax" / "tiny"
+    values = _SIZES | VALUES[name]
+    directory = cache / name
+    vocab_size = json.loads((MODEL_PATH / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    values |= {"vocab_size": vocab_size}
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder)
+        weights.copy_tokenizer(MODEL_PATH, source)
+        (source / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        config = model_config.read(source)
+        if directory.exists() and model_config.read(directory) == config:
+            return directory
+        _, params = decoder.init(config, jax.random.key(0))
+        cache.mkdir(parents=True, exist_ok=True)
+        export.save(directory, params, source)
+    return directory
