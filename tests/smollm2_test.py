@@ -3,6 +3,7 @@
 Set MSD_JAX_SMOLLM2 to its directory in float32; without it these tests are skipped.
 """
 
+import functools
 import os
 import pathlib
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from msd_jax import export, forward, prompts
+from msd_jax import export, forward, losses, pipeline, prompts, rollout, sharding, train
 from msd_jax.models import decoder, pretrained
 
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
@@ -30,8 +31,6 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    from msd_jax import sharding
-
     return model.params(sharding.make_mesh(devices=jax.devices()[:1]))
 
 
@@ -105,3 +104,33 @@ def test_the_exported_directory_gives_the_same_logits(model, params, reference, 
     actual = jax.nn.log_softmax(nnx.merge(model.graphdef, changed).logits(hidden)[0])
     np.testing.assert_allclose(actual, torch_log_probs(exported, ids), atol=2e-4, rtol=0)
     assert np.abs(torch_log_probs(reference, ids) - torch_log_probs(exported, ids)).max() > 1e-2
+
+
+def test_bfloat16_is_close_to_float32(model, params):
+    """On the model's own greedy replies: log-probabilities within 3e-2 in the mean by probability, loss within 2%."""
+    half = pretrained.load(DIRECTORY, dtype="bfloat16", param_dtype="float32", remat="full")
+    rows = [prompts.token_ids(model.tokenizer, [{"role": "user", "content": text}], {}) for text in TEXTS]
+    hints = [np.concatenate([model.tokenizer("Think first: is it safe?")["input_ids"], row]) for row in rows]
+    (student, student_length), (teacher, teacher_length) = (
+        pipeline.left_pad(prompt, 96, model.pad_id) for prompt in (rows, hints)
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    greedy = rollout.Generator(model.graphdef, mesh, rollout.Sampling(24, 0.0), model.stop_ids, model.pad_id)
+    hash_B, active_B = np.arange(len(rows), dtype=np.uint32), np.ones(len(rows), bool)
+    written = greedy(params, student, student_length, hash_B, active_B, jax.random.key(0))
+    mask = np.asarray(forward.response_mask(written.length_B, 24))
+    batch = train.TrainBatch(
+        student, student_length, teacher, teacher_length, np.asarray(written.response_BxR), np.asarray(written.length_B)
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(graphdef, params):
+        student, teacher = train.both_logits(graphdef, params, params, batch)
+        total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask)
+        return jax.nn.log_softmax(student), losses.mean_loss(total, normaliser)
+
+    (exact, exact_loss), (rounded, rounded_loss) = run(model.graphdef, params), run(half.graphdef, params)
+    difference = np.sum(np.exp(exact) * np.abs(exact - rounded), axis=-1)[mask]
+    print(f"mean {difference.mean():.4f}, largest {difference.max():.4f}; losses {exact_loss:.5f}, {rounded_loss:.5f}")
+    assert difference.mean() < 3e-2
+    assert abs(rounded_loss / exact_loss - 1) < 0.02

@@ -44,11 +44,11 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) 
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
-    """RMSNorm over the last axis, in float32, returned in x's dtype."""
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, dtype: jnp.dtype) -> jax.Array:
+    """RMSNorm over the last axis, in float32, returned in `dtype`."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * (offset + weight.astype(jnp.float32))).astype(x.dtype)
+    return (x32 * (offset + weight.astype(jnp.float32))).astype(dtype)
 
 
 def apply_rope(x_BxTxNxH: jax.Array, cos_BxTxH: jax.Array, sin_BxTxH: jax.Array) -> jax.Array:
@@ -121,7 +121,7 @@ class Layers(nnx.Module):
             self.post_ffw_norm = param((L, D), ("layers", None), fill=1.0 - c.norm_offset)
 
     def norm(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
-        return rms_norm(x, weight[...], self.config.norm_eps, self.config.norm_offset)
+        return rms_norm(x, weight[...], self.config.norm_eps, self.config.norm_offset, self.dtype)
 
     def project(self, x: jax.Array, name: str) -> jax.Array:
         """x through one layer's matrix `name` and its adapter: the matrix's input axes are the last ones of x."""
@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
 
     Args:
       config: sizes and family differences.
-      dtype: of activations and matrix products; softmax, norms and logits are float32 whatever it is.
+      dtype: of matrix products; residuals, softmax, norms and logits are float32 whatever it is.
       param_dtype: of newly made parameters.
       remat: what the backward pass keeps of each layer: a key of REMAT_POLICIES.
       lora: adapters beside the matrices of the layers, or None.
@@ -218,9 +218,11 @@ class Decoder(nnx.Module):
         query_slot_T, key_slot_S = slot + jnp.arange(T), jnp.arange(S)
         distance_TxS = query_slot_T[:, None] - key_slot_S[None, :]
         mask_BxTxS = valid_BxS[:, None, :] & (distance_TxS >= 0)
-        x_BxTxD = self.embedding[...][tokens_BxT].astype(self.dtype)
+        # The residual stream is float32 whatever the compute dtype: with it in bfloat16 log-probabilities are twice as
+        # far off, and in self-distillation what tells student from teacher is small.
+        x_BxTxD = self.embedding[...][tokens_BxT].astype(jnp.float32)
         if c.embed_scale != 1.0:  # rounded to the compute dtype, as in Gemma's own code
-            x_BxTxD *= jnp.asarray(c.embed_scale, self.dtype)
+            x_BxTxD *= jnp.asarray(c.embed_scale, self.dtype).astype(jnp.float32)
 
         graphdef, stacked = nnx.split(self.layers)
         frequencies, factors = zip(*(rope.frequencies(c.head_dim) for rope in c.ropes))
@@ -251,7 +253,7 @@ class Decoder(nnx.Module):
         if cache is not None:  # written once for all layers: a cache carried through the scan is copied by each
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
             cache = jax.tree.map(write, cache, new_LxBxTxKxH)
-        return rms_norm(x_BxTxD, self.final_norm[...], c.norm_eps, c.norm_offset), cache
+        return rms_norm(x_BxTxD, self.final_norm[...], c.norm_eps, c.norm_offset, self.dtype), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] in the compute dtype."""
