@@ -43,7 +43,7 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "parity": ["torch==2.13.0"],
+        "parity": ["peft", "torch==2.13.0"],
         "test": ["dm-haiku", "equinox", "pytest", "pytest-xdist", "ruff", "scipy"],
     },
 )
