@@ -218,11 +218,12 @@ class Decoder(nnx.Module):
         query_slot_T, key_slot_S = slot + jnp.arange(T), jnp.arange(S)
         distance_TxS = query_slot_T[:, None] - key_slot_S[None, :]
         mask_BxTxS = valid_BxS[:, None, :] & (distance_TxS >= 0)
-        # The residual stream is float32 whatever the compute dtype: with it in bfloat16 log-probabilities are twice as
-        # far off, and in self-distillation what tells student from teacher is small.
-        x_BxTxD = self.embedding[...][tokens_BxT].astype(jnp.float32)
+        # The residual stream is float32 under a bfloat16 compute dtype: with it in bfloat16 log-probabilities are twice
+        # as far off, and in self-distillation what tells student from teacher is small.
+        residual = jnp.promote_types(self.dtype, jnp.float32)
+        x_BxTxD = self.embedding[...][tokens_BxT].astype(residual)
         if c.embed_scale != 1.0:  # rounded to the compute dtype, as in Gemma's own code
-            x_BxTxD *= jnp.asarray(c.embed_scale, self.dtype).astype(jnp.float32)
+            x_BxTxD *= jnp.asarray(c.embed_scale, self.dtype).astype(residual)
 
         graphdef, stacked = nnx.split(self.layers)
         frequencies, factors = zip(*(rope.frequencies(c.head_dim) for rope in c.ropes))
