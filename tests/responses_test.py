@@ -93,6 +93,28 @@ def test_mixed_asks_each_for_its_rows(generator, student, teacher, rng):
     assert everyone(1, batch, lambda: student, never).on_policy_B.all()
 
 
+def test_mixed_with_a_store_still_asks_the_student(generator, student, teacher, rng, tmp_path):
+    """A stored response is the teacher's: a query that falls to the student this time does not get it."""
+    batch = make_batch(rng)
+    respond = responses.Responder(config("mixed"), generator, responses.Store(tmp_path / "store.jsonl", "mark"))
+    outs = [respond(step, batch, lambda: student, lambda: teacher) for step in range(4)]
+    assert any((a.on_policy_B > b.on_policy_B).any() for a, b in zip(outs[1:], outs))
+    for step, out in enumerate(outs):
+        on = responses.Responder(config("on_policy"), generator, None)(step, batch, lambda: student, never)
+        np.testing.assert_array_equal(out.response_BxR[out.on_policy_B], on.response_BxR[out.on_policy_B])
+
+
+def test_a_stored_response_does_not_depend_on_the_step_that_drew_it(generator, teacher, rng, tmp_path):
+    batch = make_batch(rng)
+    early, late = (
+        responses.Responder(config("off_policy"), generator, responses.Store(tmp_path / f"{step}.jsonl", "mark"))(
+            step, batch, never, lambda: teacher
+        )
+        for step in (0, 7)
+    )
+    np.testing.assert_array_equal(early.response_BxR, late.response_BxR)
+
+
 def test_the_fingerprint_covers_model_prompts_and_sampling(model_dir, tmp_path):
     from msd_jax.configs import default
 

@@ -263,8 +263,6 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
             raise FileNotFoundError(f"{path} is missing{hint}")
         _check_link(directory, path)
         for tensor in _tensor_names(path):
-            if tensor in found:
-                raise ValueError(f"{tensor} is in two files, {found[tensor].name} and {path.name} of {directory}")
             if weight_map is not None and weight_map.get(tensor) != path.name:
                 raise ValueError(f"{path} holds {tensor}, which {index.name} does not expect there")
             found[tensor] = path

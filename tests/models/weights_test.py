@@ -150,7 +150,7 @@ def test_a_tensor_in_two_files_or_in_another_than_the_index_says(model_dir, load
     index = json.loads((directory / weights.INDEX).read_text())
     first, second = sorted(set(index["weight_map"].values()))[:2]
     (directory / second).write_bytes((directory / first).read_bytes())
-    with pytest.raises(ValueError, match=r"(is in two files, \S+ and \S+|which \S+ does not expect there)"):
+    with pytest.raises(ValueError, match=r"which \S+ does not expect there"):
         weights.check(directory, config)
 
 
