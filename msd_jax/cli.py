@@ -1,6 +1,7 @@
 """What the commands share: the --config flag, errors in one line, and no traceback for a mistake of the user."""
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterator
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or your own.", lock_config=True)
@@ -51,6 +54,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
     """One line for what is wrong with the flags; ml_collections names a key without the flag it stands in."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
+    flag, *traceback = re.split(r"Error whilst parsing config file:\s*Traceback", str(error), maxsplit=1)
+    if traceback:  # ml_collections hands on what get_config raised as a whole traceback
+        return flag + re.sub(r"^\w+: ", "", traceback[0].strip().splitlines()[-1].strip())
     text = " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
     unknown = re.match(r"'?(\w+)'?( Did you mean \"(\w+)\"|$)", text)
     if unknown:

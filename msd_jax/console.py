@@ -39,7 +39,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, st
         return
     bar = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
+        rich.progress.BarColumn(bar_width=12),  # leaves room for the figures at 80 columns
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("{task.fields[status]}", markup=False),

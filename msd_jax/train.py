@@ -405,7 +405,7 @@ def describe(row: dict[str, float]) -> str:
     """A step's scalars in a few words, for the progress bar."""
     return (
         f"loss {row['loss']:.4f}  kl {row['kl']:.4f}  "
-        f"{row['rollout_tokens_per_second']:,.0f} + {row['train_tokens_per_second']:,.0f} tokens/s"
+        f"{row['rollout_tokens_per_second']:,.0f} + {row['train_tokens_per_second']:,.0f} tok/s"
     )
 
 

@@ -139,6 +139,10 @@ def test_top_k_beyond_the_vocabulary(config, tmp_path):
         ("--config.train.steps=abc", "error: flag --config.train.steps=abc: invalid literal"),
         ("--config.loss.divergence=kl", "error: config.loss.divergence='kl': choose one of"),
         ("--config=configs/nothing.py", "error: --config=configs/nothing.py does not load: "),
+        (
+            "--config=configs/qwen3_8b.py:smok",
+            "error: flag --config=configs/qwen3_8b.py:smok: the recipe has no variant",
+        ),
         ("--confg=x", "error: Unknown command line flag 'confg'"),
     ],
 )
