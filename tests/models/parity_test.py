@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import pathlib
 
 import einops
@@ -172,17 +173,22 @@ def test_response_logits_equal_pytorch_on_the_unpadded_sequence(pair, rng):
         np.testing.assert_allclose(actual[row, :r], expected[p - 1 : p + r - 1], atol=2e-4, rtol=0)
 
 
-def test_export_is_bit_identical(pair, tmp_path):
-    export.save(tmp_path / "out", pair.params, pair.directory)
-    before, after = load_file(pair.directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_is_bit_identical(pair, tmp_path, dtype):
+    """In the checkpoint's own dtype, and transformers computes the same from it."""
+    copy.deepcopy(pair.torch_model).to(getattr(torch, dtype)).save_pretrained(tmp_path / "in")
+    _, abstract, _ = decoder.abstract(pair.config, param_dtype=jnp.dtype(dtype))
+    export.save(tmp_path / "out", weights.read(tmp_path / "in", pair.config, abstract), tmp_path / "in")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype
+        assert tensor.dtype == after[name].dtype == jnp.dtype(dtype)
         np.testing.assert_array_equal(tensor, after[name], err_msg=name)
-    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
     tokens = torch.arange(10)[None]
     with torch.no_grad():
-        assert torch.equal(reloaded(tokens).logits, pair.torch_model(tokens).logits)
+        logits = [load(tmp_path / name)(tokens).logits for name in ("in", "out")]
+    assert logits[0].dtype == getattr(torch, dtype) and torch.equal(*logits)
 
 
 def test_gradients_of_the_msd_loss_equal_autograd(pair, rng):
