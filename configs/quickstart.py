@@ -1,7 +1,7 @@
 """What: the embedded tiny model, safe in English and unsafe in Swahili, Bengali and Javanese, aligned in minutes.
 
 Command:  python -m msd_jax.main --config configs/quickstart.py --workdir runs/quickstart
-Hardware: any; no network. 48 s on two CPU cores.
+Hardware: any; no network. 36 to 48 s on two CPU cores.
 Expected: ASR from 100% to 0% in Swahili, Bengali and Javanese, exact match within a point, over-refusal 0%;
           Yoruba and Zulu, which are not trained, stay at 100%.
 """
