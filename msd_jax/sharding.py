@@ -44,7 +44,9 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     if -1 in sizes:
         sizes[sizes.index(-1)] = count // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != count:
-        raise ValueError(f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices")
+        raise ValueError(
+            f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices: the product must be {count}"
+        )
     return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
