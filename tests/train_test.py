@@ -76,7 +76,9 @@ def test_update_does_not_depend_on_the_split_into_micro_batches(rng, normalize):
         whole, whole_scalars = make_step(RECORD, **options)(state, batch)
         for micro_batches in (2, 4):
             split, scalars = make_step(RECORD, micro_batches=micro_batches, **options)(state, batch)
-            assert largest_difference(whole.opt_state, split.opt_state) < 2e-6
+            difference = optax.tree.sub(whole.opt_state, split.opt_state)
+            assert optax.tree.norm(difference) < 1e-6 * optax.tree.norm(whole.opt_state)
+            assert largest_difference(whole.opt_state, split.opt_state) < 2e-6  # small arrays are farthest off
             for name, value in whole_scalars.items():
                 np.testing.assert_allclose(scalars[name], value, rtol=1e-6, err_msg=name)
 

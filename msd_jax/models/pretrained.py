@@ -23,7 +23,7 @@ class Pretrained:
       directory: the local Hugging Face directory.
       config: sizes and family differences.
       graphdef, abstract, axes: of the decoder: structure, ShapeDtypeStructs and logical axes of its params.
-      dtype: of activations and of generation.
+      dtype: of matrix products and of generation.
       lora: settings of the adapters, which alone are trained; None where there are none.
       freeze_embeddings: embeddings, and with them a tied head, are not trained.
       tokenizer: transformers' fast tokenizer.
@@ -87,7 +87,7 @@ def load(
 
     Args:
       path: a directory or a hub id.
-      dtype: of activations and of generation.
+      dtype: of matrix products and of generation.
       param_dtype: of what is trained; under LoRA the base takes lora.base_dtype.
       remat: see decoder.Decoder.
       freeze_embeddings: see Pretrained.
