@@ -18,6 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.path = ""  # Hugging Face directory, or hub id (owner/name)
     config.model.param_dtype = "float32"  # of the trained weights and the optimizer's moments
     config.model.dtype = "float32"  # of matrix products; bfloat16 on TPU and GPU. See docs/method.md, Precision
+    # auto: a kernel for the platform (cudnn on GPUs in bfloat16, splash on TPUs) where shapes allow, else xla | xla
+    config.model.attention = "auto"
     config.model.remat = "full"  # what the backward pass keeps of each layer: none | dots | full (nothing)
     config.model.freeze_embeddings = False  # also freezes the head where it is tied
     # Low-rank adapters: they alone are trained, and the frozen teacher is the base itself.

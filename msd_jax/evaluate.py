@@ -232,8 +232,8 @@ def main(argv: list[str]) -> None:
 
     with cli.clear_errors():
         config = cli.config()
-        model = pretrained.load(**config.model)
         mesh = sharding.make_mesh(**config.mesh)
+        model = pretrained.load(**config.model, mesh=mesh)
         if not config.eval.path:
             raise ValueError("config.eval.path is empty: name the query file to evaluate")
         evaluation = Evaluation(config, model, mesh)

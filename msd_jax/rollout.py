@@ -105,7 +105,7 @@ def generate(
     stop = jnp.array(stop_ids, jnp.int32)
     position_BxP, valid_BxP = forward.prompt_layout(prompt_length_B, P)
     valid_BxS = jnp.concatenate([valid_BxP, jnp.ones((B, R), bool)], axis=1)  # later slots are masked as future
-    cache = decoder.init_cache(model.config, B, P + R, model.dtype)
+    cache = decoder.init_cache(model.config, B, P + R, model.dtype, model.mesh)
     hidden_BxPxD, cache = model(prompt_BxP, position_BxP, valid_BxS, cache)
 
     def emit(t, hidden_Bx1xD, done_B, rollout):

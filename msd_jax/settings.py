@@ -18,6 +18,7 @@ _FREE = {
 _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "xla"),
     "model.remat": ("none", "dots", "full"),
     "model.lora.base_dtype": ("float32", "bfloat16"),
     "data.harmful": ("file", "true", "false"),

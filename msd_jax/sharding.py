@@ -50,9 +50,19 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
+def spec(rules: Rules, *axes: str | None) -> PartitionSpec:
+    """The mesh axes that split an array with these logical axes (None: an axis that is whole)."""
+    return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """An activation with its logical axes split as the table says; as it is where there is no mesh."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(TRAIN, *axes)))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over `data` and `fsdp`; the other axes whole."""
-    return NamedSharding(mesh, PartitionSpec(TRAIN["batch"]))
+    return NamedSharding(mesh, spec(TRAIN, "batch"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -171,7 +171,7 @@ class Trainer:
         self.config, self.workdir = config, workdir
         self.mesh = sharding.make_mesh(**config.mesh)
         self._check_batch()
-        self.model = pretrained.load(**config.model)
+        self.model = pretrained.load(**config.model, mesh=self.mesh)
         for key in ("top_k", "weight_top_k"):
             if config.loss[key] > self.model.config.vocab_size:
                 raise ValueError(

@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.sharding import Mesh
 
+from msd_jax import sharding
 from msd_jax.models import lora as lora_lib
+from msd_jax.models.attention import Scores, attention
 from msd_jax.models.config import DecoderConfig
 from msd_jax.models.lora import Lora
 
@@ -39,9 +42,11 @@ class KVCache(NamedTuple):
     value_LxBxSxKxH: jax.Array
 
 
-def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> KVCache:
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype, mesh: Mesh | None = None) -> KVCache:
+    """An empty cache, split by rows and by key/value heads."""
     shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    empty = sharding.constrain(jnp.zeros(shape, dtype), mesh, None, "batch", None, "kv_heads", None)
+    return KVCache(empty, empty)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, dtype: jnp.dtype) -> jax.Array:
@@ -57,30 +62,6 @@ def apply_rope(x_BxTxNxH: jax.Array, cos_BxTxH: jax.Array, sin_BxTxH: jax.Array)
     cos, sin = cos_BxTxH[:, :, None], sin_BxTxH[:, :, None]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxTxNxH.dtype)
-
-
-def attention(
-    query_BxTxNxH: jax.Array,
-    key_BxSxKxH: jax.Array,
-    value_BxSxKxH: jax.Array,
-    mask_BxTxS: jax.Array,
-    scale: float,
-    softcap: float | None,
-) -> jax.Array:
-    """Grouped-query attention -> [B, T, N, H]; a query whose mask is all false gives finite, meaningless numbers."""
-    if softcap is None:
-        return jax.nn.dot_product_attention(
-            query_BxTxNxH, key_BxSxKxH, value_BxSxKxH, mask=mask_BxTxS[:, None], scale=scale
-        )
-    # jax.nn.dot_product_attention has no soft-cap.
-    B, T, N, H = query_BxTxNxH.shape
-    K = key_BxSxKxH.shape[2]
-    query = query_BxTxNxH.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", query, key_BxSxKxH, preferred_element_type=jnp.float32) * scale
-    logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask_BxTxS[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value_BxSxKxH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value_BxSxKxH).reshape(B, T, N, H)
 
 
 class Layers(nnx.Module):
@@ -162,6 +143,8 @@ class Decoder(nnx.Module):
       dtype: of matrix products; residuals, softmax, norms and logits are float32 whatever it is.
       param_dtype: of newly made parameters.
       remat: what the backward pass keeps of each layer: a key of REMAT_POLICIES.
+      attention: "auto", or a kernel of models/attention.py.
+      mesh: the devices that activations are split over; None: one device, or as XLA finds best.
       lora: adapters beside the matrices of the layers, or None.
       rngs: for new parameters.
     """
@@ -173,6 +156,8 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
         remat: str = "full",
+        attention: str = "auto",
+        mesh: Mesh | None = None,
         lora: Lora | None = None,
         rngs: nnx.Rngs,
     ):
@@ -187,6 +172,7 @@ class Decoder(nnx.Module):
             return nnx.Param(value, axes=axes)
 
         self.config, self.dtype, self.remat = config, dtype, remat
+        self.attention, self.mesh = attention, mesh
         self.embedding = param((config.vocab_size, config.width), ("vocab", "embed"))
         self.layers = Layers(config, dtype, param, lora)
         self.final_norm = param((config.width,), (None,), fill=1.0 - config.norm_offset)
@@ -214,21 +200,29 @@ class Decoder(nnx.Module):
           hidden_BxTxD in the compute dtype, and the cache with the tokens' keys and values written, or None.
         """
         c = self.config
-        T, S = tokens_BxT.shape[1], valid_BxS.shape[1]
-        query_slot_T, key_slot_S = slot + jnp.arange(T), jnp.arange(S)
-        distance_TxS = query_slot_T[:, None] - key_slot_S[None, :]
-        mask_BxTxS = valid_BxS[:, None, :] & (distance_TxS >= 0)
+        T = tokens_BxT.shape[1]
+        alone = cache is None or (isinstance(slot, int) and slot == 0)  # nothing to see but the tokens given
         # The residual stream is float32 under a bfloat16 compute dtype: with it in bfloat16 log-probabilities are twice
         # as far off, and in self-distillation what tells student from teacher is small.
         residual = jnp.promote_types(self.dtype, jnp.float32)
         x_BxTxD = self.embedding[...][tokens_BxT].astype(residual)
         if c.embed_scale != 1.0:  # rounded to the compute dtype, as in Gemma's own code
             x_BxTxD *= jnp.asarray(c.embed_scale, self.dtype).astype(residual)
+        x_BxTxD = self.constrain(x_BxTxD)
 
         graphdef, stacked = nnx.split(self.layers)
         frequencies, factors = zip(*(rope.frequencies(c.head_dim) for rope in c.ropes))
-        windows = jnp.array([window or np.iinfo(np.int32).max for window in c.windows], jnp.int32)
-        per_layer = (stacked, cache, jnp.array(frequencies), jnp.array(factors), windows)
+        windows = [window or np.iinfo(np.int32).max for window in c.windows]
+        per_layer = (stacked, cache, jnp.array(frequencies), jnp.array(factors), jnp.array(windows, jnp.int32))
+        attend = functools.partial(
+            attention,
+            valid_BxS=valid_BxS[:, :T] if alone else valid_BxS,
+            slot=slot,
+            windows=tuple(sorted(set(windows))),
+            scores=Scores(c.query_scale, c.attention_softcap),
+            mesh=self.mesh,
+            kind=self.attention,
+        )
 
         def layer(x_BxTxD, inputs):
             params, cached, frequency, factor, window = inputs
@@ -240,13 +234,12 @@ class Decoder(nnx.Module):
             new = None
             if cached is not None:
                 new = KVCache(key.astype(cached[0].dtype), value.astype(cached[1].dtype))
+            if not alone:
                 key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=1) for pair in zip(cached, new))
-            mask = mask_BxTxS & (distance_TxS < window) if any(c.windows) else mask_BxTxS
-            attended = attention(query, key, value, mask, c.query_scale, c.attention_softcap)
-            update = block.project(attended, "output")
+            update = block.project(attend(query, key, value, window=window), "output")
             x_BxTxD = block.residual(x_BxTxD, update, "post_attention_norm")
             update = block.feed_forward(block.norm(x_BxTxD, block.ffw_norm))
-            return block.residual(x_BxTxD, update, "post_ffw_norm"), new
+            return self.constrain(block.residual(x_BxTxD, update, "post_ffw_norm")), new
 
         if cache is None and self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -255,6 +248,10 @@ class Decoder(nnx.Module):
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
             cache = jax.tree.map(write, cache, new_LxBxTxKxH)
         return rms_norm(x_BxTxD, self.final_norm[...], c.norm_eps, c.norm_offset, self.dtype), cache
+
+    def constrain(self, x_BxTxD: jax.Array) -> jax.Array:
+        """The residual stream, split by rows alone: left to itself, XLA may split D as the weights are."""
+        return sharding.constrain(x_BxTxD, self.mesh, "batch", None, None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] in the compute dtype."""

@@ -81,15 +81,23 @@ class Pretrained:
 
 
 def load(
-    path: str, *, dtype: str, param_dtype: str, remat: str, freeze_embeddings: bool = False, lora: Any = None
+    path: str,
+    *,
+    dtype: str,
+    param_dtype: str,
+    remat: str,
+    attention: str = "auto",
+    freeze_embeddings: bool = False,
+    lora: Any = None,
+    mesh: Mesh | None = None,
 ) -> Pretrained:
-    """Reads all of a model but its weights; the arguments are config.model's.
+    """Reads all of a model but its weights; the arguments are config.model's, and the mesh that it will run on.
 
     Args:
       path: a directory or a hub id.
       dtype: of matrix products and of generation.
       param_dtype: of what is trained; under LoRA the base takes lora.base_dtype.
-      remat: see decoder.Decoder.
+      remat, attention, mesh: see decoder.Decoder.
       freeze_embeddings: see Pretrained.
       lora: a mapping with rank (0: no adapters), alpha, targets and base_dtype.
 
@@ -106,7 +114,13 @@ def load(
         )
     adapters = Lora(lora["rank"], lora["alpha"], tuple(lora["targets"])) if lora and lora["rank"] else None
     graphdef, abstract, axes = decoder.abstract(
-        config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), remat=remat, lora=adapters
+        config,
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
+        remat=remat,
+        attention=attention,
+        mesh=mesh,
+        lora=adapters,
     )
     if adapters:
         trained, base = decoder.split(abstract, is_adapter)
