@@ -239,7 +239,7 @@ def teacher_weight(teacher_logits: jax.Array, *, top_k: int, temperature: float 
     """
     _check_logits("teacher_logits", teacher_logits)
     _check_top_k("top_k", top_k, 2, teacher_logits.shape[-1])
-    top_logits = jax.lax.top_k(jax.lax.stop_gradient(teacher_logits), top_k)[0]
+    top_logits, _ = _top_k(jax.lax.stop_gradient(teacher_logits), top_k)
     return jnp.clip(1 - _entropy(_log_softmax(top_logits, temperature)) / math.log(top_k), 0.0, 1.0)
 
 
@@ -579,13 +579,32 @@ def _log_rows(
     _check_top_k("top_k", top_k, 1, log_teacher.shape[-1])
     if top_k == log_teacher.shape[-1]:  # the tail is empty
         return log_student, log_teacher
-    top_values, top_tokens = jax.lax.top_k(log_teacher, top_k)
+    top_values, top_tokens = _top_k(log_teacher, top_k)
     # Equal logits are common in bfloat16: of those that tie at the K-th place, top_k takes the lower indices.
     # (The K-th place by min: a slice of top_k's results keeps XLA from its fast top-k, and it sorts all of V.)
     lowest = jnp.min(top_values, axis=-1, keepdims=True)
     last = jnp.max(jnp.where(top_values == lowest, top_tokens, -1), axis=-1, keepdims=True)
     in_top = (log_teacher > lowest) | ((log_teacher == lowest) & (jnp.arange(log_teacher.shape[-1]) <= last))
     return _coarsen(log_student, top_tokens, in_top), _coarsen(log_teacher, top_tokens, in_top)
+
+
+_BLOCKS = 16
+
+
+def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """jax.lax.top_k: values and indices `[..., k]`, in two stages, so that a vocabulary split over devices stays split.
+
+    Each of 16 blocks gives its k largest elements, and the k largest of those are taken: blocks of the vocabulary lie
+    on one device each where the number of devices divides 16. Of equal elements the first come first, as in top_k.
+    """
+    V = x.shape[-1]
+    if V % _BLOCKS or k >= V // _BLOCKS:
+        return tuple(jax.lax.top_k(x, k))
+    values, indices = jax.lax.top_k(x.reshape(*x.shape[:-1], _BLOCKS, -1), k)
+    indices += jnp.arange(0, V, V // _BLOCKS)[:, None]
+    values, indices = (a.reshape(*x.shape[:-1], -1) for a in (values, indices))
+    top_values, positions = jax.lax.top_k(values, k)
+    return top_values, jnp.take_along_axis(indices, positions, axis=-1)
 
 
 def _coarsen(log_p: jax.Array, top_tokens: jax.Array, in_top: jax.Array) -> jax.Array:
