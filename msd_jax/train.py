@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from msd_jax import (
     checkpoint,
@@ -158,6 +160,34 @@ def make_loss(config: ml_collections.ConfigDict) -> functools.partial:
     return functools.partial(losses.dpsw_loss, **settings)
 
 
+def jit_train_step(
+    config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, optimize: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The program of a step: train_step(state, frozen, batch) with all that is static bound; the state is donated."""
+    static = {"loss": make_loss(config), "teacher": config.teacher, "micro_batches": config.train.micro_batches}
+    step = functools.partial(train_step, graphdef=graphdef, optimize=optimize, **static)
+    return jax.jit(step, donate_argnums=0)
+
+
+def abstract_state(
+    model: pretrained.Architecture, mesh: Mesh, optimize: optax.GradientTransformation, teacher_kind: str
+) -> tuple[TrainState, decoder.Params]:
+    """(state, frozen) of a run as ShapeDtypeStructs in the training layout.
+
+    The optimizer's moments and the teacher follow the sharding of the weights; counts are replicated.
+    """
+    params, frozen = model.split(model.target(mesh))
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    opt_state = optax.tree.map_params(
+        optimize,
+        lambda moment, param: moment.update(sharding=param.sharding),
+        jax.eval_shape(optimize.init, params),
+        params,
+        transform_non_params=lambda count: count.update(sharding=scalar.sharding),
+    )
+    return TrainState(scalar, params, None if teacher_kind == "live" else params, opt_state, scalar), frozen
+
+
 class Trainer:
     """A run: made from a config and a workdir with every check done, then `train()`."""
 
@@ -204,17 +234,7 @@ class Trainer:
         self.respond = responses.Responder(config, self.generator, store)
         self.loss = make_loss(config)
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # each costs one compilation
-        self.train_step = jax.jit(
-            functools.partial(
-                train_step,
-                graphdef=self.model.graphdef,
-                optimize=self.optimize,
-                loss=self.loss,
-                teacher=config.teacher,
-                micro_batches=config.train.micro_batches,
-            ),
-            donate_argnums=0,
-        )
+        self.train_step = jit_train_step(config, self.model.graphdef, self.optimize)
 
     def _check_batch(self) -> None:
         rows = self.config.data.batch_size // self.config.train.micro_batches
@@ -226,22 +246,14 @@ class Trainer:
             )
 
     def initial_state(self) -> TrainState:
-        """Weights as they come; Adam's moments and the teacher follow the weights' sharding. Also sets `frozen`."""
+        """Weights as they come, in the layout of abstract_state. Also sets `frozen`."""
         params, self.frozen = self.model.split(self.model.params(self.mesh, seed=self.config.seed))
-        shardings, _ = self.model.split(self.model.shardings(self.mesh, sharding.TRAIN))
-        replicated = sharding.replicated(self.mesh)
-        # Moments take their parameter's sharding, counts are replicated.
-        opt_shardings = optax.tree.map_params(
-            self.optimize,
-            lambda _, s: s,
-            jax.eval_shape(self.optimize.init, params),
-            shardings,
-            transform_non_params=lambda _: replicated,
-        )
-        opt_state = jax.jit(self.optimize.init, out_shardings=opt_shardings)(params)
-        zero = jax.device_put(jnp.zeros((), jnp.int32), replicated)
+        target, _ = abstract_state(self.model, self.mesh, self.optimize, self.config.teacher.kind)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target.opt_state)
+        opt_state = jax.jit(self.optimize.init, out_shardings=shardings)(params)
+        zero = jax.device_put(jnp.zeros((), jnp.int32), target.step.sharding)
         # A copy: params are donated to every step, and the teacher must outlive them.
-        teacher = None if self.config.teacher.kind == "live" else jax.tree.map(jnp.copy, params)
+        teacher = None if target.teacher is None else jax.tree.map(jnp.copy, params)
         return TrainState(zero, params, teacher, opt_state, jnp.copy(zero))
 
     def train(self) -> None:

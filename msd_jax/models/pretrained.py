@@ -15,23 +15,18 @@ from msd_jax.models import decoder, weights
 from msd_jax.models.lora import Lora, is_adapter
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """Everything of a model but its weights.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What of a model follows from its config.json and config.model: enough to compile for it, without its weights.
 
     Attributes:
-      directory: the local Hugging Face directory.
       config: sizes and family differences.
       graphdef, abstract, axes: of the decoder: structure, ShapeDtypeStructs and logical axes of its params.
       dtype: of matrix products and of generation.
       lora: settings of the adapters, which alone are trained; None where there are none.
       freeze_embeddings: embeddings, and with them a tied head, are not trained.
-      tokenizer: transformers' fast tokenizer.
-      stop_ids: tokens that end a response.
-      pad_id: fills unused columns; masks never look at it.
     """
 
-    directory: pathlib.Path
     config: model_config.DecoderConfig
     graphdef: nnx.GraphDef
     abstract: decoder.Params
@@ -39,9 +34,6 @@ class Pretrained:
     dtype: jnp.dtype
     lora: Lora | None
     freeze_embeddings: bool
-    tokenizer: Any
-    stop_ids: tuple[int, ...]
-    pad_id: int
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(what is trained, what is frozen) of a tree like params; decoder.join puts them together."""
@@ -59,6 +51,23 @@ class Pretrained:
             self.abstract,
             self.shardings(mesh, sharding.TRAIN),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(Architecture):
+    """Everything of a model but its weights.
+
+    Attributes:
+      directory: the local Hugging Face directory.
+      tokenizer: transformers' fast tokenizer.
+      stop_ids: tokens that end a response.
+      pad_id: fills unused columns; masks never look at it.
+    """
+
+    directory: pathlib.Path
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    pad_id: int
 
     def params(self, mesh: Mesh, directory: pathlib.Path | None = None, seed: int = 0) -> decoder.Params:
         """Weights of `directory` (default: the model's own) in the training layout, and new adapters."""
@@ -80,8 +89,8 @@ class Pretrained:
         return weights.read(self.directory, self.config, frozen)
 
 
-def load(
-    path: str,
+def architecture(
+    config: model_config.DecoderConfig,
     *,
     dtype: str,
     param_dtype: str,
@@ -90,28 +99,8 @@ def load(
     freeze_embeddings: bool = False,
     lora: Any = None,
     mesh: Mesh | None = None,
-) -> Pretrained:
-    """Reads all of a model but its weights; the arguments are config.model's, and the mesh that it will run on.
-
-    Args:
-      path: a directory or a hub id.
-      dtype: of matrix products and of generation.
-      param_dtype: of what is trained; under LoRA the base takes lora.base_dtype.
-      remat, attention, mesh: see decoder.Decoder.
-      freeze_embeddings: see Pretrained.
-      lora: a mapping with rank (0: no adapters), alpha, targets and base_dtype.
-
-    Raises:
-      FileNotFoundError, ValueError: with one message that names the file and what is wrong with it.
-    """
-    directory = weights.resolve(path)
-    config = model_config.read(directory)
-    weights.check(directory, config)
-    tokenizer = prompts.load_tokenizer(str(directory))
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
-        )
+) -> Architecture:
+    """The decoder of `config`, nothing allocated; the other arguments are as in `load`."""
     adapters = Lora(lora["rank"], lora["alpha"], tuple(lora["targets"])) if lora and lora["rank"] else None
     graphdef, abstract, axes = decoder.abstract(
         config,
@@ -126,9 +115,7 @@ def load(
         trained, base = decoder.split(abstract, is_adapter)
         base = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(lora["base_dtype"])), base)
         abstract = decoder.join(trained, base)
-    stop_ids = prompts.stop_token_ids(tokenizer, str(directory))
-    return Pretrained(
-        directory=directory,
+    return Architecture(
         config=config,
         graphdef=graphdef,
         abstract=abstract,
@@ -136,6 +123,36 @@ def load(
         dtype=jnp.dtype(dtype),
         lora=adapters,
         freeze_embeddings=freeze_embeddings,
+    )
+
+
+def load(path: str, **options: Any) -> Pretrained:
+    """Reads all of a model but its weights.
+
+    Args:
+      path: a directory or a hub id.
+      **options: the other keys of config.model, and `mesh`:
+        dtype: of matrix products and of generation;
+        param_dtype: of what is trained; under LoRA the base takes lora.base_dtype;
+        remat, attention, mesh: see decoder.Decoder;
+        freeze_embeddings: see Architecture;
+        lora: a mapping with rank (0: no adapters), alpha, targets and base_dtype.
+
+    Raises:
+      FileNotFoundError, ValueError: with one message that names the file and what is wrong with it.
+    """
+    directory = weights.resolve(path)
+    config = model_config.read(directory)
+    weights.check(directory, config)
+    tokenizer = prompts.load_tokenizer(str(directory))
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
+        )
+    stop_ids = prompts.stop_token_ids(tokenizer, str(directory))
+    return Pretrained(
+        **vars(architecture(config, **options)),
+        directory=directory,
         tokenizer=tokenizer,
         stop_ids=tuple(stop_ids),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop_ids),
