@@ -93,6 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict()
     config.train.steps = 300
     config.train.micro_batches = 1  # gradient accumulation: parts that a batch is split into
+    config.train.loss_chunk = 512  # tokens a device whose logits are held at a time
     config.train.checkpoint_every = 100  # steps; the last step is always saved
     config.train.checkpoints_kept = 2
     config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard

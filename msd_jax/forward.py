@@ -47,6 +47,14 @@ def response_hidden(
     return hidden_BxTxD[:, P - 1 : P + R - 1]
 
 
+def response_hidden_and_head(
+    graphdef: nnx.GraphDef, params: decoder.Params, *sequence: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(hidden_NxD, head_DxV), whose product is the logits of the N = B R response tokens, one row after the other."""
+    hidden_BxRxD = response_hidden(graphdef, params, *sequence)
+    return hidden_BxRxD.reshape(-1, hidden_BxRxD.shape[-1]), nnx.merge(graphdef, params).head_DxV
+
+
 def response_logits(graphdef: nnx.GraphDef, params: decoder.Params, *sequence: jax.Array) -> jax.Array:
     """logits_BxRxV, float32, of the response tokens; `sequence` as in response_hidden."""
     return nnx.merge(graphdef, params).logits(response_hidden(graphdef, params, *sequence))

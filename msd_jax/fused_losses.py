@@ -181,7 +181,7 @@ def _local(
             d_head += _matmul(hidden.T, gradient)
         return d_head, (sums, d_hidden)
 
-    start = jnp.zeros(head_DxV.shape, jnp.float32) if wanted[1] else None
+    start = jnp.zeros(head_DxV.shape, jnp.promote_types(head_DxV.dtype, jnp.float32)) if wanted[1] else None
     tokens = jax.tree.map(split, (hidden_NxD, teacher_hidden_NxD, response_N, mask_N))
     d_head, (sums, d_hidden) = jax.lax.scan(of_chunk, start, tokens)
     if d_hidden is not None:
@@ -195,7 +195,7 @@ def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """a @ b in float32; where one is float32 and one is not, the former is split in two parts that add up to it."""
-    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
     if a.dtype == b.dtype:
         return matmul(a, b)
     if a.dtype == jnp.float32:

@@ -56,6 +56,7 @@ _RANGES = {
     "optimizer.weight_decay": (0.0, None),
     "train.steps": (1, None),
     "train.micro_batches": (1, None),
+    "train.loss_chunk": (1, None),
     "train.checkpoint_every": (1, None),
     "train.checkpoints_kept": (1, None),
     "train.log_every": (1, None),

@@ -21,6 +21,7 @@ from msd_jax import (
     evaluate,
     export,
     forward,
+    fused_losses,
     losses,
     metrics,
     optimizer,
@@ -67,15 +68,18 @@ class TrainBatch(NamedTuple):
     response_length_B: jax.Array
 
 
-def both_logits(
-    graphdef: nnx.GraphDef, student: decoder.Params, teacher: decoder.Params, batch: TrainBatch
-) -> tuple[jax.Array, jax.Array]:
-    """Student's and teacher's logits_BxRxV over the same response tokens."""
+def both_roles(
+    run: Callable, graphdef: nnx.GraphDef, student: decoder.Params, teacher: decoder.Params, batch: TrainBatch
+) -> tuple[Any, Any]:
+    """What a function of forward.py gives for student and teacher over the same response tokens."""
     response = (batch.response_BxR, batch.response_length_B)
     return (
-        forward.response_logits(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response),
-        forward.response_logits(graphdef, teacher, batch.teacher_prompt_BxP, batch.teacher_length_B, *response),
+        run(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response),
+        run(graphdef, teacher, batch.teacher_prompt_BxP, batch.teacher_length_B, *response),
     )
+
+
+both_logits = functools.partial(both_roles, forward.response_logits)
 
 
 def train_step(
@@ -95,16 +99,16 @@ def train_step(
       state: donated.
       frozen: the weights that are not trained, which student and teacher share; {} where all are.
       batch: B rows, divisible by `micro_batches`.
-      graphdef, optimize, loss, teacher, micro_batches: static; `loss` is losses.dpsw_loss with its settings,
-        `teacher` is config.teacher.
+      graphdef, optimize, loss, teacher, micro_batches: static; `loss` is fused_losses.fused_dpsw_loss with its
+        settings, `teacher` is config.teacher.
     """
     teacher_params = state.params if state.teacher is None else state.teacher
 
     def loss_sum(params, micro):
         both = (decoder.join(frozen, trained) for trained in (params, teacher_params))
-        student_BxRxV, teacher_BxRxV = both_logits(graphdef, *both, micro)
+        student, teacher = both_roles(forward.response_hidden_and_head, graphdef, *both, micro)
         mask_BxR = forward.response_mask(micro.response_length_B, micro.response_BxR.shape[1])
-        total, normaliser, aux = loss(student_BxRxV, teacher_BxRxV, micro.response_BxR, mask_BxR)
+        total, normaliser, aux = loss(*student, *teacher, micro.response_BxR.ravel(), mask_BxR.ravel())
         return total, (normaliser, aux)
 
     # Every device keeps its own rows: micro-batch i holds rows i, i + M, i + 2M, ...
@@ -151,22 +155,45 @@ def next_teacher(
     return old  # frozen, or None: live
 
 
-def make_loss(config: ml_collections.ConfigDict) -> functools.partial:
-    """losses.dpsw_loss with the settings of config.loss."""
+def loss_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The keyword arguments of losses.dpsw_loss that config.loss asks for."""
     divergence = config.loss.divergence
     if divergence == "auto":
         divergence = "forward_kl" if config.rollout.policy == "off_policy" else "reverse_kl"
-    settings = dict(config.loss) | {"divergence": divergence, "top_k": config.loss.top_k or None}
-    return functools.partial(losses.dpsw_loss, **settings)
+    return dict(config.loss) | {"divergence": divergence, "top_k": config.loss.top_k or None}
 
 
 def jit_train_step(
-    config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, optimize: optax.GradientTransformation
+    config: ml_collections.ConfigDict,
+    model: pretrained.Architecture,
+    mesh: Mesh,
+    optimize: optax.GradientTransformation,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The program of a step: train_step(state, frozen, batch) with all that is static bound; the state is donated."""
-    static = {"loss": make_loss(config), "teacher": config.teacher, "micro_batches": config.train.micro_batches}
-    step = functools.partial(train_step, graphdef=graphdef, optimize=optimize, **static)
-    return jax.jit(step, donate_argnums=0)
+    loss = functools.partial(
+        fused_losses.fused_dpsw_loss,
+        chunk=config.train.loss_chunk,
+        dtype=model.dtype,
+        logit_softcap=model.config.logit_softcap,
+        mesh=mesh,
+        **loss_settings(config),
+    )
+    step = functools.partial(
+        train_step,
+        graphdef=model.graphdef,
+        optimize=optimize,
+        loss=loss,
+        teacher=config.teacher,
+        micro_batches=config.train.micro_batches,
+    )
+    arguments = abstract_state(model, mesh, optimize, config.teacher.kind)
+    state, frozen = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+    return jax.jit(
+        step,
+        in_shardings=(state, frozen, sharding.batch_sharding(mesh)),
+        out_shardings=(state, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
 
 
 def abstract_state(
@@ -232,9 +259,9 @@ class Trainer:
             mark = responses.fingerprint(config, self.model.directory)
             store = responses.Store(workdir / "teacher_responses.jsonl", mark)
         self.respond = responses.Responder(config, self.generator, store)
-        self.loss = make_loss(config)
+        self.loss = loss_settings(config)
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # each costs one compilation
-        self.train_step = jit_train_step(config, self.model.graphdef, self.optimize)
+        self.train_step = jit_train_step(config, self.model, self.mesh, self.optimize)
 
     def _check_batch(self) -> None:
         rows = self.config.data.batch_size // self.config.train.micro_batches
@@ -310,7 +337,7 @@ class Trainer:
         on_device = sharding.put_batch(self.mesh, train_batch)
         self._shapes.add(tuple(x.shape for x in train_batch))
         if (step + 1) % self.config.train.completions_every == 0 and self.config.train.completions_kept:
-            writer.completions(step + 1, self.completions(state, batch, written, on_device))
+            writer.completions(step + 1, self.completions(state, batch, written, train_batch))
         state, scalars = self.train_step(state, self.frozen, on_device)
         row = {name: float(value) for name, value in sharding.fetch(scalars).items()}
         train_seconds = time.perf_counter() - start
@@ -353,6 +380,9 @@ class Trainer:
         self, state: TrainState, batch: pipeline.Batch, written: responses.Responses, train_batch: TrainBatch
     ) -> list[dict[str, Any]]:
         """For a few rows: both prompts, the response, and each token's divergence and weights before the update."""
+        shards = sharding.batch_shards(self.mesh)
+        rows = -(-self.config.train.completions_kept // shards) * shards  # the fewest that divide over the devices
+        train_batch = sharding.put_batch(self.mesh, TrainBatch(*(array[:rows] for array in train_batch)))
         teacher = state.params if state.teacher is None else state.teacher
         both = (decoder.join(self.frozen, trained) for trained in (state.params, teacher))
         tokens = sharding.fetch(self._token_diagnostics(*both, train_batch))
@@ -378,7 +408,7 @@ class Trainer:
 
     @functools.cached_property
     def _token_diagnostics(self) -> Any:
-        keywords = {k: v for k, v in self.loss.keywords.items() if k != "normalize"}
+        keywords = {k: v for k, v in self.loss.items() if k != "normalize"}
 
         def run(student, teacher, batch):
             logits = both_logits(self.model.graphdef, student, teacher, batch)
@@ -397,7 +427,7 @@ class Trainer:
             + f"; mesh: {mesh} ({jax.devices()[0].device_kind})"
         )
         say(
-            f"MSD: {c.rollout.policy}, {c.teacher.kind} teacher, {self.loss.keywords['divergence']}, "
+            f"MSD: {c.rollout.policy}, {c.teacher.kind} teacher, {self.loss['divergence']}, "
             f"{c.loss.weighting} weights; scored at temperature {c.loss.temperature}"
         )
         say(

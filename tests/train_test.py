@@ -14,7 +14,7 @@ import pytest
 from msd_jax.configs import default
 from safetensors.numpy import load_file
 
-from msd_jax import checkpoint, forward, losses, metrics, sharding, train
+from msd_jax import checkpoint, forward, fused_losses, losses, metrics, sharding, train
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, pretrained
 from tests.conftest import LLAMA, WORDS
@@ -41,9 +41,9 @@ def make_state(optimize, *, live=False, seed=0):
     return train.TrainState(zero, params, teacher, optimize.init(params), zero)
 
 
-def make_step(optimize, *, micro_batches=1, teacher=FROZEN, dtype=jnp.float32, **loss):
-    graphdef, _, _ = decoder.abstract(CONFIG, dtype=dtype)
-    loss = functools.partial(losses.dpsw_loss, **{"weight_top_k": 5} | loss)
+def make_step(optimize, *, micro_batches=1, teacher=FROZEN, dtype=jnp.float32, mesh=None, **loss):
+    graphdef, _, _ = decoder.abstract(CONFIG, dtype=dtype, mesh=mesh)
+    loss = functools.partial(fused_losses.fused_dpsw_loss, **{"weight_top_k": 5, "chunk": 7, "mesh": mesh} | loss)
     static = {"graphdef": graphdef, "optimize": optimize, "loss": loss, "teacher": teacher}
     step = jax.jit(functools.partial(train.train_step, micro_batches=micro_batches, **static))
     return lambda state, batch: step(state, {}, batch)
@@ -96,7 +96,7 @@ def test_update_does_not_depend_on_the_devices(rng, shape):
         teacher=jax.device_put(state.teacher, layout),
         opt_state=jax.device_put(state.opt_state, layout),
     )
-    together, other = make_step(RECORD)(spread, sharding.put_batch(mesh, jax.device_get(batch)))
+    together, other = make_step(RECORD, mesh=mesh)(spread, sharding.put_batch(mesh, jax.device_get(batch)))
     assert largest_difference(alone.opt_state, jax.device_get(together.opt_state)) < 1e-5
     np.testing.assert_allclose(other["loss"], scalars["loss"], rtol=1e-5)
 

@@ -197,7 +197,7 @@ class Decoder(nnx.Module):
           slot: with a cache, the slot of the first token given; tokens lie in consecutive slots.
 
         Returns:
-          hidden_BxTxD in the compute dtype, and the cache with the tokens' keys and values written, or None.
+          hidden_BxTxD, at least float32, and the cache with the tokens' keys and values written, or None.
         """
         c = self.config
         T = tokens_BxT.shape[1]
@@ -247,16 +247,21 @@ class Decoder(nnx.Module):
         if cache is not None:  # written once for all layers: a cache carried through the scan is copied by each
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
             cache = jax.tree.map(write, cache, new_LxBxTxKxH)
-        return rms_norm(x_BxTxD, self.final_norm[...], c.norm_eps, c.norm_offset, self.dtype), cache
+        return rms_norm(x_BxTxD, self.final_norm[...], c.norm_eps, c.norm_offset, residual), cache
+
+    @property
+    def head_DxV(self) -> jax.Array:
+        """The matrix from hidden states to logits, in the parameters' dtype; of tied embeddings, their transpose."""
+        return self.embedding[...].T if self.config.tied_embeddings else self.head[...]
 
     def constrain(self, x_BxTxD: jax.Array) -> jax.Array:
         """The residual stream, split by rows alone: left to itself, XLA may split D as the weights are."""
         return sharding.constrain(x_BxTxD, self.mesh, "batch", None, None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Logits, float32 [..., V], of hidden states [..., D] in the compute dtype."""
-        head_DxV = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
-        logits = jnp.matmul(hidden, head_DxV.astype(self.dtype), preferred_element_type=jnp.float32)
+        """Logits, float32 [..., V], of hidden states [..., D]."""
+        operands = hidden.astype(self.dtype), self.head_DxV.astype(self.dtype)
+        logits = jnp.matmul(*operands, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
