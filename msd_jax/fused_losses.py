@@ -166,6 +166,7 @@ def _local(
 
     def of_chunk(d_head, tokens):
         hidden, teacher_hidden, response, mask = tokens
+        hidden = jnp.where(mask[:, None], hidden, 0)  # what is masked out may be NaN, and 0 * NaN is not 0
         teacher_logits = _capped(_matmul(teacher_hidden, teacher_head_DxV), softcap)
 
         def loss_of(product):
