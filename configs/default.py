@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     # The model to align; it is its own teacher.
     config.model = ml_collections.ConfigDict()
     config.model.path = ""  # Hugging Face directory, or hub id (owner/name)
-    config.model.param_dtype = "float32"  # of the trained weights and the optimizer's moments
+    config.model.param_dtype = "float32"  # of the trained weights
     config.model.dtype = "float32"  # of matrix products; bfloat16 on TPU and GPU. See docs/method.md, Precision
     # auto: a kernel for the platform (cudnn on GPUs in bfloat16, splash on TPUs) where shapes allow, else xla | xla
     config.model.attention = "auto"
@@ -80,11 +80,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss.normalize = "mean"  # mean (weights have mean 1 over the batch) | none
 
     config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "adamw"  # adamw | adafactor (rows and columns of second moments, no first ones)
+    config.optimizer.moments_dtype = "float32"  # what they are kept in: float32 | bfloat16
     config.optimizer.learning_rate = 1e-5  # peak
     config.optimizer.schedule = "cosine"  # cosine (to final_fraction of the peak) | constant
     config.optimizer.warmup_steps = 10
     config.optimizer.final_fraction = 0.1
-    config.optimizer.b1 = 0.9
+    config.optimizer.b1 = 0.9  # b1, b2 and eps are adamw's
     config.optimizer.b2 = 0.95
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0

@@ -3,8 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
@@ -23,11 +25,60 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
 def make_optimizer(
     config: ml_collections.ConfigDict, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a global-norm clip."""
+    """AdamW, or Adafactor without momentum, behind a global-norm clip."""
     schedule = make_schedule(config, steps)
-    adamw = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=_is_matrix)
-    chain = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-    return chain, schedule
+    if config.name == "adafactor":
+        rule = optax.adafactor(
+            schedule,
+            multiply_by_parameter_scale=False,  # so that a learning rate means what it means to AdamW
+            weight_decay_rate=config.weight_decay or None,
+            weight_decay_mask=_is_matrix,
+        )
+    else:
+        decay = {"weight_decay": config.weight_decay, "mask": _is_matrix}
+        rule = optax.adamw(schedule, config.b1, config.b2, config.eps, **decay)
+    rule = kept_in(jnp.dtype(config.moments_dtype), rule)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule), schedule
+
+
+def kept_in(dtype: jnp.dtype, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule`, with the arrays of its state kept in `dtype` from step to step and computed with in float32."""
+
+    def cast(dtype: jnp.dtype, state: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = rule.update(grads, cast(jnp.float32, state), params)
+        return updates, cast(dtype, state)
+
+    return optax.GradientTransformation(lambda params: cast(dtype, rule.init(params)), update)
+
+
+def state_shardings(rule: optax.GradientTransformation, params: Any) -> Any:
+    """The optimizer's state as ShapeDtypeStructs, each array laid out as the parameter that it belongs to.
+
+    Args:
+      rule: from make_optimizer.
+      params: ShapeDtypeStructs with shardings. A moment of a parameter's shape takes its sharding; one that has an axis
+        less (Adafactor's) takes what is left of it; all else is on every device.
+    """
+
+    def like(moment: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = (*param.sharding.spec, *[None] * (len(param.shape) - len(param.sharding.spec)))
+        for left_out in (len(spec), *range(len(spec))):
+            if moment.shape == param.shape[:left_out] + param.shape[left_out + 1 :]:
+                kept = PartitionSpec(*spec[:left_out], *spec[left_out + 1 :])
+                return moment.update(sharding=NamedSharding(param.sharding.mesh, kept))
+        return moment.update(sharding=NamedSharding(param.sharding.mesh, PartitionSpec()))
+
+    replicated = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
+    return optax.tree.map_params(
+        rule,
+        like,
+        jax.eval_shape(rule.init, params),
+        params,
+        transform_non_params=lambda count: count.update(sharding=replicated),
+    )
 
 
 def _is_matrix(params: Any) -> Any:

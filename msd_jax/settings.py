@@ -28,6 +28,8 @@ _CHOICES = {
     "loss.weighting": ("dpsw", "teacher", "student", "uniform"),
     "loss.student_token": ("teacher_argmax", "sampled"),
     "loss.normalize": ("mean", "none"),
+    "optimizer.name": ("adamw", "adafactor"),
+    "optimizer.moments_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("cosine", "constant"),
     "eval.harmful": ("file", "true", "false"),
 }

@@ -205,13 +205,7 @@ def abstract_state(
     """
     params, frozen = model.split(model.target(mesh))
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    opt_state = optax.tree.map_params(
-        optimize,
-        lambda moment, param: moment.update(sharding=param.sharding),
-        jax.eval_shape(optimize.init, params),
-        params,
-        transform_non_params=lambda count: count.update(sharding=scalar.sharding),
-    )
+    opt_state = optimizer.state_shardings(optimize, params)
     return TrainState(scalar, params, None if teacher_kind == "live" else params, opt_state, scalar), frozen
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from msd_jax.configs import default
 
-from msd_jax import optimizer
+from msd_jax import optimizer, sharding
 
 PARAMS = {"embedding": jnp.ones((3, 2)), "layers": {"query": jnp.ones((2, 2)), "query_norm": jnp.ones(2)}}
 
@@ -45,3 +46,57 @@ def test_decay_spares_norms(config):
     new = optax.apply_updates(PARAMS, updates)
     np.testing.assert_allclose(new["layers"]["query"], 1 - 0.5 * 0.1, rtol=1e-5)
     assert (new["layers"]["query_norm"] == 1).all()
+
+
+def descend(config, steps=200):
+    """Fits a matrix to a random one from noisy gradients; the share of the distance that is left."""
+    target = jax.random.normal(jax.random.key(0), (256, 130))
+    rule, _ = optimizer.make_optimizer(config, steps)
+
+    def step(carry, key):
+        params, state = carry
+        grads = {"query": params["query"] - target + jax.random.normal(key, target.shape)}
+        updates, state = rule.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = {"query": jnp.zeros_like(target)}
+    keys = jax.random.split(jax.random.key(1), steps)
+    (params, state), _ = jax.jit(jax.lax.scan, static_argnums=0)(step, (params, rule.init(params)), keys)
+    return float(optax.tree.norm(params["query"] - target) / optax.tree.norm(target)), state
+
+
+def test_every_rule_descends_and_keeps_what_it_should(config):
+    config.learning_rate = 0.05
+    floats = lambda state: [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]  # noqa: E731
+    left, state = descend(config)
+    assert left < 0.1 and sum(x.size for x in floats(state)) == 2 * 256 * 130
+
+    config.moments_dtype = "bfloat16"
+    left_bfloat16, state = descend(config)
+    assert {x.dtype.name for x in floats(state)} == {"bfloat16"}
+    assert abs(left_bfloat16 - left) < 0.01
+
+    config.name, config.moments_dtype = "adafactor", "float32"
+    left, state = descend(config)
+    assert left < 0.2 and sum(x.size for x in floats(state)) < 256 + 130 + 10
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_state_is_laid_out_as_the_weights(config, name):
+    mesh = sharding.make_mesh(2, 2, 2)
+    specs = {"query": PartitionSpec(None, "fsdp", "tensor"), "norm": PartitionSpec(None, "tensor")}
+    shapes = {"query": (3, 256, 160), "norm": (3, 256)}
+    params = {
+        key: jax.ShapeDtypeStruct(shapes[key], jnp.float32, sharding=NamedSharding(mesh, specs[key])) for key in specs
+    }
+    config.name = name
+    rule, _ = optimizer.make_optimizer(config, 10)
+    state = optimizer.state_shardings(rule, params)
+    found = {(leaf.shape, tuple(leaf.sharding.spec)) for leaf in jax.tree.leaves(state)}
+    whole = {((3, 256, 160), (None, "fsdp", "tensor")), ((3, 256), (None, "tensor"))}
+    factored = {((3, 256), (None, "fsdp")), ((3, 160), (None, "tensor")), ((3, 256), (None, "tensor"))}
+    assert found == {((), ())} | ({"adamw": whole, "adafactor": factored | {((1,), ())}})[name]
+    # And the state that is made has that layout.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, device=p.sharding), params)
+    made = jax.jit(rule.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state))(zeros)
+    assert jax.tree.structure(made) == jax.tree.structure(state)
