@@ -74,6 +74,16 @@ def fingerprint(config: ml_collections.ConfigDict, directory: pathlib.Path) -> s
     return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
 
 
+@jax.jit
+def _fold(root: jax.Array, stream: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(root, stream), step)
+
+
+@jax.jit
+def _uniform(key: jax.Array, query_hash_B: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.uniform)(rollout.row_keys(key, query_hash_B))
+
+
 class Responder:
     """Responses for each batch, by config.rollout.policy."""
 
@@ -88,7 +98,7 @@ class Responder:
         }[config.rollout.policy]
 
     def _key(self, stream: int, step: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(self._root, stream), step)
+        return _fold(self._root, *jax.device_put((np.uint32(stream), np.uint32(step))))
 
     def __call__(
         self,
@@ -104,8 +114,8 @@ class Responder:
           batch: the queries.
           student, teacher: give params in the rollout layout; called only where they are needed.
         """
-        draws_B = jax.vmap(jax.random.uniform)(rollout.row_keys(self._key(_POLICY, step), batch.query_hash_B))
-        on_policy_B = np.asarray(draws_B) < self._fraction
+        draws_B = _uniform(self._key(_POLICY, step), jax.device_put(batch.query_hash_B))
+        on_policy_B = jax.device_get(draws_B) < self._fraction
         keys = [(example.query_id, example.language) for example in batch.examples]
         stored_B = np.array([self._store is not None and key in self._store for key in keys]) & ~on_policy_B
         parts: list[tuple[np.ndarray, rollout.Rollout]] = []

@@ -242,7 +242,8 @@ class Trainer:
         claim(workdir, config)
         self.checkpoints = checkpoint.Checkpoints(workdir, config.train.checkpoints_kept)
 
-        self.optimize, self.schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
+        self.optimize, schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
+        self.learning_rates = np.array([schedule(step) for step in range(config.train.steps)])
         self.rollout_shardings = self.model.shardings(self.mesh, sharding.ROLLOUT)
         sampling = {key: config.rollout[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
         self.generator = rollout.Generator(
@@ -293,7 +294,8 @@ class Trainer:
         writer = metrics.Metrics(self.workdir, step)
         with progress("training", config.train.steps, step) as advance:
             while step < config.train.steps:
-                state, row = self.step(step, state, writer)
+                with jax.transfer_guard("disallow"):  # nothing goes to or from devices but by put_batch and fetch
+                    state, row = self.step(step, state, writer)
                 step += 1
                 if step % config.train.log_every == 0 or step == config.train.steps:
                     writer.scalars(step, row)
@@ -340,7 +342,7 @@ class Trainer:
         columns += 2 * train_batch.response_BxR.size
         real = int(train_batch.student_length_B.sum() + train_batch.teacher_length_B.sum() + 2 * written.length_B.sum())
         row |= {
-            "learning_rate": float(self.schedule(step)),
+            "learning_rate": float(self.learning_rates[step]),
             "response_length": float(written.length_B.mean()),
             "stopped": float(written.stopped_B.mean()),
             "on_policy": float(written.on_policy_B.mean()),
