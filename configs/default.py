@@ -117,4 +117,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.data = 1  # replicas of the weights
     config.mesh.fsdp = -1  # devices that share one replica's weights; -1 takes all that are left
     config.mesh.tensor = 1  # devices that share each matrix product
+
+    # What the run is planned for: read by the scripts in launch/ and by msd_jax.plan, never by the run itself.
+    config.launch = ml_collections.ConfigDict()
+    config.launch.accelerator = "tpu"  # tpu | gpu
+    config.launch.topology = "v5e:2x4"  # TPU slice as XLA's compiler names it, see msd_jax/topology.py; "" for gpu
+    config.launch.slices = 1  # TPU slices joined over the data-centre network; config.mesh.data goes across them
+    config.launch.nodes = 1  # gpu: machines
+    config.launch.gpus_per_node = 8  # gpu; 0 runs one process on the CPUs of each machine
     return config

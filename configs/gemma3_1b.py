@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.batch_size = 32
     config.train.micro_batches = 4
     config.optimizer.learning_rate = 5e-6
+    config.launch.topology = "v5e:2x4"
     if variant == "smoke":
         config.train.micro_batches = 1
     return paper.variant(config, "gemma3_1b", variant)

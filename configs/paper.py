@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.languages = ("en", "zh", "ar", "bn", "sw", "jv", "it", "vi", "ko", "th")
     config.eval.batch_size = 64
     config.eval.max_new_tokens = 512
+    config.launch.topology = "v5e:8x8"
     return config
 
 

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "train.export",
     "eval.",
     "mesh.",
+    "launch.",
 )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import ml_collections
 
+from msd_jax import topology
 from msd_jax.configs import default
 from msd_jax.models.lora import INPUTS
 
@@ -32,6 +33,7 @@ _CHOICES = {
     "optimizer.moments_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("cosine", "constant"),
     "eval.harmful": ("file", "true", "false"),
+    "launch.accelerator": ("tpu", "gpu"),
 }
 
 # Inclusive ranges; None is open.
@@ -67,6 +69,9 @@ _RANGES = {
     "eval.limit": (0, None),
     "eval.batch_size": (1, None),
     "eval.max_new_tokens": (1, None),
+    "launch.slices": (1, None),
+    "launch.nodes": (1, None),
+    "launch.gpus_per_node": (0, None),
 }
 _POSITIVE = ("model.lora.alpha", "rollout.top_p", "loss.temperature", "optimizer.clip_norm", "optimizer.eps")
 
@@ -101,6 +106,12 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
             yield f"config.{key}={value(key)!r} must be greater than 0"
     if value("rollout.top_p") > 1:
         yield f"config.rollout.top_p={value('rollout.top_p')!r} must be at most 1"
+
+    if config.launch.accelerator == "tpu":
+        try:
+            topology.parse(config.launch.topology)
+        except ValueError as error:
+            yield str(error)
 
     targets, known = set(config.model.lora.targets), set(INPUTS)
     if not targets or targets - known:

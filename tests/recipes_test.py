@@ -6,7 +6,7 @@ import json
 import ml_collections
 import pytest
 
-from msd_jax import settings, train
+from msd_jax import settings, topology, train
 from msd_jax.models import config as model_config
 from msd_jax.testbed import tiny
 
@@ -33,6 +33,15 @@ def test_a_recipe_is_valid_in_each_variant(name):
     assert config.model.dtype == "bfloat16" and config.model.param_dtype == "float32"
     with pytest.raises(ValueError, match=r"no variant 'smok'; there are lora and smoke"):
         recipe(name, "smok")
+
+
+@pytest.mark.parametrize("name", ["default", "quickstart", "smollm2", *RECIPES])
+def test_the_batch_divides_over_the_chips_that_a_recipe_is_planned_for(name):
+    config = recipe(name)
+    shards = topology.devices(config.launch) // config.mesh.tensor
+    assert topology.devices(config.launch) % config.mesh.tensor == 0
+    assert config.data.batch_size // config.train.micro_batches % shards == 0
+    assert -1 in config.mesh.values()  # so that the mesh takes all chips, however many
 
 
 @pytest.mark.parametrize("name", RECIPES)

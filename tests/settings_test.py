@@ -26,6 +26,9 @@ def test_the_defaults_pass(config):
         ("loss.beta", 2.0, r"config.loss.beta=2.0 must be at least 0.0 and at most 1.0"),
         ("loss.weight_top_k", 1, r"config.loss.weight_top_k=1 must be at least 2"),
         ("teacher.kind", "", r"config.teacher.kind='': choose one of frozen, live, ema, periodic"),
+        ("launch.accelerator", "cpu", r"config.launch.accelerator='cpu': choose one of tpu, gpu"),
+        ("launch.topology", "v5e-64", r"config.launch.topology='v5e-64': write GENERATION:SHAPE"),
+        ("launch.slices", 0, r"config.launch.slices=0 must be at least 1"),
         ("train.micro_batches", 5, r"micro_batches=5 does not divide config.data.batch_size=32"),
     ],
 )
