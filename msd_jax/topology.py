@@ -48,7 +48,7 @@ GENERATIONS = {
         Generation("v5e", "v5litepod", 1, 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu", 8, 2),
         Generation("v5p", "v5p", 2, 1, "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu", 4, 3),
         Generation("v6e", "v6e", 1, 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard", 8, 2),
-        Generation("7x", None, 2, 2, None, "tpu7x", "tpu7x-standard", 4, 3),
+        Generation("tpu7x", None, 2, 2, None, "tpu7x", "tpu7x-standard", 4, 3),
     )
 }
 
@@ -82,7 +82,7 @@ class Slice:
     def accelerator_type(self) -> str:
         """gcloud's name of the slice. Raises ValueError where gcloud has none."""
         if not self.generation.accelerator:
-            raise ValueError(f"TPU {self.generation.name} has no TPU VMs: use launch/gke_jobset.sh")
+            raise ValueError(f"{self.generation.name} has no TPU VMs: use launch/gke_jobset.sh")
         return f"{self.generation.accelerator}-{self.chips * self.generation.cores}"
 
     @property

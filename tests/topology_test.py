@@ -25,7 +25,7 @@ def test_a_slice(name, chips, hosts, accelerator_type, gke_accelerator, machine_
 
 
 def test_the_seventh_generation_has_two_devices_a_chip_and_no_tpu_vms():
-    slice_ = topology.parse("7x:4x4x4")
+    slice_ = topology.parse("tpu7x:4x4x4")
     assert (slice_.chips, slice_.hosts, slice_.machine_type) == (64, 16, "tpu7x-standard-4t")
     with pytest.raises(ValueError, match="has no TPU VMs"):
         slice_.accelerator_type  # noqa: B018
@@ -43,7 +43,7 @@ def test_devices_of_all_slices_or_machines():
     launch = default.get_config().launch
     launch.topology, launch.slices = "v5e:4x4", 4
     assert topology.devices(launch) == 64
-    launch.topology = "7x:2x2x1"
+    launch.topology = "tpu7x:2x2x1"
     assert topology.devices(launch) == 32
     launch.accelerator, launch.nodes, launch.gpus_per_node = "gpu", 4, 8
     assert topology.devices(launch) == 32
