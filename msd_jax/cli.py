@@ -10,6 +10,8 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from msd_jax import distributed
+
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
 
 FLAGS = flags.FLAGS
@@ -34,20 +36,26 @@ def config() -> ml_collections.ConfigDict:
         raise ValueError(f"--config={path} does not load: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
-def run(main: Callable[[list[str]], None], **strings: str | None) -> None:
-    """app.run with string flags `strings` ({name: default}; None: required) and one-line errors for all flags."""
+def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: str | None) -> None:
+    """app.run with string flags `strings` ({name: default}; None: required) and one-line errors for all flags.
+
+    The process joins the others of its run first, see distributed.py; `alone`: it never does.
+    """
     for name, default in strings.items():
         flags.DEFINE_string(name, default, f"See the top of {sys.argv[0]}.", required=default is None)
     flags.mark_flag_as_required("config")
 
     def parse(argv: list[str]) -> list[str]:
         try:
+            if not alone:
+                distributed.start(argv)
             return FLAGS(argv)
         except Exception as error:  # a typo in a key, a wrong type, a config that is not there or does not load
             sys.exit(f"error: {_explain(error, argv)}")
 
     logging.set_verbosity(logging.WARNING)  # libraries are quiet; our own lines are printed
-    app.run(main, flags_parser=parse)
+    with distributed.together():
+        app.run(main, flags_parser=parse)
 
 
 def _explain(error: Exception, argv: list[str]) -> str:

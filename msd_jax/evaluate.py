@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from msd_jax import judges, metrics, pipeline, prompts, queries, rollout, sharding
+from msd_jax import distributed, judges, metrics, pipeline, prompts, queries, rollout, sharding
 from msd_jax.console import progress, say
 from msd_jax.judges import Verdict
 from msd_jax.models import decoder, pretrained
@@ -97,14 +97,15 @@ class Evaluation:
           "exact_match_t1", ...}}; see `summarise`.
         """
         path = directory / "summary.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+        earlier = distributed.from_first(lambda: json.loads(path.read_text("utf-8")) if path.exists() else None)
+        if earlier is not None:
+            return earlier
         weights = params()
         rows: list[dict[str, Any]] = []
         for name in PASSES:
             rows += self.answer(name, weights)
-        summary = summarise(rows, self.config)
-        if jax.process_index() == 0:
+        summary = distributed.from_first(lambda: summarise(rows, self.config))
+        if distributed.is_first():
             directory.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             metrics.replace_text(directory / "responses.jsonl", lines)
@@ -112,7 +113,10 @@ class Evaluation:
         return summary
 
     def answer(self, name: str, params: decoder.Params) -> list[dict[str, Any]]:
-        """One judged response a prompt, batches sorted by length so that little is padding."""
+        """One judged response a prompt, batches sorted by length so that little is padding.
+
+        All processes generate, each its rows of a batch; process 0 judges, and the others return nothing.
+        """
         order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i].ids))
         key = jax.random.key(self.config.seed)
         judge, rows, tokens, start = judges.RulesJudge(), [], 0, time.perf_counter()
@@ -121,7 +125,8 @@ class Evaluation:
                 batch = [self.prompts[i] for i in order[first : first + self._rows]]
                 written = self._generate(name, params, batch, key)
                 tokens += int(written.length_B.sum())
-                rows += self._judge(judge, name, batch, written)
+                if distributed.is_first():
+                    rows += self._judge(judge, name, batch, written)
                 rate = tokens / (time.perf_counter() - start)
                 advance(min(first + self._rows, len(order)), f"{rate:,.0f} tokens/s")
         return rows
@@ -238,7 +243,7 @@ def main(argv: list[str]) -> None:
             raise ValueError("config.eval.path is empty: name the query file to evaluate")
         evaluation = Evaluation(config, model, mesh)
         out = pathlib.Path(cli.FLAGS.out)
-        if (out / "summary.json").exists():
+        if distributed.from_first((out / "summary.json").exists):
             raise ValueError(f"--out={out} already holds an evaluation; take another directory")
         trained = checkpoint.load_params(cli.FLAGS.checkpoint, model, mesh)
     layout = model.shardings(mesh, sharding.ROLLOUT)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import jax
 
+from msd_jax import sharding
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, pretrained, weights
 from msd_jax.models import lora as lora_lib
@@ -27,6 +28,8 @@ def save(
 ) -> None:
     """Writes `params` to `directory` in the layout of the model that they came from.
 
+    Where they lie on the devices of several processes, all of them call this and process 0 writes.
+
     Args:
       directory: replaced as a whole, and only when everything is written.
       params: of the decoder that SOURCE/config.json describes.
@@ -41,6 +44,9 @@ def save(
     values.pop("torch_dtype", None)
     if lora:
         params = lora_lib.merge(params, lora, jax.numpy.dtype(dtype))
+    if not _writes(params):
+        weights.write(None, params, config, jax.numpy.dtype(dtype), max_shard_bytes)
+        return
     with _whole(directory) as unfinished:
         weights.write(unfinished, params, config, jax.numpy.dtype(dtype), max_shard_bytes)
         weights.copy_tokenizer(source, unfinished)
@@ -56,9 +62,18 @@ def save_adapter(directory: pathlib.Path, params: decoder.Params, model: pretrai
       model: what they belong to.
       base: hub id or directory, noted as the base model.
     """
+    adapters, _ = decoder.split(params, lora_lib.is_adapter)
+    fetched = sharding.fetch(adapters)
+    if not _writes(adapters):
+        return
     with _whole(directory) as unfinished:
-        lora_lib.write(unfinished, params, model.lora, weights.layout(model.config), base)
+        lora_lib.write(unfinished, fetched, model.lora, weights.layout(model.config), base)
         model.tokenizer.save_pretrained(unfinished)
+
+
+def _writes(params: decoder.Params) -> bool:
+    """Whether this process writes `params`: process 0 does, and any process what it holds alone."""
+    return jax.process_index() == 0 or all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
 
 
 @contextlib.contextmanager
@@ -74,7 +89,7 @@ def _whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def main(argv: list[str]) -> None:
     del argv
-    from msd_jax import checkpoint, cli, sharding
+    from msd_jax import checkpoint, cli, distributed
     from msd_jax.console import say
 
     with cli.clear_errors():
@@ -82,7 +97,7 @@ def main(argv: list[str]) -> None:
         model, mesh = pretrained.load(**config.model), sharding.make_mesh(**config.mesh)
         params = checkpoint.load_params(cli.FLAGS.checkpoint, model, mesh)
         out = pathlib.Path(cli.FLAGS.out)
-        if out.exists():
+        if distributed.from_first(out.exists):
             raise ValueError(f"--out={out} is there already; name a new directory")
     save(out, params, model.directory, lora=model.lora)
     say(f"exported: {out}")

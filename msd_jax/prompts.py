@@ -300,4 +300,4 @@ if __name__ == "__main__":
     from msd_jax import cli
 
     flags.DEFINE_integer("n", 3, "Number of records to show.", lower_bound=1)
-    cli.run(main)
+    cli.run(main, alone=True)

@@ -28,7 +28,9 @@ def load_summary(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def print_before_after(directory: pathlib.Path, before: int, after: int) -> None:
-    """The table of a finished run, from DIRECTORY/STEP/summary.json of two steps."""
+    """The table of a finished run, from DIRECTORY/STEP/summary.json of two steps; process 0 reads and prints."""
+    if jax.process_index() != 0:
+        return
     old, new = load_summary(directory / str(before)), load_summary(directory / str(after))
     table = _table("Before -> after", ("language", "group", "harmful", "ASR before", "ASR after [95%]"))
     for name in ("invalid", "harmless", "over-refusal", "exact match", "exact match, T=1"):

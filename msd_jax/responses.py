@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from msd_jax import metrics, pipeline, rollout, sharding
+from msd_jax import distributed, metrics, pipeline, rollout, sharding
 from msd_jax.models import decoder
 
 # Streams of randomness under config.seed.
@@ -45,8 +45,13 @@ class Store:
     def __init__(self, path: pathlib.Path, fingerprint: str):
         """Reads what an earlier run stored; all of it is dropped where `fingerprint` is another."""
         self._path, self._tokens = path, {}
-        lines = metrics.read_json_lines(path)
-        if lines and lines[0].get("fingerprint") == fingerprint:
+
+        def stored() -> list[dict[str, Any]]:
+            lines = metrics.read_json_lines(path)
+            return lines if lines and lines[0].get("fingerprint") == fingerprint else []
+
+        lines = distributed.from_first(stored)
+        if lines:
             self._tokens = {(x["id"], x["language"]): (x["tokens"], x["stopped"]) for x in lines[1:]}
         else:
             lines = [{"fingerprint": fingerprint}]

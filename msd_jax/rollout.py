@@ -160,7 +160,7 @@ class Generator:
     def __call__(self, params, prompt_BxP, prompt_length_B, query_hash_B, active_B, key: jax.Array) -> Rollout:
         """As `generate`, from host arrays; `key` and a query's hash decide its response, whatever the batch."""
         arrays = sharding.put_batch(self.mesh, (prompt_BxP, prompt_length_B, query_hash_B, active_B))
-        return self._run(params, *arrays, jax.device_put(key, sharding.replicated(self.mesh)))
+        return self._run(params, *arrays, key)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "shardings"))

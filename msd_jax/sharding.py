@@ -127,6 +127,10 @@ def put_batch(mesh: Mesh, arrays: Any) -> Any:
 
 def fetch(arrays: Any) -> Any:
     """Global device arrays -> host arrays, whole, on every process."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(arrays, tiled=True)
-    return jax.device_get(arrays)
+
+    def whole(array: jax.Array) -> Any:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return jax.device_get(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(whole, arrays)

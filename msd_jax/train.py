@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from msd_jax import (
     checkpoint,
+    distributed,
     evaluate,
     export,
     forward,
@@ -219,6 +220,7 @@ class Trainer:
           ValueError, OSError: one clear message for what is wrong with the config, a file or the workdir.
         """
         settings.check(config)
+        distributed.require_same("config", lambda: json.loads(config.to_json_best_effort()))
         self.config, self.workdir = config, workdir
         self.mesh = sharding.make_mesh(**config.mesh)
         self._check_batch()
@@ -232,6 +234,7 @@ class Trainer:
         records = queries.read(config.data.path, harmful=config.data.harmful)
         encoded = pipeline.encode_all(records, tuple(languages), self.model.tokenizer, config)
         self.evaluation = evaluate.Evaluation(config, self.model, self.mesh) if config.eval.path else None
+        self._require_same_files(encoded)
         data = config.data
         batches = pipeline.batches(
             encoded, languages, data.batch_size, config.seed, self.model.pad_id, data.length_window
@@ -267,6 +270,20 @@ class Trainer:
                 f"micro-batches gives {rows} rows, which do not divide over {shards} devices (data x fsdp)"
             )
 
+    def _require_same_files(self, encoded: pipeline.Encoded) -> None:
+        """All processes build the same batches and programs, so they must have read the same; see distributed.py."""
+        weights = self.model.directory.glob("*.safetensors")
+        distributed.require_same("config.model.path", lambda: sorted([f.name, f.stat().st_size] for f in weights))
+        examples = [example for record in encoded.records for example in record]
+        distributed.require_same(
+            "config.data.path",
+            lambda: [[e.query_id, e.language, e.student_ids.tolist(), e.teacher_ids.tolist()] for e in examples],
+        )
+        prompts = self.evaluation.prompts if self.evaluation else ()
+        distributed.require_same(
+            "config.eval.path", lambda: [[p.query.id, p.language, p.ids.tolist()] for p in prompts]
+        )
+
     def initial_state(self) -> TrainState:
         """Weights as they come, in the layout of abstract_state. Also sets `frozen`."""
         params, self.frozen = self.model.split(self.model.params(self.mesh, seed=self.config.seed))
@@ -282,7 +299,7 @@ class Trainer:
         """Runs, or goes on with, the whole job: evaluation, training, evaluation, export, table."""
         config = self.config
         state = self.initial_state()
-        step = self.checkpoints.latest or 0
+        step = distributed.from_first(lambda: self.checkpoints.latest) or 0
         if step:
             state, position = self.checkpoints.restore(step, checkpoint.abstract(state))
             self.batches.set_state(position)
@@ -299,9 +316,13 @@ class Trainer:
                 step += 1
                 if step % config.train.log_every == 0 or step == config.train.steps:
                     writer.scalars(step, row)
-                if step % config.train.checkpoint_every == 0 or step == config.train.steps:
+                preempted = distributed.preempted(step)
+                if step % config.train.checkpoint_every == 0 or step == config.train.steps or preempted:
                     self.checkpoints.save(step, state, self.batches.get_state(), config)
                 advance(step, describe(row))
+                if preempted and step < config.train.steps:
+                    self.checkpoints.close()
+                    distributed.end_preempted(f"preempted: step {step} is saved; the same command goes on from there")
         writer.close()
         self.checkpoints.close()
         if config.train.export:
@@ -455,15 +476,16 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
       OSError: the directory cannot be written.
     """
     path = workdir / "config.json"
-    if path.exists():
-        changes = checkpoint.config_changes(json.loads(path.read_text(encoding="utf-8")), config)
-        if changes:
-            raise ValueError(
-                f"{workdir} holds a run with another config; take another --workdir, or undo\n  " + "\n  ".join(changes)
-            )
+    old = distributed.from_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+    changes = checkpoint.config_changes(old, config) if old is not None else []
+    if changes:
+        raise ValueError(
+            f"{workdir} holds a run with another config; take another --workdir, or undo\n  " + "\n  ".join(changes)
+        )
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+        if distributed.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
             metrics.replace_text(path, json.dumps(json.loads(config.to_json_best_effort()), indent=1) + "\n")
+        distributed.require_shared(workdir)
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error

@@ -188,13 +188,17 @@ def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
 
 
 def write(
-    directory: pathlib.Path,
+    directory: pathlib.Path | None,
     params: decoder.Params,
     config: DecoderConfig,
     dtype: Any,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes params as model.safetensors, or as several files and an index above `max_shard_bytes`."""
+    """Writes params as model.safetensors, or as several files and an index above `max_shard_bytes`.
+
+    Where they lie on the devices of several processes all of them call this, for each layer is gathered from all;
+    those with `directory` None write nothing.
+    """
     table = layout(config)
     sizes: list[tuple[str, int]] = []  # decided on shapes alone, so that one shard at a time is in host memory
     for name, leaf in _flat(params):
@@ -220,13 +224,17 @@ def write(
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 
-    for tensor, value in _tensors(params, table):
-        value = np.ascontiguousarray(value.astype(dtype))
+    for tensor, value in _tensors(params, table, dtype):
+        if directory is None:
+            continue
+        value = np.ascontiguousarray(value)
         if shard and value.nbytes > room:
             flush()
             room = max_shard_bytes
         shard[tensor] = value
         room -= value.nbytes
+    if directory is None:
+        return
     flush()
     if shards > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -307,17 +315,30 @@ def _flat(params: decoder.Params) -> list[tuple[str, jax.Array]]:
     return [(".".join(k.key for k in path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
 
 
-def _tensors(params: decoder.Params, table: dict[str, tuple[str, str]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the checkpoint, fetched to the host one parameter at a time."""
+def _tensors(params: decoder.Params, table: dict[str, tuple[str, str]], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the checkpoint in `dtype`, fetched to the host one layer at a time."""
     for name, leaf in _flat(params):
         tensor, pattern = table[name]
         left, right = pattern.split("->")
-        value = np.asarray(jax.device_get(leaf))
-        if "{}" in tensor:
-            for i, layer in enumerate(value):
-                yield tensor.format(i), einops.rearrange(layer, f"{right} -> {left}")
-        else:
-            yield tensor, einops.rearrange(value, f"{right} -> {left}")
+        for i in range(leaf.shape[0] if "{}" in tensor else 1):
+            value = _fetch(leaf, i if "{}" in tensor else None, dtype)
+            yield tensor.format(i), einops.rearrange(value, f"{right} -> {left}")
+
+
+def _fetch(leaf: jax.Array, layer: int | None, dtype: Any) -> np.ndarray:
+    """A parameter, or one layer of a stacked one, whole, on the host."""
+    whole = None
+    if not leaf.is_fully_addressable:  # gathered from the other processes, over the devices
+        whole = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+    return np.asarray(jax.device_get(_taking(whole)(leaf, layer, np.dtype(dtype))))
+
+
+@functools.cache
+def _taking(sharding: jax.sharding.Sharding | None) -> Any:
+    def take(leaf: jax.Array, layer: jax.Array | None, dtype: Any) -> jax.Array:
+        return (leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)).astype(dtype)
+
+    return jax.jit(take, static_argnums=2, out_shardings=sharding)
 
 
 def _some(names: set[str]) -> str:

@@ -1,9 +1,11 @@
 """Tiny random models with the config.json keys of real ones, made where they are asked for: recipes tried anywhere."""
 
+import contextlib
 import json
 import os
 import pathlib
 import tempfile
+import zlib
 
 import jax
 
@@ -80,17 +82,19 @@ def model(name: str) -> pathlib.Path:
     """
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "msd_jax" / "tiny"
     values = _SIZES | VALUES[name]
-    directory = cache / name
     vocab_size = json.loads((MODEL_PATH / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     values |= {"vocab_size": vocab_size}
-    with tempfile.TemporaryDirectory() as folder:
+    text = json.dumps(values, indent=1)
+    directory = cache / f"{name}-{zlib.crc32(text.encode()):08x}"
+    if directory.exists():
+        return directory
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
         source = pathlib.Path(folder)
         weights.copy_tokenizer(MODEL_PATH, source)
-        (source / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-        config = model_config.read(source)
-        if directory.exists() and model_config.read(directory) == config:
-            return directory
-        _, params = decoder.init(config, jax.random.key(0))
-        cache.mkdir(parents=True, exist_ok=True)
-        export.save(directory, params, source)
+        (source / "config.json").write_text(text, encoding="utf-8")
+        _, params = decoder.init(model_config.read(source), jax.random.key(0))
+        export.save(source / "model", params, source)
+        with contextlib.suppress(OSError):  # another process of this machine was faster; its model is the same
+            (source / "model").rename(directory)
     return directory

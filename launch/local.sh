@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# One run over several processes of this machine, on its CPUs or its NVIDIA GPUs.
+#
+#   PROCESSES=2 launch/local.sh configs/NAME.py --workdir=DIR [flags of msd_jax.main]
+#
+# A run that was stopped goes on when the same command is given again.
+set -euo pipefail
+
+CONFIG=${1:?the config file comes first: launch/local.sh configs/NAME.py --workdir=DIR}
+PROCESSES=${PROCESSES:-}                       # default: one a GPU (nvidia-smi), without GPUs one
+DEVICES_PER_PROCESS=${DEVICES_PER_PROCESS:-1}  # on CPUs: how many devices each process pretends to have
+PORT=${PORT:-0}                                # of process 0 on 127.0.0.1; 0 takes a free one
+PYTHON=${PYTHON:-python}
+shift
+
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+PROCESSES=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
+if ((gpus > 0 && PROCESSES > gpus)); then
+  echo "error: PROCESSES=$PROCESSES, but this machine has $gpus GPUs" >&2
+  exit 1
+fi
+if ((PORT == 0)); then
+  PORT=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+fi
+
+pids=()
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+for ((id = 0; id < PROCESSES; id++)); do
+  if ((gpus > 0)); then # GPU numbers id, id + PROCESSES, ...: every GPU belongs to one process
+    variables=("CUDA_VISIBLE_DEVICES=$(seq -s, "$id" "$PROCESSES" $((gpus - 1)))")
+  else
+    variables=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$DEVICES_PER_PROCESS")
+  fi
+  if ((PROCESSES > 1)); then
+    variables+=("JAX_COORDINATOR_ADDRESS=127.0.0.1:$PORT" "JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$PORT")
+    variables+=("JAX_NUM_PROCESSES=$PROCESSES" "JAX_PROCESS_ID=$id")
+  fi
+  env "${variables[@]}" "$PYTHON" -m msd_jax.main --config="$CONFIG" "$@" &
+  pids+=($!)
+done
+
+# The processes watch each other and end together; the first status that is not 0 is the run's.
+status=0
+for id in "${!pids[@]}"; do
+  code=0
+  wait "${pids[$id]}" || code=$?
+  while kill -0 "${pids[$id]}" 2>/dev/null; do # a signal to this script interrupts `wait`
+    code=0
+    wait "${pids[$id]}" || code=$?
+  done
+  if ((code != 0)); then
+    echo "process $id ended with exit code $code" >&2
+    status=$((status == 0 ? code : status))
+  fi
+done
+exit "$status"
