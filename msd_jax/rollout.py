@@ -149,10 +149,10 @@ class Generator:
         self.mesh, self.sampling, self.pad_id, self.compilations = mesh, sampling, pad_id, 0
         batch = sharding.batch_sharding(mesh)
 
-        def run(params, prompt_BxP, prompt_length_B, query_hash_B, active_B, key):
+        def run(params, prompt_BxP, prompt_length_B, query_hash_B, active_B, key_data):
             self.compilations += 1  # runs while tracing
             static = {"sampling": sampling, "stop_ids": stop_ids, "pad_id": pad_id}
-            keys = row_keys(key, query_hash_B)
+            keys = row_keys(jax.random.wrap_key_data(key_data), query_hash_B)
             return generate(graphdef, params, prompt_BxP, prompt_length_B, keys, active_B, **static)
 
         self._run = jax.jit(run, out_shardings=batch)
@@ -160,7 +160,8 @@ class Generator:
     def __call__(self, params, prompt_BxP, prompt_length_B, query_hash_B, active_B, key: jax.Array) -> Rollout:
         """As `generate`, from host arrays; `key` and a query's hash decide its response, whatever the batch."""
         arrays = sharding.put_batch(self.mesh, (prompt_BxP, prompt_length_B, query_hash_B, active_B))
-        return self._run(params, *arrays, key)
+        key_data = jax.device_get(jax.random.key_data(key))
+        return self._run(params, *arrays, sharding.put_replicated(self.mesh, key_data))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "shardings"))

@@ -116,12 +116,19 @@ def put_batch(mesh: Mesh, arrays: Any) -> Any:
     Every process holds the whole batch on the host (token ids are small), so that its order cannot depend on the
     number of processes.
     """
-    sharding = batch_sharding(mesh)
+    return _put(arrays, batch_sharding(mesh))
 
+
+def put_replicated(mesh: Mesh, arrays: Any) -> Any:
+    """Host arrays, the same on every process -> global device arrays, whole on every device."""
+    return _put(arrays, replicated(mesh))
+
+
+def _put(arrays: Any, sharding: NamedSharding) -> Any:
     def put(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    with jax.transfer_guard("allow"):  # of all ways to a device the training loop knows this one
+    with jax.transfer_guard("allow"):  # the training loop knows no other way to a device than this one
         return jax.tree.map(put, arrays)
 
 
@@ -133,4 +140,5 @@ def fetch(arrays: Any) -> Any:
             return jax.device_get(array)
         return multihost_utils.process_allgather(array, tiled=True)
 
-    return jax.tree.map(whole, arrays)
+    with jax.transfer_guard("allow"):
+        return jax.tree.map(whole, arrays)
