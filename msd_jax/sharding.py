@@ -20,6 +20,7 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 
 TRAIN: Rules = {
     "batch": ("data", "fsdp"),
+    "replica": "data",  # rows that share one copy of the weights
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -50,19 +51,43 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
-def spec(rules: Rules, *axes: str | None) -> PartitionSpec:
-    """The mesh axes that split an array with these logical axes (None: an axis that is whole)."""
-    return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
+def spec(rules: Rules, mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:
+    """The mesh axes that split an array of this shape and these logical axes (None: an axis that is whole).
+
+    Raises:
+      ValueError: two axes fall on one mesh axis, or a size is not divisible by the mesh axes that split it; the message
+        names the array, as `name`, and the axis.
+    """
+    used: set[str] = set()
+    parts = []
+    for size, axis in zip(shape, axes, strict=True):
+        assigned = rules[axis] if axis else None
+        mesh_axes = (assigned,) if isinstance(assigned, str) else assigned or ()
+        count = math.prod(mesh.shape[a] for a in mesh_axes)
+        if axis == "kv_heads" and size % count and count % size == 0:
+            assigned, mesh_axes = None, ()  # fewer heads than devices: each has all of them
+        elif size % count:
+            raise ValueError(
+                f"{name}: axis {axis!r} of size {size} does not divide over mesh axis {assigned!r} of size {count}; "
+                "choose another config.mesh"
+            )
+        if used & set(mesh_axes):
+            raise ValueError(f"{name}: axis {axis!r} falls on mesh axis {assigned!r}, already taken")
+        used |= set(mesh_axes)
+        parts.append(assigned)
+    return PartitionSpec(*parts)
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
     """An activation with its logical axes split as the table says; as it is where there is no mesh."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(TRAIN, *axes)))
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(TRAIN, mesh, x.shape, axes, "activation")))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over `data` and `fsdp`; the other axes whole."""
-    return NamedSharding(mesh, spec(TRAIN, "batch"))
+    return NamedSharding(mesh, PartitionSpec(TRAIN["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -84,28 +109,12 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any, rules: Rules) -> Any:
       rules: TRAIN or ROLLOUT.
 
     Raises:
-      ValueError: two axes of a parameter fall on one mesh axis, or a size is not divisible by the mesh axes that
-        split it; the message names the parameter and the axis.
+      ValueError: as `spec`, with the parameter's name.
     """
 
     def one(path: tuple, leaf: Any, logical: tuple[str | None, ...]) -> NamedSharding:
-        name = ".".join(key.key for key in path)
-        used: set[str] = set()
-        spec = []
-        for size, axis in zip(leaf.shape, logical, strict=True):
-            assigned = rules[axis] if axis else None
-            mesh_axes = (assigned,) if isinstance(assigned, str) else assigned or ()
-            if used & set(mesh_axes):
-                raise ValueError(f"parameter {name}: axis {axis!r} falls on mesh axis {assigned!r}, already taken")
-            parts = math.prod(mesh.shape[a] for a in mesh_axes)
-            if size % parts:
-                raise ValueError(
-                    f"parameter {name}: axis {axis!r} of size {size} does not divide over mesh axis {assigned!r} "
-                    f"of size {parts}; choose another config.mesh"
-                )
-            used |= set(mesh_axes)
-            spec.append(assigned)
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        name = "parameter " + ".".join(key.key for key in path)
+        return NamedSharding(mesh, spec(rules, mesh, leaf.shape, logical, name))
 
     return jax.tree.map_with_path(one, abstract, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 

@@ -33,8 +33,15 @@ def test_rules_split_every_matrix():
 def test_a_size_that_does_not_divide_is_named():
     mesh = sharding.make_mesh(1, 1, 8)
     _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))
-    with pytest.raises(ValueError, match=r"layers.key: axis 'kv_heads' of size 2 .* 'tensor' of size 8"):
+    with pytest.raises(ValueError, match=r"parameter layers.output: axis 'heads' of size 4 .* 'tensor' of size 8"):
         sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN)
+
+
+def test_key_value_heads_are_copied_where_devices_are_a_multiple_of_them():
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))  # 4 heads, 2 of keys and values
+    layers = sharding.param_shardings(sharding.make_mesh(1, 2, 4), abstract, axes, sharding.TRAIN)["layers"]
+    assert layers["query"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert layers["key"].spec == PartitionSpec(None, "fsdp", None, None)
 
 
 def test_a_collision_is_named():

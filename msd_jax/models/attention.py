@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from msd_jax import sharding
 
@@ -148,12 +148,15 @@ def _splash(
 
     if mesh is None:
         return local(query, key, value, valid, window)
-    spec = functools.partial(sharding.spec, sharding.TRAIN)
-    heads = (spec("batch", None, "heads", None), *[spec("batch", None, "kv_heads", None)] * 2)
+    # Of fewer key/value heads than devices, each device takes the one that its queries look at.
+    copies = max(1, mesh.shape["tensor"] // key.shape[2])
+    key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+    rows, heads = sharding.TRAIN["batch"], sharding.TRAIN["heads"]
+    by_heads = PartitionSpec(rows, None, heads, None)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(*heads, spec("batch", None), spec()),
-        out_specs=heads[0],
+        in_specs=(by_heads, by_heads, by_heads, PartitionSpec(rows), PartitionSpec()),
+        out_specs=by_heads,
         check_vma=False,  # pallas_call does not say over which axes its results vary
     )(query, key, value, valid, window)

@@ -206,6 +206,8 @@ class Decoder(nnx.Module):
         # as far off, and in self-distillation what tells student from teacher is small.
         residual = jnp.promote_types(self.dtype, jnp.float32)
         x_BxTxD = self.embedding[...][tokens_BxT].astype(residual)
+        if cache is None:  # first as the table is split, then by rows: left to itself, XLA may hold all rows everywhere
+            x_BxTxD = sharding.constrain(x_BxTxD, self.mesh, "replica", None, "embed")
         if c.embed_scale != 1.0:  # rounded to the compute dtype, as in Gemma's own code
             x_BxTxD *= jnp.asarray(c.embed_scale, self.dtype).astype(residual)
         x_BxTxD = self.constrain(x_BxTxD)

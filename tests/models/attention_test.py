@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from msd_jax import sharding
 from msd_jax.models import attention as lib
@@ -72,13 +73,13 @@ def test_gradients_of_splash_are_those_of_xla(softcap, rng):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
 
 
-def test_splash_works_on_the_heads_and_rows_of_each_device(rng):
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)], ids=["heads divide", "fewer key/value heads than devices"])
+def test_splash_works_on_the_heads_and_rows_of_each_device(shape, rng):
     query, key, value, valid = arrays(rng)
-    mesh = sharding.make_mesh(2, 2, 2)
+    mesh = sharding.make_mesh(*shape)
     one, split = (jax.jit(kernel("splash", Scores(0.1), (WIDE,), m)) for m in (None, mesh))
     actual, expected = (run(query, key, value, valid, window=WIDE) for run in (split, one))
-    spec = sharding.spec(sharding.TRAIN, "batch", None, "heads", None)
-    assert actual.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 4)
+    assert actual.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")), 4)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
