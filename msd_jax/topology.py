@@ -1,12 +1,13 @@
 """What config.launch asks for, in the words of gcloud, GKE and Slurm (`python -m msd_jax.topology --config FILE`).
 
-It prints one line of NAME=VALUE for each fact that a script of launch/ needs, and ends in one line for a config.launch
-and a config.mesh that do not belong together. It touches no device.
+It prints NAME=VALUE for each fact that a script of launch/ needs, or ends in one line where config.mesh does not fit
+config.launch. --want=tpu (or gpu) ends in one line for a config that is planned for the other. No device is touched.
 """
 
 import dataclasses
 import math
 import re
+import shlex
 
 import ml_collections
 
@@ -79,10 +80,10 @@ class Slice:
         return self.chips // self.chips_per_host
 
     @property
-    def accelerator_type(self) -> str:
-        """gcloud's name of the slice. Raises ValueError where gcloud has none."""
+    def accelerator_type(self) -> str | None:
+        """gcloud's name of the slice; None where gcloud has no TPU VMs of it."""
         if not self.generation.accelerator:
-            raise ValueError(f"{self.generation.name} has no TPU VMs: use launch/gke_jobset.sh")
+            return None
         return f"{self.generation.accelerator}-{self.chips * self.generation.cores}"
 
     @property
@@ -116,3 +117,66 @@ def devices(launch: ml_collections.ConfigDict) -> int:
         return launch.nodes * max(launch.gpus_per_node, 1)
     slice_ = parse(launch.topology)
     return slice_.chips * slice_.generation.devices * launch.slices
+
+
+def facts(config: ml_collections.ConfigDict) -> dict[str, str | int]:
+    """NAME -> value, for the scripts of launch/.
+
+    Raises:
+      ValueError: config.launch is none, or config.mesh does not fit it.
+    """
+    launch = config.launch
+    _check_mesh(config)
+    if launch.accelerator == "gpu":
+        return {"NODES": launch.nodes, "GPUS_PER_NODE": launch.gpus_per_node}
+    slice_ = parse(launch.topology)
+    return {
+        "SLICES": launch.slices,
+        "HOSTS": slice_.hosts,  # of one slice
+        "CHIPS_PER_HOST": slice_.chips_per_host,
+        "ACCELERATOR_TYPE": slice_.accelerator_type or "",
+        "RUNTIME_VERSION": slice_.generation.runtime or "",
+        "GKE_ACCELERATOR": slice_.generation.gke_accelerator,
+        "GKE_TOPOLOGY": launch.topology.partition(":")[2],
+        "MACHINE_TYPE": slice_.machine_type,
+    }
+
+
+def _check_mesh(config: ml_collections.ConfigDict) -> None:
+    sizes, count = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")], devices(config.launch)
+    fixed = math.prod(size for size in sizes if size != -1)
+    asked = "x".join(map(str, sizes))
+    if (fixed != count and -1 not in sizes) or count % fixed:
+        raise ValueError(
+            f"config.mesh={asked} (data x fsdp x tensor) does not fit the {count} devices of config.launch"
+        )
+    data = config.mesh.data if config.mesh.data != -1 else count // fixed
+    if config.launch.accelerator == "tpu" and data % config.launch.slices:
+        raise ValueError(
+            f"config.mesh={asked}: data={data} does not divide over config.launch.slices={config.launch.slices}; the "
+            "other axes need the fast links within a slice"
+        )
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    with cli.clear_errors():
+        config = cli.config()
+        settings.check(config)
+        want = cli.FLAGS.want
+        if want and want != config.launch.accelerator:
+            raise ValueError(
+                f"config.launch.accelerator={config.launch.accelerator!r}: this script is for {want}; "
+                f"give --config.launch.accelerator={want} and what goes with it"
+            )
+        lines = [f"{name}={shlex.quote(str(value))}" for name, value in facts(config).items()]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    import jax
+
+    from msd_jax import cli, settings
+
+    jax.config.parse_flags_with_absl()
+    cli.run(main, alone=True, want="", workdir="")

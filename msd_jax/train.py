@@ -220,7 +220,7 @@ class Trainer:
           ValueError, OSError: one clear message for what is wrong with the config, a file or the workdir.
         """
         settings.check(config)
-        distributed.require_same("config", lambda: json.loads(config.to_json_best_effort()))
+        distributed.require_same("config", lambda: checkpoint.without_paths(config))
         self.config, self.workdir = config, workdir
         self.mesh = sharding.make_mesh(**config.mesh)
         self._check_batch()
@@ -476,9 +476,11 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
       OSError: the directory cannot be written.
     """
     path = workdir / "config.json"
-    old = distributed.from_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
-    changes = checkpoint.config_changes(old, config) if old is not None else []
-    if changes:
+
+    def compare() -> list[str]:
+        return checkpoint.config_changes(json.loads(path.read_text("utf-8")), config) if path.exists() else []
+
+    if changes := distributed.from_first(compare):
         raise ValueError(
             f"{workdir} holds a run with another config; take another --workdir, or undo\n  " + "\n  ".join(changes)
         )
