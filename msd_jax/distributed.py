@@ -203,9 +203,7 @@ class _Peers:
             self._store.key_value_set(f"msd_jax/failed/{self._me}", line)
         print(f"error: {self.names[self._me]}: {reason.removeprefix('error: ')}", file=sys.stderr)
         self._stop.set()
-        if self._me == 0:
-            time.sleep(3 * SECONDS_BETWEEN_BEATS)  # the store ends with this process; let the others read it first
-        _exit()
+        self._exit()
 
     def finish(self) -> None:
         """Waits for the others, so that none is taken for dead, and leaves the run."""
@@ -217,16 +215,17 @@ class _Peers:
     def _end(self, message: str) -> None:
         if not self._stop.is_set():
             print(f"error: {message}\nThe same command goes on from the last checkpoint.", file=sys.stderr)
-            _exit()
+            self._exit()
         threading.Event().wait()  # this process is ending already
+
+    def _exit(self) -> None:
+        """Ends the process, whatever its main thread waits for."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._me == 0:
+            time.sleep(3 * SECONDS_BETWEEN_BEATS)  # the store ends with this process; let the others read it first
+        os._exit(1)
 
 
 def _index(key: str) -> int:
     return int(key.rpartition("/")[2])
-
-
-def _exit() -> None:
-    """Ends the process at once, whatever its main thread waits for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)

@@ -31,16 +31,30 @@ QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
 
 
+_launchers: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left_running():
+    yield
+    for launcher in _launchers:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
 def start(processes: int, workdir: pathlib.Path, *flags: str, devices: int = 4) -> subprocess.Popen:
     """launch/local.sh on the quickstart; its output goes to WORKDIR.log."""
     with workdir.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
+        launcher = subprocess.Popen(
             ["launch/local.sh", "configs/quickstart.py", f"--workdir={workdir}", *flags],
             cwd=REPOSITORY,
             env=ENVIRONMENT | {"PROCESSES": str(processes), "DEVICES_PER_PROCESS": str(devices // processes)},
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+    _launchers.append(launcher)
+    return launcher
 
 
 def output(workdir: pathlib.Path) -> str:
@@ -173,9 +187,7 @@ def test_the_coordinator_dies(tmp_path):
 
 def by_flags(workdir: pathlib.Path, *flags_of_each: str) -> list[subprocess.CompletedProcess]:
     """One process for each of `flags_of_each`, told of the others by flags."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     told = (f"--coordinator=127.0.0.1:{port}", f"--processes={len(flags_of_each)}")
     command = [sys.executable, "-m", "msd_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *told]
     processes = [
@@ -190,6 +202,52 @@ def by_flags(workdir: pathlib.Path, *flags_of_each: str) -> list[subprocess.Comp
         for i, flag in enumerate(flags_of_each)
     ]
     return [subprocess.CompletedProcess((), p.wait(), p.communicate(timeout=60)[0]) for p in processes]
+
+
+JOBSET = """
+import sys
+import jax._src.clusters.cloud_tpu_cluster as cluster
+
+cluster.running_in_cloud_tpu_vm = True  # the rest is as GKE sets it up
+from msd_jax import distributed
+
+distributed.start(["program"])
+import jax
+
+with distributed.together():
+    print(jax.process_index(), jax.process_count(), distributed.from_first(lambda: f"from {jax.process_index()}"))
+    sys.exit(0)
+"""
+
+
+def test_the_processes_of_a_jobset_of_two_slices_find_each_other():
+    pods = ENVIRONMENT | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_ID": "0",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        "MEGASCALE_NUM_SLICES": "2",
+    }
+    pods = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOBSET],
+            env=pods | {"MEGASCALE_SLICE_ID": str(slice_)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for slice_ in range(2)
+    ]
+    printed = [pod.communicate(timeout=60)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0]
+    assert all(f"{slice_} 2 from 0" in printed[slice_] for slice_ in range(2)), printed
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def test_processes_that_would_compute_different_things_do_not_start(tmp_path):
