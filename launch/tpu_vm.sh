@@ -25,7 +25,7 @@ MOUNT=${MOUNT:-"mountpoint -q /mnt/runs || { sudo apt-get install -qy gcsfuse &&
   sudo chown \$USER /mnt/runs && gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET /mnt/runs; }"}
 shift
 
-[[ -f $CONFIG && $CONFIG != /* ]] || { echo "error: $CONFIG must lie in this repository, which is copied" >&2; exit 1; }
+[[ -f ${CONFIG%%:*} && $CONFIG != /* ]] || { echo "error: $CONFIG must lie in this repository, which is copied" >&2; exit 1; }
 facts=$("$PYTHON" -m msd_jax.topology --want=tpu --config="$CONFIG" "$@")
 eval "$facts" # SLICES, HOSTS, ACCELERATOR_TYPE, RUNTIME_VERSION
 if [[ -z $ACCELERATOR_TYPE ]]; then

@@ -67,7 +67,7 @@ def start(argv: list[str]) -> None:
         )
     if all(told):
         jax.distributed.initialize(coordinator, int(processes), int(process_id), cluster_detection_method="deactivate")
-    else:
+    elif not _in_a_bare_pod():
         try:
             jax.distributed.initialize()
         except ValueError as error:
@@ -76,6 +76,12 @@ def start(argv: list[str]) -> None:
             return  # no TPU, no Slurm step, no JobSet: a run of one process
     if jax_distributed.global_state.num_processes > 1:
         _peers = _Peers()
+
+
+def _in_a_bare_pod() -> bool:
+    """Whether this is a Kubernetes pod of no job, a notebook say: JAX would look for the job in vain, and fail."""
+    of_many = {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "SLURM_PROCID"}
+    return "KUBERNETES_SERVICE_HOST" in os.environ and not of_many & os.environ.keys()
 
 
 @contextlib.contextmanager

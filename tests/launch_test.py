@@ -155,7 +155,7 @@ def test_a_dry_run_of_tpu_vm_prints_its_commands(tmp_path):
     assert "a b.csv" in done.stdout and "--config='\\''configs/qwen2_5_7b.py" in done.stdout
 
     flags += ("--config.launch.slices=4", "--config.mesh.data=4")
-    done = script("launch/tpu_vm.sh", "configs/qwen2_5_7b.py", *flags, **variables)
+    done = script("launch/tpu_vm.sh", "configs/qwen2_5_7b.py:lora", *flags, **variables)
     assert "'--node-prefix=t' '--node-count=4'" in done.stdout
     assert all(f"'ssh' 't-{node}'" in done.stdout for node in range(4))
 
