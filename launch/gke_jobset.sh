@@ -27,7 +27,8 @@ set +a
 ARGS=$("$PYTHON" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' --config="$CONFIG" "$@")
 export ARGS
 
-manifest=$("$PYTHON" -c 'import os, string; print(string.Template(open("launch/gke_jobset.yaml").read()).substitute(os.environ))')
+fill='import os, string; print(string.Template(open("launch/gke_jobset.yaml").read()).substitute(os.environ))'
+manifest=$("$PYTHON" -c "$fill")
 if [[ -n ${DRY_RUN:-} ]]; then
   echo "$manifest"
 else

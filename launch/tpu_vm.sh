@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 CONFIG=${1:?the config file comes first: launch/tpu_vm.sh configs/NAME.py --workdir=/mnt/runs/NAME}
 TPU=${TPU:?set TPU to a name for the slice}
 ZONE=${ZONE:?set ZONE to the zone of your quota, as in us-west4-a}
-BUCKET=${BUCKET:-}          # Cloud Storage bucket, mounted at /mnt/runs on every worker; runs over several hosts need it
+BUCKET=${BUCKET:-}          # Cloud Storage bucket, mounted at /mnt/runs on every worker; several hosts need it
 CREATE=${CREATE:-}          # further flags of `queued-resources create`, as in "--spot" or "--reserved"
 LOGS=${LOGS:-runs/$TPU}     # the workers' logs are fetched to here
 PYTHON=${PYTHON:-python}    # of this machine, with msd_jax installed
@@ -25,7 +25,10 @@ MOUNT=${MOUNT:-"mountpoint -q /mnt/runs || { sudo apt-get install -qy gcsfuse &&
   sudo chown \$USER /mnt/runs && gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET /mnt/runs; }"}
 shift
 
-[[ -f ${CONFIG%%:*} && $CONFIG != /* ]] || { echo "error: $CONFIG must lie in this repository, which is copied" >&2; exit 1; }
+if [[ ! -f ${CONFIG%%:*} || $CONFIG == /* ]]; then
+  echo "error: $CONFIG: give a path within this repository, which is copied" >&2
+  exit 1
+fi
 facts=$("$PYTHON" -m msd_jax.topology --want=tpu --config="$CONFIG" "$@")
 eval "$facts" # SLICES, HOSTS, ACCELERATOR_TYPE, RUNTIME_VERSION
 if [[ -z $ACCELERATOR_TYPE ]]; then

@@ -277,6 +277,12 @@ def test_flags_that_go_together(flag):
         distributed._FLAGS[name].value = None
 
 
+def test_a_kubernetes_pod_of_no_job_runs_alone(monkeypatch, recwarn):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    distributed.start(["program"])
+    assert distributed._peers is None and not recwarn
+
+
 def test_one_process_agrees_with_itself(tmp_path):
     assert distributed.from_first(lambda: {"a": (1,)}) == {"a": (1,)}
     distributed.require_same("x", lambda: 1 / 0)  # not even looked up

@@ -160,6 +160,27 @@ def test_a_dry_run_of_tpu_vm_prints_its_commands(tmp_path):
     assert all(f"'ssh' 't-{node}'" in done.stdout for node in range(4))
 
 
+@pytest.mark.parametrize(
+    "processes, visible",
+    [("", ["0", "1", "2", "3"]), ("2", ["0,2", "1,3"]), ("1", ["0,1,2,3"])],
+)
+def test_local_gives_every_gpu_to_one_process(tmp_path, processes, visible):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nseq 4\n")
+    shown = "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $CUDA_VISIBLE_DEVICES $JAX_PLATFORMS $@"
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "{shown}"\n')
+    for program in tmp_path.iterdir():
+        program.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "PROCESSES": processes}
+    variables |= {"PORT": "1", "JAX_PLATFORMS": "", "JAX_PROCESS_ID": "", "JAX_NUM_PROCESSES": ""}
+    done = script("launch/local.sh", "configs/NAME.py", "--workdir=a b", **variables)
+    assert done.returncode == 0, done.stderr
+    numbers = [f"{i}/{len(visible)}" if len(visible) > 1 else "/" for i in range(len(visible))]
+    expected = [
+        f"{n} {gpus}  -m msd_jax.main --config=configs/NAME.py --workdir=a b" for n, gpus in zip(numbers, visible)
+    ]
+    assert sorted(done.stdout.splitlines()) == sorted(expected)
+
+
 def test_tpu_vm_runs_two_slices_to_their_table_and_again_after_a_preemption(tmp_path):
     cloud, bin_ = tmp_path / "cloud", tmp_path / "bin"
     cloud.mkdir()
