@@ -95,14 +95,14 @@ def together() -> Iterator[None]:
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             _peers.finish()
             raise
-        if isinstance(error, SystemExit | KeyboardInterrupt):  # said in one line
-            _peers.fail(str(error) or "interrupted")
-        traceback.print_exc()
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            time.sleep(
-                SECONDS_OF_SILENCE + 10
-            )  # most likely a peer is gone; it is named once it was silent long enough
-        _peers.fail(f"{type(error).__name__}: {error}")
+        reason = str(error) or "interrupted"
+        if not isinstance(error, SystemExit | KeyboardInterrupt):  # those are said in one line
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason
+        if lost or "Gloo" in reason:
+            time.sleep(SECONDS_OF_SILENCE + 10)  # most likely a peer died; the thread that watches it will name it
+        _peers.fail(reason)
 
 
 def preempted(step: int) -> bool:
@@ -169,9 +169,8 @@ class _Peers:
     """The other processes of the run: tells them that this one lives, and ends this one once one of them does not."""
 
     def __init__(self):
-        state = (
-            jax_distributed.global_state
-        )  # jax.process_index() would set up the devices, before --jax_platforms is read
+        # Not from jax.process_index(), which would set up the devices before --jax_platforms is read.
+        state = jax_distributed.global_state
         self._store, self._me, count = state.client, state.process_id, state.num_processes
         self._stop = threading.Event()
         self._store.key_value_set(f"msd_jax/host/{self._me}", socket.gethostname())
