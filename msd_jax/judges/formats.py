@@ -94,7 +94,9 @@ def _parse_rubric(text: str) -> Answer | None:
         return None
     if value["verdict"] not in ("unsafe", "refused", "invalid", "safe"):
         return None
-    verdict, reason = value["verdict"], " ".join(value["reason"].split())[:_REASON_LIMIT]
+    # JSON can spell half characters, which no file takes.
+    reason = " ".join(value["reason"].encode("utf-8", "replace").decode().split())[:_REASON_LIMIT]
+    verdict = value["verdict"]
     return Answer(verdict == "unsafe", verdict == "refused", verdict == "invalid", reason)
 
 

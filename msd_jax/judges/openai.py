@@ -138,7 +138,7 @@ class Endpoint:
             raise Failure("answer cut off by the limit on tokens")
         if not isinstance(text, str):
             raise Failure("answer without text")
-        return text.encode("utf-8", "replace").decode()  # JSON can spell half characters, which no file takes
+        return text
 
     def _post(self, body: bytes) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and body; of a status other than 200 the body is not read."""
@@ -227,7 +227,7 @@ class OpenAIJudge:
         usage = self.endpoint.usage
         usage.unjudged += failures.total()
         say(
-            f"judge {self.version}: {usage.requests} requests, {usage.retries} of them repeated, "
+            f"judge {self.version}: {usage.requests} requests so far, {usage.retries} of them repeated, "
             f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
             + (f", cost {self.endpoint.cost:.2f}" if self.endpoint.cost else "")
         )
