@@ -132,7 +132,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.judge.openai.concurrency = 8  # requests at a time
     config.judge.openai.timeout = 60.0  # seconds to connect, between bytes, and for an answer as a whole
     config.judge.openai.retries = 4  # after 429, 5xx, time-outs and broken connections, with growing pauses
-    # Added to each request, over temperature 0, max_tokens 256 and, for the rubric, response_format json_object.
+    # Added to each request, over temperature 0, max_tokens 256 and, for the rubric, response_format json_object; what
+    # is None is left out.
     config.judge.openai.request = ml_collections.ConfigDict()
     config.judge.openai.price_per_million_prompt_tokens = 0.0  # for the cost that is told
     config.judge.openai.price_per_million_completion_tokens = 0.0

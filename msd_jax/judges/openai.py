@@ -99,7 +99,7 @@ class Endpoint:
     def complete(self, messages: formats.Messages, extra: dict[str, Any]) -> str:
         """The text of the answer. Raises Failure after the last attempt."""
         request = {"model": self._config.model, "messages": messages} | extra | self._config.request.to_dict()
-        body = json.dumps(request).encode()
+        body = json.dumps({name: value for name, value in request.items() if value is not None}).encode()
         wait = _FIRST_WAIT
         for attempt in range(self._config.retries + 1):
             try:

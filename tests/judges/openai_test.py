@@ -327,6 +327,14 @@ def test_a_config_that_cannot_work_is_refused_before_any_request(options, messag
     assert KEY not in str(caught.value)
 
 
+def test_the_request_is_the_users_to_change(serve):
+    server = serve(lambda n, body: send(200, completion(verdict())))
+    request = {"max_tokens": None, "max_completion_tokens": 99, "temperature": 0.5, "response_format": None}
+    make(server.url, request=request).judge([response()])
+    body = server.requests[0][2]
+    assert set(body) == {"model", "messages", "max_completion_tokens", "temperature"} and body["temperature"] == 0.5
+
+
 def test_no_key_no_header(serve):
     server = serve(lambda n, body: send(200, completion(verdict())))
     make(server.url, key_variable="").judge([response()])
