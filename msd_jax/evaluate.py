@@ -276,7 +276,7 @@ def main(argv: list[str]) -> None:
             raise ValueError("config.eval.path is empty: name the query file to evaluate")
         evaluation = Evaluation(config, model, mesh)
         out = pathlib.Path(cli.FLAGS.out)
-        if (out / "summary.json").exists():
+        if distributed.from_first((out / "summary.json").exists):
             raise ValueError(f"--out={out} already holds an evaluation; take another directory")
         trained = checkpoint.load_params(cli.FLAGS.checkpoint, model, mesh)
     layout = model.shardings(mesh, sharding.ROLLOUT)
