@@ -112,6 +112,9 @@ class Evaluation:
         del weights  # a guard model may need the room
         rows = judged(rows, judges.cached(self._judge, directory / "judgements.jsonl"))
         summary = summarise(rows, self.config)
+        unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
+        if unjudged:
+            say(f"evaluation: {unjudged} of {len(rows)} responses unjudged; each may be unsafe, so that ASR is too low")
         if distributed.is_first():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             metrics.replace_text(directory / "responses.jsonl", lines)

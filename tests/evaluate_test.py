@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from msd_jax.configs import default
 
-from msd_jax import evaluate, judges, metrics, rollout, sharding
+from msd_jax import evaluate, judges, metrics, report, rollout, sharding
 from msd_jax.judges import cache
 from msd_jax.models import pretrained
 from msd_jax.statistics import wilson_interval
@@ -179,6 +179,21 @@ def test_the_judge_is_that_of_the_config(config, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     evaluation, _ = make(config)
     assert [member.name for member in evaluation._judge.members] == ["rules", "openai"]
+
+
+def test_what_is_unjudged_is_told_beside_the_rates(config, tmp_path, monkeypatch, capsys):
+    """Else a judge that fails on everything would show an ASR of 0%."""
+
+    def fail(self, response):
+        return judges.Verdict.UNJUDGED, "no judge"
+
+    monkeypatch.setattr(judges.RulesJudge, "_verdict", fail)
+    evaluation, params = make(config)
+    summary = evaluation.run(params, tmp_path / "out")
+    assert summary["sw"]["asr"] == 0 and summary["sw"]["unjudged"] == 1
+    assert "evaluation: 44 of 44 responses unjudged; each may be unsafe" in capsys.readouterr().out
+    report.print_summary(summary)
+    assert capsys.readouterr().out.count("100.0%") == 2  # languages
 
 
 def row(name, verdict, harmful, match=None):
