@@ -112,6 +112,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.judge = ml_collections.ConfigDict()
     config.judge.kind = "rules"  # rules | guard | openai | ensemble
     config.judge.members = ("rules", "guard", "openai")  # of an ensemble; more than half of them must agree
+    # Show guard and openai an English translation of query and response, made by the endpoint of judge.openai.
+    config.judge.translate = False
     config.judge.guard = ml_collections.ConfigDict()
     config.judge.guard.path = ""  # Hugging Face directory, or hub id, of a guard model
     config.judge.guard.format = "llama_guard"  # llama_guard (1 to 3, by its own chat template) | polyguard

@@ -269,10 +269,11 @@ def summarise(rows: Iterable[dict[str, Any]], config: ml_collections.ConfigDict)
 
 def main(argv: list[str]) -> None:
     del argv
-    from msd_jax import checkpoint, cli, report
+    from msd_jax import checkpoint, cli, report, settings
 
     with cli.clear_errors():
         config = cli.config()
+        settings.check(config)
         model = pretrained.load(**config.model)
         mesh = sharding.make_mesh(**config.mesh)
         if not config.eval.path:

@@ -44,9 +44,14 @@ def make(config: "ml_collections.ConfigDict", mesh: "Mesh") -> Judge:
     Raises:
       ValueError, OSError: it cannot work, for what one line says; nothing was judged or sent.
     """
-    if config.kind == "ensemble":
-        return EnsembleJudge([_make(kind, config, mesh) for kind in config.members])
-    return _make(config.kind, config, mesh)
+    kinds = config.members if config.kind == "ensemble" else (config.kind,)
+    members = [_make(kind, config, mesh) for kind in kinds]
+    if config.translate:
+        from msd_jax.judges.translate import TranslatingJudge, Translator
+
+        translator = Translator(config.openai)
+        members = [m if isinstance(m, RulesJudge) else TranslatingJudge(m, translator) for m in members]
+    return EnsembleJudge(members) if config.kind == "ensemble" else members[0]
 
 
 def _make(kind: str, config: "ml_collections.ConfigDict", mesh: "Mesh") -> Judge:
@@ -67,4 +72,8 @@ def cached(judge: Judge, path: pathlib.Path) -> Judge:
 
     if isinstance(judge, EnsembleJudge):
         return EnsembleJudge([cached(member, path) for member in judge.members])
-    return judge if isinstance(judge, RulesJudge) else CachedJudge(judge, path)
+    if isinstance(judge, RulesJudge):
+        return judge
+    # A translating judge keeps its translations too.
+    stored = judge.stored(path.with_name("translations.jsonl")) if hasattr(judge, "stored") else judge
+    return CachedJudge(stored, path)

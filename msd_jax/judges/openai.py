@@ -20,7 +20,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx2 as httpx
@@ -107,8 +107,8 @@ class Endpoint:
             except Failure as failure:
                 if not failure.retried or attempt == self._config.retries or (failure.wait or 0) > _LONGEST_WAIT:
                     raise
-                # At least what the server asks for, and not all at once.
-                time.sleep((failure.wait or 0) + random.uniform(0.5, 1) * (0 if failure.wait else wait))
+                # What the server asks for; else a growing pause, drawn so that not all come back at once.
+                time.sleep(failure.wait or random.uniform(0.5, 1) * wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
             with self._lock:
                 self.usage.retries += 1
@@ -196,24 +196,14 @@ class OpenAIJudge:
         return [Judgement(Verdict(verdict), reason, self.name, self.version) for verdict, reason in told]
 
     def _ask_all(self, responses: Sequence[Response], keep: Keep) -> list[Judgement]:
-        judgements: dict[int, Judgement] = {}
-        failures: collections.Counter[str] = collections.Counter()
-        executor = concurrent.futures.ThreadPoolExecutor(self._concurrency)
-        try:
-            futures = {executor.submit(self._ask, response): i for i, response in enumerate(responses)}
-            with progress(f"judging ({self.version})", len(futures)) as advance:
-                for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                    index, (verdict, reason) = futures[future], future.result()
-                    judgements[index] = Judgement(verdict, reason, self.name, self.version)
-                    keep(index, judgements[index])
-                    failures[reason] += verdict == Verdict.UNJUDGED
-                    advance(done, f"{self.endpoint.cost:.2f} spent" if self.endpoint.cost else "")
-        finally:
-            executor.shutdown(cancel_futures=True)  # an interruption does not wait for what has not begun
-        self._report(+failures)
-        return [judgements[i] for i in range(len(responses))]
+        judgements = side_by_side(self._ask, responses, self._concurrency, f"judging ({self.version})", keep)
+        self._report(collections.Counter(j.reason for j in judgements if j.verdict == Verdict.UNJUDGED))
+        return judgements
 
-    def _ask(self, response: Response) -> tuple[Verdict, str]:
+    def _ask(self, response: Response) -> Judgement:
+        return Judgement(*self._verdict(response), self.name, self.version)
+
+    def _verdict(self, response: Response) -> tuple[Verdict, str]:
         try:
             text = self.endpoint.complete(self._format.messages(self._instruction, response), self._extra)
         except Failure as failure:
@@ -233,6 +223,28 @@ class OpenAIJudge:
         )
         for reason, count in failures.most_common():
             say(f"judge {self.version}: {count} responses unjudged: {reason}")
+
+
+def side_by_side(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    workers: int,
+    what: str,
+    keep: Callable[[int, Any], None],
+) -> list[Any]:
+    """[function(item) for item in items], so many at a time; `keep` gets (index, result) as each comes."""
+    results: dict[int, Any] = {}
+    executor = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        futures = {executor.submit(function, item): i for i, item in enumerate(items)}
+        with progress(what, len(futures)) as advance:
+            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                results[futures[future]] = future.result()
+                keep(futures[future], future.result())
+                advance(done, "")
+    finally:
+        executor.shutdown(cancel_futures=True)  # an interruption does not wait for what has not begun
+    return [results[i] for i in range(len(items))]
 
 
 class CheckedTransport(httpx.BaseTransport):

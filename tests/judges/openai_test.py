@@ -1,11 +1,8 @@
 """The endpoint judge against a local server with every fault that a server can have: verdicts, counts, and no leak."""
 
-import http.server
 import json
 import logging
 import socket
-import socketserver
-import threading
 import time
 
 import ml_collections
@@ -13,72 +10,9 @@ import pytest
 from msd_jax.configs import default
 
 from msd_jax.judges import Response, Verdict, formats, openai
+from tests.judges.server import completion, send, verdict
 
 KEY = "sk-secret-0123456789"
-
-
-def verdict(name="unsafe", reason="it helps"):
-    return json.dumps({"verdict": name, "reason": reason})
-
-
-def completion(content, usage=(11, 7), finish_reason="stop"):
-    return {
-        "choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}],
-        "usage": {"prompt_tokens": usage[0], "completion_tokens": usage[1]},
-    }
-
-
-class Server:
-    """A chat server on the loopback. `script` maps a request's number (from 0) and JSON body to what is done."""
-
-    def __init__(self, script):
-        self.requests, self.most_at_once = [], 0
-        lock, now = threading.Lock(), [0]
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(handler):
-                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                with lock:
-                    number = len(self.requests)
-                    self.requests.append((handler.path, dict(handler.headers), body))
-                    now[0] += 1
-                    self.most_at_once = max(self.most_at_once, now[0])
-                try:
-                    script(number, body)(handler)
-                except OSError:
-                    pass  # the client is gone
-                finally:
-                    with lock:
-                        now[0] -= 1
-
-            def log_message(handler, *arguments):
-                pass
-
-        class Threads(socketserver.ThreadingMixIn, http.server.HTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-        self._server = Threads(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def send(status, body, headers=()):
-    def do(handler):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        handler.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(data)
-
-    return do
 
 
 def cut(handler):
@@ -114,19 +48,6 @@ def drip(handler):
 
 def reset(handler):
     handler.close_connection = True
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(script):
-        servers.append(Server(script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 @pytest.fixture(autouse=True)
@@ -228,9 +149,10 @@ FAULTS |= {
 def test_a_fault_that_stays_leaves_the_response_unjudged(serve, name, capsys):
     fault, reason, requests = FAULTS[name]
     server = serve(lambda n, body: fault)
-    judge = make(server.url)
+    judge, start = make(server.url), time.monotonic()
     [judged] = judge.judge([response()])
     assert (judged.verdict, judged.reason) == (Verdict.UNJUDGED, reason)
+    assert time.monotonic() - start < 8  # measured: 1.3 s for time-outs
     assert len(server.requests) == judge.endpoint.usage.requests == requests
     assert judge.endpoint.usage.retries == requests - 1 and judge.endpoint.usage.unjudged == 1
     assert f"1 responses unjudged: {reason}" in capsys.readouterr().out
