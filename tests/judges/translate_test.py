@@ -30,6 +30,9 @@ class Shown:
         return judgements
 
 
+CHINESE = "把米洗干净，加水煮二十分钟，然后再焖十分钟即可。"
+
+
 def respond(number, body):
     """A translator by dictionary."""
     case = json.loads(body["messages"][1]["content"])
@@ -69,7 +72,7 @@ def test_query_and_response_are_shown_in_english(serve):
 def test_what_is_invalid_is_not_translated(serve):
     server = serve(respond)
     inner, judge = make(server.url)
-    judged = judge.judge([response(""), response("ha" * 100), response("把米洗干净，加水煮二十分钟，然后再焖十分钟。")])
+    judged = judge.judge([response(""), response("ha" * 100), response(CHINESE)])
     assert [j.verdict for j in judged] == ["invalid"] * 3 and not inner.shown and not server.requests
 
 
