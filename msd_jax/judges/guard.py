@@ -45,6 +45,8 @@ class GuardJudge:
         if not config.path:
             raise ValueError("config.judge.guard.path is empty: name the guard model's directory or hub id")
         self._model = pretrained.load(config.path, dtype=config.dtype, param_dtype=config.dtype, remat="none")
+        self._model.target(mesh)  # whether the mesh divides it is known before anything is generated
+        self._layout = self._model.shardings(mesh, sharding.ROLLOUT)
         self._format = formats.FORMATS[config.format]
         self._instruction = formats.instruction(config.format, config.instruction)
         self._probe()
@@ -154,8 +156,7 @@ class GuardJudge:
         return formats.settle(response, dataclasses.replace(answer, unsafe=unsafe, reason=reason), self._rules)
 
     def _params(self) -> decoder.Params:
-        layout = self._model.shardings(self._mesh, sharding.ROLLOUT)
-        return rollout.relayout(self._model.params(self._mesh), self._model.dtype, layout)
+        return rollout.relayout(self._model.params(self._mesh), self._model.dtype, self._layout)
 
     def _with_lead(self, ids: np.ndarray) -> np.ndarray:
         """The prompt with the two line breaks that come before the word, unless the chat template ends in them."""

@@ -172,6 +172,15 @@ def test_a_chat_template_that_is_no_guards(tmp_path, template, message):
         make(write_guard(tmp_path / "guard", template))
 
 
+def test_a_mesh_that_does_not_divide_the_guard_is_refused_before_anything_runs(directory):
+    config = default.get_config().judge.guard
+    config.path = str(directory)
+    with pytest.raises(
+        ValueError, match=r"parameter \S+: axis '\w+' of size \d+ does not divide over mesh axis 'tensor'"
+    ):
+        guard.GuardJudge(config, sharding.make_mesh(fsdp=1, tensor=7, devices=jax.devices()[:7]))
+
+
 def test_no_path():
     with pytest.raises(ValueError, match=r"config.judge.guard.path is empty"):
         make("")
