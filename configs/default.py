@@ -116,7 +116,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.judge.translate = False
     config.judge.guard = ml_collections.ConfigDict()
     config.judge.guard.path = ""  # Hugging Face directory, or hub id, of a guard model
-    config.judge.guard.format = "llama_guard"  # llama_guard (1 to 3, by its own chat template) | polyguard
+    config.judge.guard.format = "llama_guard"  # llama_guard (3, by its own chat template) | polyguard
     config.judge.guard.instruction = ""  # polyguard: a file with the instruction of the model's card; "": our wording
     config.judge.guard.threshold = 0.5  # unsafe from this P(unsafe) on
     config.judge.guard.limit = 4096  # tokens of the guard's prompt; what is longer stays unjudged

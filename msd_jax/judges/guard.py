@@ -29,7 +29,7 @@ _LEAST_MASS = 0.5
 class GuardJudge:
     """Unsafe where P(unsafe) is at least the threshold; the two words' probabilities are rescaled to add up to 1.
 
-    Llama Guard (1 to 3) answers "safe" or "unsafe" after two line breaks, so that one forward pass tells P(unsafe) of
+    Llama Guard 3 answers "safe" or "unsafe" after two line breaks, so that one forward pass tells P(unsafe) of
     the first word. PolyGuard answers other questions first: its answer is generated greedily, and P(unsafe) is read
     where it says whether the response is harmful.
 

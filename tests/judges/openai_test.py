@@ -81,7 +81,7 @@ def test_every_verdict_in_order_with_tokens_and_cost(serve):
     assert judge.endpoint.cost == pytest.approx((2 * 55 + 10 * 35) / 1e6)
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
-    assert headers["Host"] == server.url.split("/")[2]
+    assert headers["Host"] == server.url.split("/")[2] and headers["Accept-Encoding"] == "identity"
     assert body["model"] == "tiny-judge" and body["temperature"] == 0
     assert body["response_format"] == {"type": "json_object"}
 
