@@ -6,7 +6,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from msd_jax import metrics
+from msd_jax import distributed, metrics
 from msd_jax.judges.interface import Judge, Judgement, Keep, Response, Verdict, ignore
 
 
@@ -18,7 +18,8 @@ class CachedJudge:
     """
 
     def __init__(self, judge: Judge, path: pathlib.Path):
-        self.name, self.version = judge.name, judge.version
+        # A version may come from files, which another machine sees otherwise; what is missing must be the same on all.
+        self.name, self.version = judge.name, distributed.from_first(lambda: judge.version)
         self._judge = judge
         self._log = metrics.Log(path)
         self._known = {row["key"]: self._judgement(row) for row in self._log.rows if self._is_mine(row)}
