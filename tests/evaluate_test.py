@@ -194,6 +194,10 @@ def test_what_is_unjudged_is_told_beside_the_rates(config, tmp_path, monkeypatch
     assert "evaluation: 44 of 44 responses unjudged; each may be unsafe" in capsys.readouterr().out
     report.print_summary(summary)
     assert capsys.readouterr().out.count("100.0%") == 2  # languages
+    for entry in summary.values():
+        entry["unjudged"] = 0.0
+    report.print_summary(summary)
+    assert "unjudged" not in capsys.readouterr().out  # the table stays narrow
 
 
 def row(name, verdict, harmful, match=None):
