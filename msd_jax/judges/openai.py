@@ -66,6 +66,7 @@ class Endpoint:
         self._config = config
         self.usage = Usage()
         self._lock = threading.Lock()
+        self.stopped = threading.Event()  # set once nobody waits for an answer any more
         try:
             url = httpx.URL(config.url.rstrip("/") + "/chat/completions")
         except httpx.InvalidURL:
@@ -96,6 +97,26 @@ class Endpoint:
             },
         )
 
+    def side_by_side(
+        self, ask: Callable[[Any], Any], items: Sequence[Any], what: str, keep: Callable[[int, Any], None]
+    ) -> list[Any]:
+        """[ask(item) for item in items], config.concurrency at a time; `keep` gets (index, result) as each comes."""
+        results: dict[int, Any] = {}
+        executor = concurrent.futures.ThreadPoolExecutor(self._config.concurrency)
+        try:
+            futures = {executor.submit(ask, item): i for i, item in enumerate(items)}
+            with progress(what, len(futures)) as advance:
+                for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                    results[futures[future]] = future.result()
+                    keep(futures[future], future.result())
+                    advance(done, "")
+        except BaseException:  # an interruption waits for the answers under way, and for no pause
+            self.stopped.set()
+            raise
+        finally:
+            executor.shutdown(cancel_futures=True)
+        return [results[i] for i in range(len(items))]
+
     def complete(self, messages: formats.Messages, extra: dict[str, Any]) -> str:
         """The text of the answer. Raises Failure after the last attempt."""
         request = {"model": self._config.model, "messages": messages} | extra | self._config.request.to_dict()
@@ -108,7 +129,8 @@ class Endpoint:
                 if not failure.retried or attempt == self._config.retries or (failure.wait or 0) > _LONGEST_WAIT:
                     raise
                 # What the server asks for; else a growing pause, drawn so that not all come back at once.
-                time.sleep(failure.wait or random.uniform(0.5, 1) * wait)
+                if self.stopped.wait(failure.wait or random.uniform(0.5, 1) * wait):
+                    raise
                 wait = min(2 * wait, _LONGEST_WAIT)
             with self._lock:
                 self.usage.retries += 1
@@ -179,7 +201,6 @@ class OpenAIJudge:
     def __init__(self, config: ml_collections.ConfigDict):
         """Raises ValueError or OSError where the config is not fit."""
         self.endpoint = Endpoint(config)
-        self._concurrency = config.concurrency
         self._format = formats.FORMATS[config.format]
         self._instruction = formats.instruction(config.format, config.instruction)
         self._extra = {"temperature": 0.0, "max_tokens": 256}
@@ -196,7 +217,7 @@ class OpenAIJudge:
         return [Judgement(Verdict(verdict), reason, self.name, self.version) for verdict, reason in told]
 
     def _ask_all(self, responses: Sequence[Response], keep: Keep) -> list[Judgement]:
-        judgements = side_by_side(self._ask, responses, self._concurrency, f"judging ({self.version})", keep)
+        judgements = self.endpoint.side_by_side(self._ask, responses, f"judging ({self.version})", keep)
         self._report(collections.Counter(j.reason for j in judgements if j.verdict == Verdict.UNJUDGED))
         return judgements
 
@@ -223,28 +244,6 @@ class OpenAIJudge:
         )
         for reason, count in failures.most_common():
             say(f"judge {self.version}: {count} responses unjudged: {reason}")
-
-
-def side_by_side(
-    function: Callable[[Any], Any],
-    items: Sequence[Any],
-    workers: int,
-    what: str,
-    keep: Callable[[int, Any], None],
-) -> list[Any]:
-    """[function(item) for item in items], so many at a time; `keep` gets (index, result) as each comes."""
-    results: dict[int, Any] = {}
-    executor = concurrent.futures.ThreadPoolExecutor(workers)
-    try:
-        futures = {executor.submit(function, item): i for i, item in enumerate(items)}
-        with progress(what, len(futures)) as advance:
-            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                results[futures[future]] = future.result()
-                keep(futures[future], future.result())
-                advance(done, "")
-    finally:
-        executor.shutdown(cancel_futures=True)  # an interruption does not wait for what has not begun
-    return [results[i] for i in range(len(items))]
 
 
 class CheckedTransport(httpx.BaseTransport):

@@ -11,7 +11,7 @@ import ml_collections
 from msd_jax import distributed, metrics
 from msd_jax.console import say
 from msd_jax.judges.interface import Judge, Judgement, Keep, Response, Verdict, ignore
-from msd_jax.judges.openai import Endpoint, Failure, side_by_side
+from msd_jax.judges.openai import Endpoint, Failure
 from msd_jax.judges.rules import RulesJudge
 
 INSTRUCTION = """\
@@ -51,7 +51,7 @@ class Translator:
 
         def translate_all() -> list[list[str]]:
             work = [response for _, response in missing]
-            return side_by_side(self._translate, work, self._config.concurrency, "translating", remember)
+            return self._endpoint.side_by_side(self._translate, work, "translating", remember)
 
         told = distributed.from_first(translate_all) if missing else []
         failures = {key: parts[0] for (key, _), parts in zip(missing, told) if len(parts) == 1}

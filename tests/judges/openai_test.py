@@ -371,6 +371,20 @@ def test_each_judgement_is_kept_as_it_comes_and_an_interruption_ends_the_rest(se
     assert len(kept) == 3 and len(server.requests) < 200
 
 
+def test_an_interruption_does_not_wait_for_a_pause(serve):
+    server = serve(
+        lambda n, body: send(*((429, b"", {"Retry-After": "30"}) if n % 2 == 0 else (200, completion(verdict()))))
+    )
+
+    def keep(index, judgement):
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        make(server.url, concurrency=2).judge([response(str(i)) for i in range(20)], keep)
+    assert time.monotonic() - start < 10 and len(server.requests) < 20
+
+
 def test_the_version_follows_what_a_verdict_depends_on(tmp_path):
     (tmp_path / "rubric.txt").write_text("Judge.")
     url = "http://127.0.0.1:9/v1"
