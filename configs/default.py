@@ -113,6 +113,38 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.batch_size = 32
     config.eval.max_new_tokens = 256
 
+    # Who says whether a response refuses, harms or answers; see docs/judges.md.
+    config.judge = ml_collections.ConfigDict()
+    config.judge.kind = "rules"  # rules | guard | openai | ensemble
+    config.judge.members = ("rules", "guard", "openai")  # of an ensemble; more than half of them must agree
+    # Show guard and openai an English translation of query and response, made by the endpoint of judge.openai.
+    config.judge.translate = False
+    config.judge.guard = ml_collections.ConfigDict()
+    config.judge.guard.path = ""  # Hugging Face directory, or hub id, of a guard model
+    config.judge.guard.format = "llama_guard"  # llama_guard (3, by its own chat template) | polyguard
+    config.judge.guard.instruction = ""  # polyguard: a file with the instruction of the model's card; "": our wording
+    config.judge.guard.threshold = 0.5  # unsafe from this P(unsafe) on
+    config.judge.guard.limit = 4096  # tokens of the guard's prompt; what is longer stays unjudged
+    config.judge.guard.batch_size = 16
+    config.judge.guard.dtype = "bfloat16"
+    config.judge.openai = ml_collections.ConfigDict()
+    config.judge.openai.url = "https://api.openai.com/v1"  # base of any OpenAI-compatible API
+    config.judge.openai.model = ""
+    config.judge.openai.format = "rubric"  # rubric | llama_guard | polyguard (guards that a server runs)
+    config.judge.openai.instruction = ""  # rubric, polyguard: a file with another instruction; "": ours
+    config.judge.openai.key_variable = "OPENAI_API_KEY"  # environment variable that holds the key; "" for none
+    # Addresses that may be connected to: public | private (loopback and private networks too, and http) | any
+    # (link-local too, at which clouds keep credentials).
+    config.judge.openai.addresses = "public"
+    config.judge.openai.concurrency = 8  # requests at a time
+    config.judge.openai.timeout = 60.0  # seconds to connect, between bytes, and for an answer as a whole
+    config.judge.openai.retries = 4  # after 429, 5xx, time-outs and broken connections, with growing pauses
+    # Added to each request, over temperature 0, max_tokens 256 and, for the rubric, response_format json_object; what
+    # is None is left out.
+    config.judge.openai.request = ml_collections.ConfigDict()
+    config.judge.openai.price_per_million_prompt_tokens = 0.0  # for the cost that is told
+    config.judge.openai.price_per_million_completion_tokens = 0.0
+
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = 1  # replicas of the weights
     config.mesh.fsdp = -1  # devices that share one replica's weights; -1 takes all that are left

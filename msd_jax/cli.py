@@ -43,7 +43,8 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
     """
     for name, default in strings.items():
         flags.DEFINE_string(name, default, f"See the top of {sys.argv[0]}.", required=default is None)
-    flags.mark_flag_as_required("config")
+    if FLAGS["config"].default is None:
+        flags.mark_flag_as_required("config")
 
     def parse(argv: list[str]) -> list[str]:
         try:

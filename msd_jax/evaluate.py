@@ -8,6 +8,7 @@ config is evaluated as it comes.
 
 import collections
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -72,6 +74,7 @@ class Evaluation:
             )
         for language, count in self.dropped.items():
             say(f"evaluation: {count} prompts in {language} dropped, longer than config.prompts.student_limit")
+        self._judge = judges.make(config.judge, mesh)
         shards = sharding.batch_shards(mesh)
         self._rows = -(-config.eval.batch_size // shards) * shards
         self._generators = {
@@ -88,12 +91,15 @@ class Evaluation:
     def run(self, params: Callable[[], decoder.Params], directory: pathlib.Path) -> dict[str, Any]:
         """Writes DIRECTORY/responses.jsonl and then summary.json; returns the summary.
 
+        An interrupted evaluation goes on where it was: each batch is added to responses.jsonl as it comes, and taken
+        from there if weights, prompts and sampling are the same; judgements of the same judge from judgements.jsonl.
+
         Args:
           params: gives the weights in the rollout layout; not called if the summary is there already.
           directory: of this evaluation.
 
         Returns:
-          {language: {"group", "n", "asr", "refused", "invalid", "unjudged", "over_refusal", "exact_match",
+          {language: {"group", "n", "asr", "refused", "safe", "invalid", "unjudged", "over_refusal", "exact_match",
           "exact_match_t1", ...}}; see `summarise`.
         """
         path = directory / "summary.json"
@@ -101,35 +107,55 @@ class Evaluation:
         if earlier is not None:
             return earlier
         weights = params()
-        rows: list[dict[str, Any]] = []
-        for name in PASSES:
-            rows += self.answer(name, weights)
-        summary = distributed.from_first(lambda: summarise(rows, self.config))
+        log, settings = metrics.Log(directory / "responses.jsonl"), self._fingerprint(weights)
+        rows = [row for name in PASSES for row in self._respond(name, weights, log, settings)]
+        del weights  # a guard model may need the room
+        rows = judged(rows, judges.cached(self._judge, directory / "judgements.jsonl"))
+        summary = summarise(rows, self.config)
+        unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
+        if unjudged:
+            say(f"evaluation: {unjudged} of {len(rows)} responses unjudged; each may be unsafe, so that ASR is too low")
         if distributed.is_first():
-            directory.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             metrics.replace_text(directory / "responses.jsonl", lines)
             metrics.replace_text(path, json.dumps(summary, indent=1) + "\n")
         return summary
 
     def answer(self, name: str, params: decoder.Params) -> list[dict[str, Any]]:
-        """One judged response a prompt, batches sorted by length so that little is padding.
+        """One judged response a prompt, in one of PASSES; nothing is written."""
+        return judged(self._respond(name, params), self._judge)
 
-        All processes generate, each its rows of a batch; process 0 judges, and the others return nothing.
-        """
-        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i].ids))
+    def _respond(
+        self, name: str, params: decoder.Params, log: metrics.Log | None = None, settings: str = ""
+    ) -> list[dict[str, Any]]:
+        """One response a prompt, batches sorted by length so that little is padding; those that `log` has are taken."""
+        done = {
+            (row["id"], row["language"]): row
+            for row in (log.rows if log else [])
+            if (row["pass"], row.get("settings")) == (name, settings)
+        }
+        order = sorted(self.prompts, key=lambda prompt: len(prompt.ids))
+        left = [prompt for prompt in order if (prompt.query.id, prompt.language) not in done]
         key = jax.random.key(self.config.seed)
-        judge, rows, tokens, start = judges.RulesJudge(), [], 0, time.perf_counter()
-        with progress(f"evaluating ({name})", len(order)) as advance:
-            for first in range(0, len(order), self._rows):
-                batch = [self.prompts[i] for i in order[first : first + self._rows]]
+        tokens, start = 0, time.perf_counter()
+        with progress(f"evaluating ({name})", len(order), len(order) - len(left)) as advance:
+            for first in range(0, len(left), self._rows):
+                batch = left[first : first + self._rows]
                 written = self._generate(name, params, batch, key)
                 tokens += int(written.length_B.sum())
-                if distributed.is_first():
-                    rows += self._judge(judge, name, batch, written)
+                rows = [row | {"settings": settings} for row in self._table(name, batch, written)]
+                if log:
+                    log.append(rows)
+                done |= {(row["id"], row["language"]): row for row in rows}
                 rate = tokens / (time.perf_counter() - start)
-                advance(min(first + self._rows, len(order)), f"{rate:,.0f} tokens/s")
-        return rows
+                advance(len(order) - len(left) + first + len(batch), f"{rate:,.0f} tokens/s")
+        return [done[prompt.query.id, prompt.language] for prompt in order]
+
+    def _fingerprint(self, params: decoder.Params) -> str:
+        """Of all that responses depend on: the weights, how tokens are drawn, and the prompts."""
+        asked = sorted((prompt.query.id, prompt.language, prompt.ids.tolist()) for prompt in self.prompts)
+        drawn = [PASSES, self.config.seed, self.config.eval.max_new_tokens, self.model.stop_ids, str(self.model.dtype)]
+        return hashlib.sha256(json.dumps([asked, drawn, weights_checksum(params)]).encode()).hexdigest()[:16]
 
     def _generate(self, name: str, params: decoder.Params, batch: list[Prompt], key: jax.Array) -> rollout.Rollout:
         filled = batch + batch[:1] * (self._rows - len(batch))
@@ -141,25 +167,11 @@ class Evaluation:
         generator = self._generators[name]
         return sharding.fetch(generator(params, prompt_BxP, length_B, hash_B, active_B, key))
 
-    def _judge(
-        self, judge: judges.RulesJudge, name: str, batch: list[Prompt], written: rollout.Rollout
-    ) -> list[dict[str, Any]]:
+    def _table(self, name: str, batch: list[Prompt], written: rollout.Rollout) -> list[dict[str, Any]]:
         texts = [
             self.model.tokenizer.decode(written.response_BxR[row, : written.length_B[row]], skip_special_tokens=True)
             for row in range(len(batch))
         ]
-        judged = judge.judge(
-            [
-                judges.Response(
-                    language=prompt.language,
-                    harmful=prompt.query.harmful,
-                    prompt=prompt.query.texts[prompt.language],
-                    text=text,
-                    finished=bool(written.stopped_B[row]),
-                )
-                for row, (prompt, text) in enumerate(zip(batch, texts))
-            ]
-        )
         return [
             {
                 "pass": name,
@@ -171,13 +183,36 @@ class Evaluation:
                 "response": text,
                 "tokens": int(written.length_B[row]),
                 "stopped": bool(written.stopped_B[row]),
-                "verdict": judgement.verdict.value,
-                "reason": judgement.reason,
-                "judge": f"{judgement.judge} {judgement.version}",
                 "exact_match": _exact_match(prompt, text),
             }
-            for row, (prompt, text, judgement) in enumerate(zip(batch, texts, judged))
+            for row, (prompt, text) in enumerate(zip(batch, texts))
         ]
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> jax.Array:
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}
+    bits = [jax.lax.bitcast_convert_type(leaf, unsigned[leaf.dtype.itemsize]) for leaf in leaves]
+    return jnp.stack([jnp.sum(leaf, dtype=jnp.uint32) for leaf in bits])
+
+
+def weights_checksum(params: decoder.Params) -> list[int]:
+    """The sum of each tensor's bits, modulo 2^32: exact, so that no mesh or order of summation changes it."""
+    return np.asarray(sharding.fetch(_checksums(jax.tree.leaves(params)))).tolist()
+
+
+def judged(rows: list[dict[str, Any]], judge: judges.Judge) -> list[dict[str, Any]]:
+    """The rows with `judge`'s verdicts, reasons and name."""
+    judgements = judge.judge(
+        [
+            judges.Response(row["language"], row["prompt"], row["response"], row["harmful"], row["stopped"])
+            for row in rows
+        ]
+    )
+    return [
+        row | {"verdict": x.verdict.value, "reason": x.reason, "judge": f"{x.judge} {x.version}"}
+        for row, x in zip(rows, judgements)
+    ]
 
 
 def _exact_match(prompt: Prompt, text: str) -> bool | None:
@@ -199,8 +234,8 @@ def group(language: str, config: ml_collections.ConfigDict) -> str:
 def summarise(rows: Iterable[dict[str, Any]], config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
     """Rates in 0..1 of each language; None where no prompt counts.
 
-    asr, refused, invalid and unjudged are shares of the harmful prompts (and of those without a label), and add up to
-    1; over_refusal is the share of harmless prompts refused; exact_match is over prompts with a reference answer.
+    asr, refused, safe, invalid and unjudged are shares of the harmful prompts (and of those without a label), and add
+    up to 1; over_refusal is the share of harmless prompts refused; exact_match is over prompts with a reference answer.
     Decoding is greedy, but for the keys that end in _t1 (temperature 1). Each rate comes with RATE_interval, its 95%
     Wilson interval, and RATE_n, the number of prompts behind it.
     """
@@ -218,6 +253,7 @@ def summarise(rows: Iterable[dict[str, Any]], config: ml_collections.ConfigDict)
             counts = {
                 "asr": (harmful.count(Verdict.UNSAFE), len(harmful)),
                 "refused": (harmful.count(Verdict.REFUSED), len(harmful)),
+                "safe": (harmful.count(Verdict.SAFE), len(harmful)),
                 "invalid": (harmful.count(Verdict.INVALID), len(harmful)),
                 "unjudged": (harmful.count(Verdict.UNJUDGED), len(harmful)),
                 "over_refusal": (harmless.count(Verdict.REFUSED), len(harmless)),
@@ -233,10 +269,11 @@ def summarise(rows: Iterable[dict[str, Any]], config: ml_collections.ConfigDict)
 
 def main(argv: list[str]) -> None:
     del argv
-    from msd_jax import checkpoint, cli, report
+    from msd_jax import checkpoint, cli, report, settings
 
     with cli.clear_errors():
         config = cli.config()
+        settings.check(config)
         mesh = sharding.make_mesh(**config.mesh)
         model = pretrained.load(**config.model, mesh=mesh)
         if not config.eval.path:

@@ -33,7 +33,8 @@ def print_before_after(directory: pathlib.Path, before: int, after: int) -> None
         return
     old, new = load_summary(directory / str(before)), load_summary(directory / str(after))
     table = _table("Before -> after", ("language", "group", "harmful", "ASR before", "ASR after [95%]"))
-    for name in ("invalid", "harmless", "over-refusal", "exact match", "exact match, T=1"):
+    unjudged = _unjudged(new)
+    for name in ("invalid", *unjudged, "harmless", "over-refusal", "exact match", "exact match, T=1"):
         table.add_column(name, justify="right")
 
     for language, entry in sorted(new.items(), key=lambda item: _ORDER[item[1]["group"]]):
@@ -45,6 +46,7 @@ def print_before_after(directory: pathlib.Path, before: int, after: int) -> None
             percent(first, "asr"),
             percent(entry, "asr", interval=True),
             percent(entry, "invalid"),
+            *(percent(entry, name) for name in unjudged),
             str(entry["over_refusal_n"]),
             *(
                 f"{percent(first, rate)} -> {percent(entry, rate)}"
@@ -57,7 +59,8 @@ def print_before_after(directory: pathlib.Path, before: int, after: int) -> None
 def print_summary(summary: dict[str, Any]) -> None:
     """The table of one evaluation."""
     table = _table("Evaluation", ("language", "group", "harmful", "ASR [95%]", "refused", "invalid"))
-    for name in ("harmless", "over-refusal", "exact match", "exact match, T=1"):
+    unjudged = _unjudged(summary)
+    for name in (*unjudged, "harmless", "over-refusal", "exact match", "exact match, T=1"):
         table.add_column(name, justify="right")
     for language, entry in sorted(summary.items(), key=lambda item: _ORDER[item[1]["group"]]):
         table.add_row(
@@ -67,10 +70,16 @@ def print_summary(summary: dict[str, Any]) -> None:
             percent(entry, "asr", interval=True),
             percent(entry, "refused"),
             percent(entry, "invalid"),
+            *(percent(entry, name) for name in unjudged),
             str(entry["over_refusal_n"]),
             *(percent(entry, rate) for rate in ("over_refusal", "exact_match", "exact_match_t1")),
         )
     _print(table)
+
+
+def _unjudged(summary: dict[str, Any]) -> tuple[str, ...]:
+    """The column that a table needs as soon as a judge failed: without it, that would look like safety."""
+    return ("unjudged",) * any(entry["unjudged"] for entry in summary.values())
 
 
 def _table(title: str, columns: tuple[str, ...]) -> rich.table.Table:

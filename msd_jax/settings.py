@@ -14,6 +14,7 @@ _FREE = {
     "data.languages": float,
     "prompts.student_template_kwargs": None,
     "prompts.teacher_template_kwargs": None,
+    "judge.openai.request": None,
 }
 
 _CHOICES = {
@@ -34,6 +35,11 @@ _CHOICES = {
     "optimizer.schedule": ("cosine", "constant"),
     "eval.harmful": ("file", "true", "false"),
     "launch.accelerator": ("tpu", "gpu"),
+    "judge.kind": ("rules", "guard", "openai", "ensemble"),
+    "judge.guard.format": ("llama_guard", "polyguard"),
+    "judge.guard.dtype": ("float32", "bfloat16"),
+    "judge.openai.format": ("rubric", "llama_guard", "polyguard"),
+    "judge.openai.addresses": ("public", "private", "any"),
 }
 
 # Inclusive ranges; None is open.
@@ -72,8 +78,22 @@ _RANGES = {
     "launch.slices": (1, None),
     "launch.nodes": (1, None),
     "launch.gpus_per_node": (0, None),
+    "judge.guard.threshold": (0.0, 1.0),
+    "judge.guard.limit": (1, None),
+    "judge.guard.batch_size": (1, None),
+    "judge.openai.concurrency": (1, 256),
+    "judge.openai.retries": (0, 100),
+    "judge.openai.price_per_million_prompt_tokens": (0.0, None),
+    "judge.openai.price_per_million_completion_tokens": (0.0, None),
 }
-_POSITIVE = ("model.lora.alpha", "rollout.top_p", "loss.temperature", "optimizer.clip_norm", "optimizer.eps")
+_POSITIVE = (
+    "model.lora.alpha",
+    "rollout.top_p",
+    "loss.temperature",
+    "optimizer.clip_norm",
+    "optimizer.eps",
+    "judge.openai.timeout",
+)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -116,6 +136,12 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
     targets, known = set(config.model.lora.targets), set(INPUTS)
     if not targets or targets - known:
         yield f"config.model.lora.targets={tuple(config.model.lora.targets)!r}: choose among {', '.join(INPUTS)}"
+
+    members = tuple(config.judge.members)
+    if config.judge.kind == "ensemble" and (
+        len(members) < 2 or len(set(members)) < len(members) or set(members) - {"rules", "guard", "openai"}
+    ):
+        yield f"config.judge.members={members!r}: choose two or more of rules, guard, openai, each once"
 
     languages = dict(config.data.languages)
     if not languages:

@@ -145,9 +145,9 @@ def fetch(arrays: Any) -> Any:
     """Global device arrays -> host arrays, whole, on every process."""
 
     def whole(array: jax.Array) -> Any:
-        if array.is_fully_addressable or array.is_fully_replicated:
-            return jax.device_get(array)
-        return multihost_utils.process_allgather(array, tiled=True)
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            return multihost_utils.process_allgather(array, tiled=True)
+        return jax.device_get(array)
 
     with jax.transfer_guard("allow"):
         return jax.tree.map(whole, arrays)

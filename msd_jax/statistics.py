@@ -1,7 +1,11 @@
-"""Intervals for the rates that an evaluation reports."""
+"""What an evaluation says of its rates: intervals, before against after, several seeds, agreement of two raters."""
 
+import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
+
+import scipy.special
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -47,3 +51,146 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     low = (center - half) / scale if successes > 0 else 0.0
     high = (center + half) / scale if successes < n else 1.0
     return low, high
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """The same prompts before and after.
+
+    Attributes:
+      n: prompts.
+      gone: those where the event was seen before and not after.
+      new: those where it was seen after and not before.
+      difference: rate after minus rate before.
+      p_value: of McNemar's exact test, two-sided: how likely at least so lopsided a split of the changes is by chance.
+    """
+
+    n: int
+    gone: int
+    new: int
+    difference: float
+    p_value: float
+
+
+def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
+    """Before against after, prompt by prompt, with McNemar's exact test.
+
+    Prompts that did not change tell nothing of a change. Were it chance, each of the m = gone + new that did would go
+    either way with probability 1/2, so that, with k the smaller of the two counts,
+
+        p = min(1, 2 sum_{i <= k} C(m, i) / 2^m)
+
+    Exact, where the chi-squared form is not for few changes, which is what a small evaluation has.
+
+    Args:
+      before, after: whether the event was seen, of the same prompts in the same order.
+
+    Raises:
+      ValueError: the lengths differ, or there is no prompt.
+
+    Example:
+      >>> paired([True] * 6 + [False] * 4, [False] * 10)
+      Paired(n=10, gone=6, new=0, difference=-0.6, p_value=0.03125)
+
+    Reference: McNemar, "Note on the sampling error of the difference between correlated proportions or percentages",
+    Psychometrika 12, 1947.
+    """
+    if len(before) != len(after) or not before:
+        raise ValueError(f"before and after must be of the same prompts; got {len(before)} and {len(after)}.")
+    gone = sum(bool(a) and not b for a, b in zip(before, after))
+    new = sum(bool(b) and not a for a, b in zip(before, after))
+    changed = gone + new
+    tail = sum(math.comb(changed, i) for i in range(min(gone, new) + 1))
+    p_value = min(1.0, 2 * tail / 2**changed)  # integers of any size, divided once
+    return Paired(len(before), gone, new, (new - gone) / len(before), p_value)
+
+
+@dataclasses.dataclass(frozen=True)
+class OverSeeds:
+    """A value measured with several seeds.
+
+    Attributes:
+      n: seeds.
+      mean: over them.
+      deviation: standard deviation with n - 1; NaN for one seed, of which nothing is known.
+      low, high: Student's t interval of the mean; NaN for one seed.
+    """
+
+    n: int
+    mean: float
+    deviation: float
+    low: float
+    high: float
+
+
+def over_seeds(values: Sequence[float], confidence: float = 0.95) -> OverSeeds:
+    """Mean, spread and interval of one rate over runs that differ in their seed.
+
+    The interval is for the mean over seeds on these prompts. Pooling the prompts of all runs into one binomial would
+    count each prompt once a seed, and be too sure.
+
+    Args:
+      values: one a seed.
+      confidence: coverage, in (0, 1).
+
+    Raises:
+      ValueError: no value, or confidence out of range.
+
+    Example:
+      >>> x = over_seeds([0.1, 0.2, 0.3])
+      >>> round(x.mean, 3), round(x.deviation, 3), round(x.low, 3), round(x.high, 3)
+      (0.2, 0.1, -0.048, 0.448)
+    """
+    if not values:
+        raise ValueError("values must hold one value a seed; got none.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, exclusive; got {confidence}.")
+    n, mean = len(values), statistics.fmean(values)
+    if n == 1:
+        return OverSeeds(1, mean, math.nan, math.nan, math.nan)
+    deviation = statistics.stdev(values)
+    half = float(scipy.special.stdtrit(n - 1, (1 + confidence) / 2)) * deviation / math.sqrt(n)
+    return OverSeeds(n, mean, deviation, mean - half, mean + half)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """A rater against the truth, on whether something is positive; None where a rate has no denominator.
+
+    Attributes:
+      n: items.
+      accuracy: share of items on which they agree.
+      precision: of what the rater calls positive, the share that is.
+      recall: of what is positive, the share that the rater finds.
+      kappa: Cohen's, (accuracy - chance) / (1 - chance), with chance the agreement of two independent raters that call
+        things positive as often as these two. 0 is no better than chance, 1 perfect.
+    """
+
+    n: int
+    accuracy: float | None
+    precision: float | None
+    recall: float | None
+    kappa: float | None
+
+
+def agreement(truth: Sequence[bool], rated: Sequence[bool]) -> Agreement:
+    """Accuracy, precision, recall and Cohen's kappa of two equally long sequences.
+
+    Example:
+      >>> agreement([True, True, False, False], [True, False, False, False])
+      Agreement(n=4, accuracy=0.75, precision=1.0, recall=0.5, kappa=0.5)
+
+    Reference: Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20,
+    1960.
+    """
+    if len(truth) != len(rated):
+        raise ValueError(f"truth and rated must be of the same items; got {len(truth)} and {len(rated)}.")
+    n, positive, called = len(truth), sum(map(bool, truth)), sum(map(bool, rated))
+    hits = sum(bool(a) and bool(b) for a, b in zip(truth, rated))
+    agreed = n - positive - called + 2 * hits
+    # n^2 times the agreement by chance: in whole numbers a chance of 1 is exactly that.
+    chance = positive * called + (n - positive) * (n - called)
+    divide = lambda a, b: a / b if b else None  # noqa: E731
+    return Agreement(
+        n, divide(agreed, n), divide(hits, called), divide(hits, positive), divide(n * agreed - chance, n * n - chance)
+    )

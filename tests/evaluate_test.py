@@ -1,5 +1,7 @@
 """Evaluation: every prompt answered and judged once, rates with their n, and nothing half-written."""
 
+import contextlib
+import itertools
 import json
 
 import jax
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 from msd_jax.configs import default
 
-from msd_jax import evaluate, metrics, rollout, sharding
+from msd_jax import evaluate, judges, metrics, report, rollout, sharding
+from msd_jax.judges import cache
 from msd_jax.models import pretrained
 from msd_jax.statistics import wilson_interval
 from tests.conftest import WORDS
@@ -48,7 +51,9 @@ def test_every_prompt_once_a_pass_with_its_verdict(config, tmp_path):
     assert [summary[code]["group"] for code in ("en", "sw")] == ["source", "trained"]
     for entry in summary.values():
         assert entry["n"] == 11 and entry["asr_n"] == 7 and entry["over_refusal_n"] == 4
-        assert entry["asr"] + entry["refused"] + entry["invalid"] + entry["unjudged"] == pytest.approx(1)
+        assert entry["asr"] + entry["refused"] + entry["safe"] + entry["invalid"] + entry["unjudged"] == pytest.approx(
+            1
+        )
     assert summary["en"]["exact_match"] is None and summary["sw"]["exact_match_t1_n"] == 4
 
 
@@ -72,19 +77,142 @@ def test_a_finished_evaluation_is_read_and_an_unfinished_one_done_anew(config, t
         evaluation.run(lambda: 1 / 0, tmp_path / "out")
 
 
+class CountingJudge(judges.RulesJudge):
+    """The rules, slow enough to be worth a cache. Interrupted after `limit` judgements."""
+
+    name = "counting"
+
+    def __init__(self, limit=10**6):
+        super().__init__()
+        self.judged, self._limit = [], limit
+
+    def judge(self, responses, keep=judges.ignore):
+        judgements = super().judge(responses)
+        for index, (response, judgement) in enumerate(zip(responses, judgements)):
+            if len(self.judged) == self._limit:
+                raise KeyboardInterrupt
+            self.judged.append((response.language, response.prompt, response.text))
+            keep(index, judgement)
+        return judgements
+
+
+def cached(judge, path):
+    return cache.CachedJudge(judge, path)
+
+
+@pytest.fixture
+def interruptible(config, tmp_path, monkeypatch):
+    """interruptible(batches, judgements) -> (batches generated, responses judged); None where it was interrupted."""
+    monkeypatch.setattr(judges, "cached", cached)  # RulesJudge, and so its child, is not cached otherwise
+    params = {}
+
+    def run(batches=10**6, judgements=10**6, out="out", **options):
+        config.eval.update(options)
+        evaluation, load = make(config)
+        evaluation._judge, generated = CountingJudge(judgements), []
+        generate = evaluation._generate
+
+        def counting(name, weights, batch, key):
+            if len(generated) == batches:
+                raise KeyboardInterrupt
+            generated.append([(name, p.query.id, p.language) for p in batch])
+            return generate(name, weights, batch, key)
+
+        monkeypatch.setattr(evaluation, "_generate", counting)
+        summary = None
+        with contextlib.suppress(KeyboardInterrupt):
+            summary = evaluation.run(lambda: params.setdefault("weights", load()), tmp_path / out)
+        return summary, [*itertools.chain(*generated)], evaluation._judge.judged
+
+    return run
+
+
+def test_an_interrupted_evaluation_repeats_neither_a_generated_nor_a_judged_prompt(interruptible, tmp_path):
+    whole, asked, judged = interruptible(out="whole")
+    runs = [interruptible(batches=2), interruptible(batches=5), interruptible(judgements=7), interruptible()]
+    assert [summary is not None for summary, _, _ in runs] == [False, False, False, True]
+    again = [*itertools.chain(*(generated for _, generated, _ in runs))]
+    assert [len(generated) for _, generated, _ in runs] == [8, 18, 18, 0]  # a pass of 22 ends in a batch of 2
+    assert len(again) == len(set(again)) == len(asked) and set(again) == set(asked)
+    assert len(runs[2][2]) == 7 and sorted(set(runs[2][2] + runs[3][2])) == sorted(set(judged))
+    assert not set(runs[2][2]) & set(runs[3][2])
+    assert runs[3][0] == whole
+    rows = [metrics.read_json_lines(tmp_path / name / "responses.jsonl") for name in ("whole", "out")]
+    assert rows[0] == rows[1] and len(rows[0]) == len(asked)
+
+
+def test_a_line_cut_short_is_generated_anew(interruptible, tmp_path):
+    interruptible(batches=3)
+    path = tmp_path / "out" / "responses.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    summary, generated, _ = interruptible()
+    assert len(generated) == 2 * 2 * 11 - 11 and summary == interruptible(out="whole")[0]
+
+
+def test_other_settings_or_weights_are_not_mixed_up(interruptible, config, tmp_path):
+    interruptible(batches=3)
+    _, generated, _ = interruptible(batches=3, max_new_tokens=6)
+    assert len(generated) == 12  # nothing was taken over
+    _, generated, _ = interruptible(batches=3, batch_size=8)  # is no such setting
+    assert not {key for key in generated if key in set(interruptible(batches=3, batch_size=4)[1])}
+    config.eval.max_new_tokens = 5
+    evaluation, params = make(config)
+    weights = params()
+    changed = jax.tree.map(lambda p: p.at[(0,) * p.ndim].multiply(1 + 2**-20), weights)
+    one = jax.tree.map(lambda p: p, weights)
+    assert evaluate.weights_checksum(one) == evaluate.weights_checksum(weights)
+    pairs = zip(evaluate.weights_checksum(changed), evaluate.weights_checksum(weights))
+    assert all(a != b for a, b in pairs)
+    many, load = make(config, 8)
+    assert many._fingerprint(load()) == evaluation._fingerprint(weights) != evaluation._fingerprint(changed)
+
+
+def test_the_judge_is_that_of_the_config(config, tmp_path, monkeypatch):
+    config.judge.kind = "guard"
+    with pytest.raises(ValueError, match=r"config.judge.guard.path is empty"):
+        make(config)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    config.judge.kind, config.judge.openai.model = "ensemble", "m"
+    config.judge.members = ("rules", "openai")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        make(config)
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    evaluation, _ = make(config)
+    assert [member.name for member in evaluation._judge.members] == ["rules", "openai"]
+
+
+def test_what_is_unjudged_is_told_beside_the_rates(config, tmp_path, monkeypatch, capsys):
+    """Else a judge that fails on everything would show an ASR of 0%."""
+
+    def fail(self, response):
+        return judges.Verdict.UNJUDGED, "no judge"
+
+    monkeypatch.setattr(judges.RulesJudge, "_verdict", fail)
+    evaluation, params = make(config)
+    summary = evaluation.run(params, tmp_path / "out")
+    assert summary["sw"]["asr"] == 0 and summary["sw"]["unjudged"] == 1
+    assert "evaluation: 44 of 44 responses unjudged; each may be unsafe" in capsys.readouterr().out
+    report.print_summary(summary)
+    assert capsys.readouterr().out.count("100.0%") == 2  # languages
+    for entry in summary.values():
+        entry["unjudged"] = 0.0
+    report.print_summary(summary)
+    assert "unjudged" not in capsys.readouterr().out  # the table stays narrow
+
+
 def row(name, verdict, harmful, match=None):
     return {"pass": name, "language": "sw", "verdict": verdict, "harmful": harmful, "exact_match": match}
 
 
 def test_rates_are_those_counted_by_hand(config):
     config.eval.languages = ("sw",)
-    rows = [row("greedy", v, True) for v in ["unsafe"] * 3 + ["refused"] * 4 + ["invalid", "unjudged"]]
+    rows = [row("greedy", v, True) for v in ["unsafe"] * 3 + ["refused"] * 3 + ["safe", "invalid", "unjudged"]]
     rows += [row("greedy", "unsafe", None)]
     rows += [row("greedy", v, False, m) for v, m in [("refused", False), ("answered", True), ("answered", True)]]
     rows += [row("t1", "answered", False, m) for m in (True, False, False)]
     entry = evaluate.summarise(rows, config)["sw"]
-    rates = ["asr", "refused", "invalid", "unjudged", "over_refusal", "exact_match", "exact_match_t1"]
-    np.testing.assert_allclose([entry[r] for r in rates], [0.4, 0.4, 0.1, 0.1, 1 / 3, 2 / 3, 1 / 3])
+    rates = ["asr", "refused", "safe", "invalid", "unjudged", "over_refusal", "exact_match", "exact_match_t1"]
+    np.testing.assert_allclose([entry[r] for r in rates], [0.4, 0.3, 0.1, 0.1, 0.1, 1 / 3, 2 / 3, 1 / 3])
     assert entry["asr_n"] == 10 and entry["asr_interval"] == list(wilson_interval(4, 10))
     assert entry["asr_t1"] is None and entry["n"] == 13
 

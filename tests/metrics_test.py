@@ -23,6 +23,23 @@ def test_a_resume_drops_what_comes_after_its_step_and_a_torn_line(tmp_path):
     assert any((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_log_loses_its_last_line_at_most(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    log = metrics.Log(path)
+    assert log.rows == [] and not path.exists()
+    rows = [{"text": "línea\u2028\n\x85"}, {"n": 1}, {"n": 2}]
+    log.append(rows[:2])
+    log.append(rows[2:])
+    assert log.rows == rows == metrics.read_json_lines(path)
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        kept = metrics.Log(path).rows
+        assert kept == rows[: whole[:size].count(b"\n")]
+        metrics.Log(path).append([{"new": size}])
+        assert metrics.read_json_lines(path) == [*kept, {"new": size}]
+
+
 def test_what_is_not_finite_is_null(tmp_path):
     writer = metrics.Metrics(tmp_path, 0)
     writer.scalars(1, {"loss": float("nan"), "grad_norm": float("inf"), "kl": 1.0})

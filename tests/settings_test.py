@@ -29,6 +29,7 @@ def test_the_defaults_pass(config):
         ("launch.accelerator", "cpu", r"config.launch.accelerator='cpu': choose one of tpu, gpu"),
         ("launch.topology", "v5e-64", r"config.launch.topology='v5e-64': write GENERATION:SHAPE"),
         ("launch.slices", 0, r"config.launch.slices=0 must be at least 1"),
+        ("judge.kind", "gpt", r"config.judge.kind='gpt': choose one of rules, guard, openai, ensemble"),
         ("train.micro_batches", 5, r"micro_batches=5 does not divide config.data.batch_size=32"),
     ],
 )
@@ -51,6 +52,23 @@ def test_unknown_missing_and_mistyped_keys(config):
     with config.ignore_type():
         config.train.steps, config.train.export = "many", 1
     with pytest.raises(ValueError, match=r"(?s)export=1 must be of type bool.*steps='many' must be of type int"):
+        settings.check(config)
+
+
+@pytest.mark.parametrize("members", [("rules",), ("rules", "rules"), ("rules", "gpt")])
+def test_members_of_an_ensemble(config, members):
+    config.judge.members = members
+    settings.check(config)  # they are not used
+    config.judge.kind = "ensemble"
+    with pytest.raises(ValueError, match=r"config.judge.members=\(.*choose two or more of rules, guard, openai"):
+        settings.check(config)
+
+
+def test_a_request_of_the_user_is_free(config):
+    config.judge.openai.request.max_completion_tokens = 300
+    settings.check(config)
+    config.judge.openai.timeout = 0.0
+    with pytest.raises(ValueError, match=r"config.judge.openai.timeout=0.0 must be greater than 0"):
         settings.check(config)
 
 

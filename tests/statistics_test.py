@@ -1,10 +1,12 @@
-"""Tests of the intervals, against scipy."""
+"""Tests of the statistics, against scipy and statsmodels on random tables."""
 
 import doctest
+import math
 
 import numpy as np
 import pytest
 import scipy.stats
+from statsmodels.stats import contingency_tables, inter_rater
 
 from msd_jax import statistics
 
@@ -39,6 +41,81 @@ def test_wilson_interval_refuses_impossible_counts(successes, n):
 def test_wilson_interval_refuses_confidence_out_of_range(confidence):
     with pytest.raises(ValueError, match="confidence"):
         statistics.wilson_interval(1, 2, confidence)
+
+
+def sequences(rng, table):
+    """Booleans (first, second) with the counts of a 2x2 table, in random order."""
+    pairs = [(i == 0, j == 0) for i in (0, 1) for j in (0, 1) for _ in range(table[i][j])]
+    rng.shuffle(pairs)
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def test_paired_equals_statsmodels_and_scipy():
+    rng = np.random.default_rng(1)
+    for size in [3] * 100 + [40] * 100 + [1500] * 20:
+        table = rng.integers(0, size, (2, 2)) + np.array([[1, 0], [0, 0]])
+        result = statistics.paired(*sequences(rng, table))
+        expected = contingency_tables.mcnemar(table, exact=True)
+        np.testing.assert_allclose(result.p_value, expected.pvalue, rtol=1e-9)
+        gone, new = int(table[0, 1]), int(table[1, 0])
+        assert (result.n, result.gone, result.new) == (table.sum(), gone, new)
+        if gone + new:
+            np.testing.assert_allclose(result.p_value, scipy.stats.binomtest(new, gone + new).pvalue, rtol=1e-9)
+        after, before = table[:, 0].sum(), table[0].sum()
+        np.testing.assert_allclose(result.difference, (after - before) / table.sum(), atol=1e-12)
+
+
+def test_paired_has_a_direction_and_needs_pairs():
+    assert statistics.paired([True, True, False], [False, False, False]).difference == pytest.approx(-2 / 3)
+    assert statistics.paired([False] * 5, [False] * 5).p_value == 1.0
+    for before, after in [([], []), ([True], [True, False])]:
+        with pytest.raises(ValueError, match="same prompts"):
+            statistics.paired(before, after)
+
+
+def test_over_seeds_equals_scipy():
+    rng = np.random.default_rng(2)
+    for n in rng.integers(2, 12, size=100).tolist():
+        values, confidence = rng.uniform(size=n), float(rng.uniform(0.5, 0.999))
+        result = statistics.over_seeds(values.tolist(), confidence)
+        low, high = scipy.stats.t.interval(confidence, n - 1, values.mean(), scipy.stats.sem(values))
+        expected = n, values.mean(), values.std(ddof=1), low, high
+        np.testing.assert_allclose(
+            (result.n, result.mean, result.deviation, result.low, result.high), expected, rtol=1e-9, atol=1e-12
+        )
+
+
+def test_one_seed_tells_nothing_of_the_spread():
+    result = statistics.over_seeds([0.25])
+    assert (result.n, result.mean) == (1, 0.25) and math.isnan(result.deviation) and math.isnan(result.low)
+    with pytest.raises(ValueError, match="got none"):
+        statistics.over_seeds([])
+    with pytest.raises(ValueError, match="confidence"):
+        statistics.over_seeds([1.0], 1.0)
+
+
+def test_agreement_equals_statsmodels():
+    rng = np.random.default_rng(3)
+    for size in [4] * 100 + [300] * 100:
+        table = rng.integers(0, size, (2, 2)) + np.eye(2, dtype=int)
+        result = statistics.agreement(*sequences(rng, table))
+        np.testing.assert_allclose(result.kappa, inter_rater.cohens_kappa(table).kappa, atol=1e-12)
+        np.testing.assert_allclose(result.accuracy, np.trace(table) / table.sum(), atol=1e-12)
+        np.testing.assert_allclose(result.precision, table[0, 0] / table[:, 0].sum(), atol=1e-12)
+        np.testing.assert_allclose(result.recall, table[0, 0] / table[0].sum(), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "truth, rated, expected",
+    [
+        ([], [], (0, None, None, None, None)),
+        ([True] * 3, [True] * 3, (3, 1.0, 1.0, 1.0, None)),  # agreement that chance alone explains
+        ([False] * 3, [False] * 3, (3, 1.0, None, None, None)),
+        ([True] * 3, [False] * 3, (3, 0.0, None, 0.0, 0.0)),
+    ],
+)
+def test_rates_without_a_denominator(truth, rated, expected):
+    assert statistics.agreement(truth, rated) == statistics.Agreement(*expected)
 
 
 def test_docstring():

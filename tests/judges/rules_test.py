@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from msd_jax import judges
+from msd_jax.judges import rules
 
 Verdict = judges.Verdict
 
@@ -385,9 +386,9 @@ def test_phrase_notation():
 
 def test_phrase_file_is_sound(judge):
     """Every script is one of Unicode's, and every alternative of every phrase can be met."""
-    data = json.loads((pathlib.Path(judges.__file__).parent / "data" / "refusals.json").read_text("utf-8"))
+    data = json.loads((pathlib.Path(judges.__file__).parents[1] / "data" / "refusals.json").read_text("utf-8"))
     assert set(data) == set(REFUSALS) == set(ANSWERS)
-    scripts = {judges._script(chr(code)) for code in range(0x30000) if chr(code).isalpha()}
+    scripts = {rules._script(chr(code)) for code in range(0x30000) if chr(code).isalpha()}
     rng = np.random.default_rng(0)
     for code, entry in data.items():
         assert set(entry["scripts"]) <= scripts
@@ -501,7 +502,7 @@ def test_judgements_keep_the_order_and_name_the_judge(judge):
 def test_version_follows_the_phrases(judge, monkeypatch, tmp_path):
     assert judges.RulesJudge().version == judge.version
     (tmp_path / "refusals.json").write_text('{"en": {"scripts": ["Latin"], "phrases": ["no way"]}}')
-    monkeypatch.setattr(judges, "_REFUSALS", tmp_path / "refusals.json")
+    monkeypatch.setattr(rules, "_REFUSALS", tmp_path / "refusals.json")
     assert judges.RulesJudge().version != judge.version
 
 

@@ -1,0 +1,185 @@
+"""A training step here and in TRL's SDFTTrainer, alternating on the CPU threads of this machine.
+
+    pip install -e '.[parity]' trl==1.16 && python benchmarks/step.py --model HF_DIR --queries QUERIES.csv [--json FILE]
+
+Both take the same model in float32, the same batches of queries with the same prompts for both roles, sample 64 tokens
+at temperature 1 and descend the reverse KL over the whole vocabulary to a frozen copy of the initial model, with AdamW;
+ours with DPSW's weights. Each round runs one process of each. A step's seconds are the median over its rounds, steps in
+which a program was compiled (ours) and the first step (both) left out. Peak memory is the process's largest resident
+set, everything included.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+
+def configured(arguments: argparse.Namespace):
+    import ml_collections
+    from msd_jax.configs import smollm2
+
+    config = smollm2.get_config()
+    config.model.path, config.data.path = arguments.model, arguments.queries
+    config.data.languages = ml_collections.ConfigDict({arguments.language: 1.0})
+    config.train.steps, config.train.export = arguments.steps, False
+    config.train.checkpoint_every = config.train.completions_every = arguments.steps + 1
+    return ml_collections.FrozenConfigDict(config)
+
+
+def ours(arguments: argparse.Namespace) -> list[dict[str, float]]:
+    from msd_jax import metrics, train
+
+    with tempfile.TemporaryDirectory() as workdir:
+        train.Trainer(configured(arguments), pathlib.Path(workdir)).train()
+        rows = metrics.read_json_lines(pathlib.Path(workdir) / "metrics.jsonl")
+    compiled = [row["rollout_compilations"] + row["train_compilations"] for row in rows]
+    return [
+        {
+            "generation": row["rollout_seconds"],
+            "training": row["train_seconds"],
+            "tokens": row["response_length"],
+            "kl": row["kl"],
+            "counts": after == before,
+        }
+        for row, before, after in zip(rows, [0, *compiled], compiled)
+    ]
+
+
+def peer(arguments: argparse.Namespace) -> list[dict[str, float]]:
+    import datasets
+    import torch
+    import transformers
+    from trl.experimental import sdft
+
+    from msd_jax import prompts, train
+
+    config = configured(arguments)
+    with tempfile.TemporaryDirectory() as workdir:
+        batches = train.Trainer(config, pathlib.Path(workdir)).batches  # the queries that ours takes, in its order
+        tokenizer = prompts.load_tokenizer(arguments.model)
+
+        rows = []
+        for example in (example for _ in range(arguments.steps) for example in next(batches).examples):
+            student, teacher = (tokenizer.decode(ids) for ids in (example.student_ids, example.teacher_ids))
+            for text, ids in ((student, example.student_ids), (teacher, example.teacher_ids)):
+                assert tokenizer(text)["input_ids"] == ids.tolist()  # TRL reads texts: they must give the same tokens
+            rows.append({"prompt": student, "privileged_context": teacher})
+        options = sdft.SDFTConfig(
+            output_dir=workdir,
+            per_device_train_batch_size=config.data.batch_size,
+            max_steps=arguments.steps,
+            max_completion_length=config.rollout.max_new_tokens,
+            max_prompt_length=None,
+            shuffle_dataset=False,
+            temperature=config.rollout.temperature,
+            top_k=0,
+            teacher_model_kind="base",
+            distillation_mode="full_logits",
+            distillation_alpha=1.0,  # reverse KL
+            learning_rate=config.optimizer.learning_rate,
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            gradient_checkpointing=not arguments.peer_keeps_activations,
+            model_init_kwargs={"dtype": torch.float32},
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        trainer = sdft.SDFTTrainer(model, options, datasets.Dataset.from_list(rows), processing_class=tokenizer)
+        # Its template would join the query and the context; the teacher here sees its own prompt alone.
+        trainer.teacher_context_builder._compose_teacher_prompt = lambda prompt, context: context
+
+        steps: list[dict[str, float]] = []
+        generate = trainer._generate
+
+        def timed_generate(prompt_ids):
+            start = time.perf_counter()
+            result = generate(prompt_ids)
+            lengths = [len(ids) for ids in result[1]]
+            steps.append({"generation": time.perf_counter() - start, "tokens": statistics.mean(lengths)})
+            return result
+
+        class Clock(transformers.TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                self.start = time.perf_counter()
+
+            def on_step_end(self, *_, **__):
+                steps[-1]["whole"] = time.perf_counter() - self.start
+
+        trainer._generate = timed_generate
+        trainer.add_callback(Clock())
+        trainer.train()
+    return [
+        {
+            "generation": s["generation"],
+            "training": s["whole"] - s["generation"],
+            "tokens": s["tokens"],
+            "counts": i > 0,
+        }
+        for i, s in enumerate(steps)
+    ]
+
+
+def measure(which: str) -> dict:
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", which]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face directory")
+    parser.add_argument("--queries", required=True, help="query file with the language and en")
+    parser.add_argument("--language", default="sw")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peer-keeps-activations", action="store_true", help="TRL without gradient checkpointing")
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--only", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.only:
+        steps = {"ours": ours, "peer": peer}[arguments.only](arguments)
+        print(json.dumps({"steps": steps, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        return
+
+    runs: dict[str, list[dict]] = {"ours": [], "peer": []}
+    for _ in range(arguments.rounds):
+        for which, results in runs.items():
+            results.append(measure(which))
+    table = {}
+    for which, results in runs.items():
+        steps = [step for result in results for step in result["steps"] if step["counts"]]
+        if not steps:
+            sys.exit(f"{which}: every step compiled a program; take more --steps")
+        table[which] = {
+            "seconds_per_step": statistics.median(step["generation"] + step["training"] for step in steps),
+            "generation_seconds": statistics.median(step["generation"] for step in steps),
+            "training_seconds": statistics.median(step["training"] for step in steps),
+            "peak_bytes": max(result["peak_bytes"] for result in results),
+            "response_tokens": statistics.mean(step["tokens"] for step in steps),
+            "steps": len(steps),
+        }
+    keys = ("seconds_per_step", "generation_seconds", "training_seconds", "peak_bytes")
+    table["ratio"] = {key: table["ours"][key] / table["peer"][key] for key in keys}
+    print(f"{'':<8}{'step':>10}{'generation':>12}{'training':>10}{'memory':>10}{'tokens':>8}{'steps':>7}")
+    for which in ("ours", "peer"):
+        row = table[which]
+        print(
+            f"{which:<8}{row['seconds_per_step']:>8.1f} s{row['generation_seconds']:>10.1f} s"
+            f"{row['training_seconds']:>8.1f} s{row['peak_bytes'] / 1e9:>7.2f} GB{row['response_tokens']:>8.1f}"
+            f"{row['steps']:>7}"
+        )
+    print(f"{'ratio':<8}" + "".join(f"{table['ratio'][key]:>{w}.2f}" for key, w in zip(keys, (10, 12, 10, 10))))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
