@@ -61,6 +61,8 @@ def devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
     # libtpu looks for a TPU and for its metadata server, and tells at length that there is none.
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
+    # Flags for other backends end the process that hands them to libtpu; its own belong in LIBTPU_INIT_ARGS.
+    os.environ.pop("XLA_FLAGS", None)
     from jax.experimental import topologies
 
     # On v4 JAX uses a chip's two cores as one device, here as on the real machine.

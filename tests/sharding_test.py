@@ -65,7 +65,8 @@ def test_batches_go_out_by_rows_and_come_back_whole(rng):
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: TPU slices are unknown"
 )
-def test_only_data_crosses_slices():
+def test_only_data_crosses_slices(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # which chips.devices takes away; put back afterwards
     devices = chips.devices("v5e:2x2", slices=2)
     mesh = sharding.make_mesh(2, 2, 2, devices=devices)
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
