@@ -50,18 +50,19 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
         raise ValueError(
             f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices: the product must be {count}"
         )
-    types = (jax.sharding.AxisType.Auto,) * 3
+    # Not jax.make_mesh: it knows no slices, and takes only meshes whose axes are axes of the torus.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     if sizes[0] % slices:
         raise ValueError(
             f"config.mesh={asked} (data x fsdp x tensor) over {slices} slices: data must be a multiple of {slices}, "
             "for only data crosses the network between slices"
         )
-    within = (sizes[0] // slices, *sizes[1:])
-    array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
-    return Mesh(array, AXES, axis_types=types)
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within = (sizes[0] // slices, *sizes[1:])
+        array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def spec(rules: Rules, mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:

@@ -74,3 +74,14 @@ def test_only_data_crosses_slices(monkeypatch):
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
     with pytest.raises(ValueError, match=r"config.mesh=1x-1x1 .* over 2 slices: data must be a multiple of 2"):
         sharding.make_mesh(1, -1, 1, devices=devices)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: TPU slices are unknown"
+)
+@pytest.mark.parametrize("name, sizes", [("v6e:4x4", (1, 8, 2)), ("v5p:2x2x4", (2, 1, 8)), ("v4:2x2x4", (1, 16, 1))])
+def test_any_mesh_that_fills_a_slice_is_one(monkeypatch, name, sizes):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    devices = chips.devices(name)
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    assert mesh.devices.shape == sizes and {d.id for d in mesh.devices.flat} == {d.id for d in devices}
