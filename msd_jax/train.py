@@ -210,6 +210,16 @@ def abstract_state(
     return TrainState(scalar, params, None if teacher_kind == "live" else params, opt_state, scalar), frozen
 
 
+def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises ValueError where the rows of a micro-batch do not divide over the devices."""
+    rows, shards = config.data.batch_size // config.train.micro_batches, sharding.batch_shards(mesh)
+    if rows % shards:
+        raise ValueError(
+            f"config.data.batch_size={config.data.batch_size} over {config.train.micro_batches} "
+            f"micro-batches gives {rows} rows, which do not divide over {shards} devices (data x fsdp)"
+        )
+
+
 class Trainer:
     """A run: made from a config and a workdir with every check done, then `train()`."""
 
@@ -223,7 +233,7 @@ class Trainer:
         distributed.require_same("config", lambda: checkpoint.without_paths(config))
         self.config, self.workdir = config, workdir
         self.mesh = sharding.make_mesh(**config.mesh)
-        self._check_batch()
+        check_batch(config, self.mesh)
         self.model = pretrained.load(**config.model, mesh=self.mesh)
         for key in ("top_k", "weight_top_k"):
             if config.loss[key] > self.model.config.vocab_size:
@@ -260,15 +270,6 @@ class Trainer:
         self.loss = loss_settings(config)
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # each costs one compilation
         self.train_step = jit_train_step(config, self.model, self.mesh, self.optimize)
-
-    def _check_batch(self) -> None:
-        rows = self.config.data.batch_size // self.config.train.micro_batches
-        shards = sharding.batch_shards(self.mesh)
-        if rows % shards:
-            raise ValueError(
-                f"config.data.batch_size={self.config.data.batch_size} over {self.config.train.micro_batches} "
-                f"micro-batches gives {rows} rows, which do not divide over {shards} devices (data x fsdp)"
-            )
 
     def _require_same_files(self, encoded: pipeline.Encoded) -> None:
         """All processes build the same batches and programs, so they must have read the same; see distributed.py."""

@@ -1,12 +1,14 @@
 """The mesh and the rule table."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from msd_jax import sharding
+from msd_jax import chips, sharding
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder
 from tests.conftest import LLAMA
@@ -58,3 +60,28 @@ def test_batches_go_out_by_rows_and_come_back_whole(rng):
     assert placed.sharding.shard_shape(placed.shape) == (2, 3)
     np.testing.assert_array_equal(sharding.fetch(placed), array)
     assert jnp.sum(jax.jit(lambda x: x)(placed)) == array.sum()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: TPU slices are unknown"
+)
+def test_only_data_crosses_slices(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # which chips.devices takes away; put back afterwards
+    devices = chips.devices("v5e:2x2", slices=2)
+    mesh = sharding.make_mesh(2, 2, 2, devices=devices)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+    mesh = sharding.make_mesh(4, -1, 1, devices=devices)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match=r"config.mesh=1x-1x1 .* over 2 slices: data must be a multiple of 2"):
+        sharding.make_mesh(1, -1, 1, devices=devices)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: TPU slices are unknown"
+)
+@pytest.mark.parametrize("name, sizes", [("v6e:4x4", (1, 8, 2)), ("v5p:2x2x4", (2, 1, 8)), ("v4:2x2x4", (1, 16, 1))])
+def test_any_mesh_that_fills_a_slice_is_one(monkeypatch, name, sizes):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    devices = chips.devices(name)
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    assert mesh.devices.shape == sizes and {d.id for d in mesh.devices.flat} == {d.id for d in devices}

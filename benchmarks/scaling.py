@@ -1,0 +1,78 @@
+"""Plans from 16 to 1024 chips with the same batch a chip: what each chip must hold, compute and receive.
+
+    python benchmarks/scaling.py [--config NAME] [--rows 4] [--json FILE] [--pods v5e:4x4 v5e:8x8 v5e:16x16 4*v5e:16x16]
+
+Weak scaling costs nothing where the bytes that a chip receives stay the same. Needs XLA's TPU compiler and no TPU:
+pip install 'msd-jax[plan]'. A few minutes a pod.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+
+import jax
+import ml_collections
+
+jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free
+
+from msd_jax import chips, plan, sharding  # noqa: E402
+
+PODS = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "4*v5e:16x16")
+
+
+def plan_pod(name: str, recipe: str, rows: int) -> dict[str, object]:
+    """One plan: the recipe's tensor axis, `data` over slices, the rest under fsdp, and `rows` queries a chip."""
+    slices, _, topology = name.rpartition("*")
+    slices = int(slices or 1)
+    devices = chips.devices(topology, slices)
+    config = importlib.import_module(f"msd_jax.configs.{recipe}").get_config()
+    config.data.batch_size = rows * len(devices)
+    config.mesh.data, config.mesh.fsdp = slices, -1
+    config = ml_collections.FrozenConfigDict(config)
+    pod = plan.Pod(topology, slices, sharding.make_mesh(**config.mesh, devices=devices))
+    sizes, source = plan.read_architecture(config.model.path)
+    model = plan.build(config, sizes, pod.mesh)
+    programs = {task.name: plan.compile_task(task, pod) for task in plan.tasks(config, model, pod.mesh)}
+    return plan.as_json(config, pod, programs, source)
+
+
+def received(row: dict, program: str) -> int:
+    return sum(row["programs"][program]["collective_bytes"].values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="qwen2_5_7b", help="name of a recipe")
+    parser.add_argument("--rows", type=int, default=4, help="queries a chip and step")
+    parser.add_argument("--pods", nargs="+", default=PODS, help="topologies, SLICES* before one of several slices")
+    parser.add_argument("--json", type=pathlib.Path, help="write the plans here")
+    arguments = parser.parse_args()
+    print(f"{arguments.config}, {arguments.rows} queries a chip; figures are those of one chip")
+    columns = ("pod", "chips", "mesh", "HBM", "fits", "FLOPs", "received: train", "rollout", "slices", "seconds")
+    print("{:<12}{:>6}{:>10}{:>12}{:>6}{:>8}{:>17}{:>10}{:>10}{:>10}".format(*columns), flush=True)
+    rows = []
+    for name in arguments.pods:
+        row = plan_pod(name, arguments.config, arguments.rows)
+        rows.append(row)
+        programs = row["programs"].values()
+        print(
+            f"{name:<12}{row['devices']:>6}{'x'.join(map(str, row['mesh'].values())):>10}"
+            f"{plan.gib(max(program['total_hbm_bytes'] for program in programs)):>12}"
+            f"{'yes' if row['fits'] else 'no':>6}"
+            f"{plan.si(sum(program['flops'] for program in programs), ''):>8}"
+            f"{plan.si(received(row, 'train'), 'B'):>17}{plan.si(received(row, 'rollout'), 'B'):>10}"
+            f"{plan.si(sum(program['dcn_bytes'] for program in programs), 'B'):>10}"
+            f"{plan.si(row['seconds_estimate'], 's'):>10}",
+            flush=True,
+        )
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    by_devices = {row["devices"]: row for row in rows}
+    if {64, 256} <= set(by_devices):
+        total = {n: sum(received(by_devices[n], name) for name in by_devices[n]["programs"]) for n in (64, 256)}
+        print(f"received by each chip, all programs, from 64 to 256 chips: {total[256] / total[64] - 1:+.1%}")
+
+
+if __name__ == "__main__":
+    main()
