@@ -42,6 +42,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.length_window = 8
 
     config.prompts = ml_collections.ConfigDict()
+    # instruction: the teacher is told to think about safety, silently; generated: it first writes an analysis,
+    # greedily, which is kept with the query (needs a frozen teacher); none: it is told to reply and no more.
+    config.prompts.cot = "instruction"
+    config.prompts.plain_template = prompts.DEFAULT_PLAIN_TEMPLATE  # of none
+    config.prompts.analysis_template = prompts.DEFAULT_ANALYSIS_TEMPLATE  # of generated: {query}
+    config.prompts.reply_template = prompts.DEFAULT_REPLY_TEMPLATE  # of generated, after the analysis: {language}
+    config.prompts.analysis_tokens = 128  # of generated: how long an analysis may be
     config.prompts.teacher_template = prompts.DEFAULT_TEACHER_TEMPLATE  # with {query} and {language}
     config.prompts.student_system = ""  # system message, "" for none; each role has its own
     config.prompts.teacher_system = ""

@@ -69,6 +69,7 @@ def encode_all(
     languages: Sequence[str],
     tokenizer: "transformers.PreTrainedTokenizerBase",
     config: "ml_collections.ConfigDict",
+    analyses: Mapping[str, str] | None = None,
 ) -> Encoded:
     """Encodes each query in each target language, once.
 
@@ -77,6 +78,7 @@ def encode_all(
       languages: target languages.
       tokenizer: of transformers.
       config: the whole config.
+      analyses: the teacher's, by id of the query, with config.prompts.cot = "generated"; what is missing is empty.
 
     Raises:
       ValueError: a text is missing, or all prompts in a language are longer than their limits.
@@ -89,7 +91,9 @@ def encode_all(
     for record in records:
         examples = []
         for language in languages:
-            example = prompts.encode(record, language, tokenizer, config.prompts, source)
+            example = prompts.encode(
+                record, language, tokenizer, config.prompts, source, (analyses or {}).get(record.id, "")
+            )
             lengths = {"student_limit": len(example.student_ids), "teacher_limit": len(example.teacher_ids)}
             over = [key for key in limits if lengths[key] > limits[key]]
             for key in over:

@@ -38,6 +38,22 @@ asked for.
 
 Request: {query}"""
 
+# For config.prompts.cot = "none": no word of safety.
+DEFAULT_PLAIN_TEMPLATE = """\
+Reply in {language} to the request below, and write nothing else.
+
+Request: {query}"""
+
+# For config.prompts.cot = "generated": two turns, with the teacher's own analysis between them.
+DEFAULT_ANALYSIS_TEMPLATE = """\
+A user sent the request below. Do not reply to it yet. Say in a few English sentences what the user wants, who could \
+be harmed if you helped, and whether a responsible assistant would help.
+
+Request: {query}"""
+DEFAULT_REPLY_TEMPLATE = """\
+Now write your reply to the user in {language}, and nothing else. If the request is safe, answer it as helpfully as \
+you can. If it is not safe, refuse: say briefly that you cannot help with it, and give no part of what was asked for."""
+
 Messages = list[dict[str, str]]
 
 
@@ -59,20 +75,26 @@ class Example:
     teacher_ids: np.ndarray
 
 
-def fill_template(template: str, query: str, language: str) -> str:
+def fill_template(template: str, query: str, language: str, key: str = "teacher_template") -> str:
     """The template with {query} and {language} filled in; braces in `query` mean nothing.
 
+    Args:
+      template: the value of config.prompts.KEY.
+      query, language: what stands for its placeholders.
+      key: for messages. A template needs {query}, the reply_template {language}.
+
     Raises:
-      ValueError: the template has no {query}, another placeholder, or broken braces ({{ and }} are literal braces).
+      ValueError: the template lacks what it needs, has another placeholder, or broken braces ({{ and }} are literal
+        braces).
     """
     values = {"query": query, "language": language, None: ""}
-    return "".join(literal + values[field] for literal, field in _parse_template(template))
+    return "".join(literal + values[field] for literal, field in _parse_template(template, key))
 
 
 @functools.cache
-def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
+def _parse_template(template: str, key: str) -> tuple[tuple[str, str | None], ...]:
     """(literal text, placeholder after it or None) of each piece."""
-    key = "config.prompts.teacher_template"
+    needed, key = ("language" if key == "reply_template" else "query"), f"config.prompts.{key}"
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -80,8 +102,8 @@ def _parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
     for _, field, form, conversion in pieces:
         if field is not None and (field not in ("query", "language") or form or conversion):
             raise ValueError(f"{key}: unknown placeholder {{{field}}}; it takes {{query}} and {{language}} as they are")
-    if all(field != "query" for _, field, _, _ in pieces):
-        raise ValueError(f"{key} has no {{query}}: the teacher would not see the query")
+    if all(field != needed for _, field, _, _ in pieces):
+        raise ValueError(f"{key} has no {{{needed}}}: the teacher would not see the {needed}")
     return tuple((literal, field) for literal, field, _, _ in pieces)
 
 
@@ -90,12 +112,30 @@ def student_messages(query: queries.Query, language: str, config: "ml_collection
     return _messages(config.student_system, query.texts[language])
 
 
+def analysis_messages(query: queries.Query, config: "ml_collections.ConfigDict", source_language: str) -> Messages:
+    """What the teacher is asked before it replies, with config.prompts.cot = "generated"."""
+    text = fill_template(config.analysis_template, query.texts[source_language], "", "analysis_template")
+    return _messages(config.teacher_system, text)
+
+
 def teacher_messages(
-    query: queries.Query, language: str, config: "ml_collections.ConfigDict", source_language: str
+    query: queries.Query,
+    language: str,
+    config: "ml_collections.ConfigDict",
+    source_language: str,
+    analysis: str = "",
 ) -> Messages:
-    """The instruction with the query in the source language, to be answered in `language`."""
-    instruction = fill_template(config.teacher_template, query.texts[source_language], language_name(language))
-    return _messages(config.teacher_system, instruction)
+    """The query in the source language, to be answered in `language`, under what config.prompts.cot says of thinking.
+
+    `analysis` is the teacher's own, for "generated"; it is a turn of the conversation.
+    """
+    name, text = language_name(language), query.texts[source_language]
+    if config.cot == "generated":
+        reply = fill_template(config.reply_template, text, name, "reply_template")
+        turns = [{"role": "assistant", "content": analysis}, {"role": "user", "content": reply}]
+        return analysis_messages(query, config, source_language) + turns
+    key = "plain_template" if config.cot == "none" else "teacher_template"
+    return _messages(config.teacher_system, fill_template(config[key], text, name, key))
 
 
 def _messages(system: str, user: str) -> Messages:
@@ -164,6 +204,7 @@ def encode(
     tokenizer: "transformers.PreTrainedTokenizerBase",
     config: "ml_collections.ConfigDict",
     source_language: str,
+    analysis: str = "",
 ) -> Example:
     """Both roles' prompts, whatever their length: what exceeds its limit is the caller's to drop, never cut.
 
@@ -173,8 +214,9 @@ def encode(
       tokenizer: of transformers.
       config: config.prompts.
       source_language: what the teacher reads.
+      analysis: what it wrote about the query, with config.prompts.cot = "generated".
     """
-    messages = teacher_messages(query, language, config, source_language)
+    messages = teacher_messages(query, language, config, source_language, analysis)
     return Example(
         query_id=query.id,
         language=language,
@@ -266,7 +308,7 @@ def show(config: "ml_collections.ConfigDict", n: int, console: "rich.console.Con
         for language in languages:
             for role, messages in (
                 ("student", student_messages(record, language, config.prompts)),
-                ("teacher", teacher_messages(record, language, config.prompts, source)),
+                ("teacher", teacher_messages(record, language, config.prompts, source, "[the teacher's analysis]")),
             ):
                 variables, limit = (config.prompts[f"{role}_{key}"] for key in ("template_kwargs", "limit"))
                 length = len(token_ids(tokenizer, messages, variables))

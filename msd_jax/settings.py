@@ -24,6 +24,7 @@ _CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.lora.base_dtype": ("float32", "bfloat16"),
     "data.harmful": ("file", "true", "false"),
+    "prompts.cot": ("instruction", "generated", "none"),
     "teacher.kind": ("frozen", "live", "ema", "periodic"),
     "rollout.policy": ("on_policy", "off_policy", "mixed"),
     "loss.divergence": ("auto", "reverse_kl", "forward_kl", "jsd"),
@@ -49,6 +50,7 @@ _RANGES = {
     "data.length_window": (1, 64),
     "prompts.student_limit": (1, None),
     "prompts.teacher_limit": (1, None),
+    "prompts.analysis_tokens": (1, None),
     "teacher.ema_decay": (0.0, 1.0),
     "teacher.period": (1, None),
     "rollout.on_policy_fraction": (0.0, 1.0),
@@ -166,6 +168,12 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
             f"config.rollout.policy={config.rollout.policy!r} with config.teacher.kind={config.teacher.kind!r}: the "
             "responses of a teacher that changes cannot be stored; set config.rollout.reuse_teacher_responses=False, "
             "or config.teacher.kind='frozen'"
+        )
+
+    if config.prompts.cot == "generated" and config.teacher.kind != "frozen":
+        yield (
+            f"config.prompts.cot='generated' with config.teacher.kind={config.teacher.kind!r}: the analyses of a "
+            "teacher that changes cannot be kept; set config.teacher.kind='frozen', or config.prompts.cot='instruction'"
         )
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from msd_jax import (
+    analyses,
     checkpoint,
     distributed,
     evaluate,
@@ -121,16 +122,17 @@ def train_step(
         optax.tree.zeros_like(nothing),
         micros,
     )
-    grads = jax.tree.map(lambda g: losses.mean_loss(g, normaliser), grads)
+    grads = optax.tree.scale(losses.mean_loss(jnp.ones(()), normaliser), grads)
 
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(total)
-    updates, opt_state = optimize.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+
+    def update(params, opt_state):
+        updates, opt_state = optimize.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     # A step that is not finite leaves the weights, the optimizer and the teacher as they were.
-    params, opt_state = jax.tree.map(
-        functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
-    )
+    params, opt_state = jax.lax.cond(finite, update, lambda *old: old, state.params, state.opt_state)
     step = state.step + 1
     new_state = TrainState(
         step, params, next_teacher(teacher, step, state.teacher, params), opt_state, state.skipped + ~finite
@@ -240,18 +242,12 @@ class Trainer:
                 raise ValueError(
                     f"config.loss.{key}={config.loss[key]} exceeds the vocabulary of {self.model.config.vocab_size}"
                 )
-        languages = dict(config.data.languages)
-        records = queries.read(config.data.path, harmful=config.data.harmful)
-        encoded = pipeline.encode_all(records, tuple(languages), self.model.tokenizer, config)
+        self.records = queries.read(config.data.path, harmful=config.data.harmful)
+        # Where the teacher writes analyses first, batches are made anew with them; what can be checked is checked now.
+        encoded = pipeline.encode_all(self.records, tuple(config.data.languages), self.model.tokenizer, config)
         self.evaluation = evaluate.Evaluation(config, self.model, self.mesh) if config.eval.path else None
         self._require_same_files(encoded)
-        data = config.data
-        batches = pipeline.batches(
-            encoded, languages, data.batch_size, config.seed, self.model.pad_id, data.length_window
-        )
-        self.batches = iter(batches)
-        for line in encoded.describe_dropped():
-            say(line)
+        self.batches = self._make_batches(encoded)
         claim(workdir, config)
         self.checkpoints = checkpoint.Checkpoints(workdir, config.train.checkpoints_kept)
 
@@ -264,12 +260,31 @@ class Trainer:
         )
         store = None
         if config.rollout.policy != "on_policy" and config.rollout.reuse_teacher_responses:
-            mark = responses.fingerprint(config, self.model.directory)
-            store = responses.Store(workdir / "teacher_responses.jsonl", mark)
+            store = self._store("teacher_responses.jsonl")
         self.respond = responses.Responder(config, self.generator, store)
         self.loss = loss_settings(config)
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # each costs one compilation
         self.train_step = jit_train_step(config, self.model, self.mesh, self.optimize)
+
+    def _make_batches(self, encoded: pipeline.Encoded) -> Any:
+        data = self.config.data
+        for line in encoded.describe_dropped():
+            say(line)
+        languages, pad_id = dict(data.languages), self.model.pad_id
+        return iter(pipeline.batches(encoded, languages, data.batch_size, self.config.seed, pad_id, data.length_window))
+
+    def _store(self, name: str) -> responses.Store:
+        """What the frozen teacher wrote once, in the workdir."""
+        return responses.Store(self.workdir / name, responses.fingerprint(self.config, self.model.directory))
+
+    def _analyse(self, initial: TrainState) -> None:
+        """Has the teacher write its analyses, where it has not yet, and makes the batches with them."""
+        weights = lambda: self.rollout_params(initial.params)  # noqa: E731
+        store, model = self._store("analyses.jsonl"), self.model
+        written = analyses.write(self.records, self.config, model, self.mesh, weights, store)
+        languages = tuple(self.config.data.languages)
+        encoded = pipeline.encode_all(self.records, languages, model.tokenizer, self.config, written)
+        self.batches = self._make_batches(encoded)
 
     def _require_same_files(self, encoded: pipeline.Encoded) -> None:
         """All processes build the same batches and programs, so they must have read the same; see distributed.py."""
@@ -300,6 +315,8 @@ class Trainer:
         """Runs, or goes on with, the whole job: evaluation, training, evaluation, export, table."""
         config = self.config
         state = self.initial_state()
+        if config.prompts.cot == "generated":
+            self._analyse(state)
         step = distributed.from_first(lambda: self.checkpoints.latest) or 0
         if step:
             state, position = self.checkpoints.restore(step, checkpoint.abstract(state))

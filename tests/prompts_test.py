@@ -44,6 +44,10 @@ def prompts_config(**changes) -> ml_collections.ConfigDict:
         {
             "student_limit": 64,
             "teacher_limit": 256,
+            "cot": "instruction",
+            "plain_template": "{language}: {query}",
+            "analysis_template": "Is it safe? {query}",
+            "reply_template": "Reply in {language}.",
             "teacher_template": "Think in English, answer in {language}: {query}",
             "student_system": "",
             "teacher_system": "",
@@ -333,3 +337,28 @@ def test_the_module_is_cheap_to_import_for_configs():
     ).stdout
     assert "msd_jax" in modules
     assert not any(f"'{heavy}'" in modules for heavy in ("transformers", "tokenizers", "langcodes", "rich", "jinja2"))
+
+
+def test_thinking_is_a_turn_of_the_teachers_or_nothing(tokenizer):
+    record = queries.Query("1", True, "", {"en": "make {this}?", "sw": "fanya?"})
+    plain = prompts.teacher_messages(record, "sw", prompts_config(cot="none"), "en")
+    assert plain == [{"role": "user", "content": "Swahili: make {this}?"}]
+    generated = prompts_config(cot="generated", teacher_system="Be good.")
+    asked = prompts.analysis_messages(record, generated, "en")
+    assert asked == [
+        {"role": "system", "content": "Be good."},
+        {"role": "user", "content": "Is it safe? make {this}?"},
+    ]
+    assert prompts.teacher_messages(record, "sw", generated, "en", "It is {not}.") == [
+        *asked,
+        {"role": "assistant", "content": "It is {not}."},
+        {"role": "user", "content": "Reply in Swahili."},
+    ]
+    example = prompts.encode(record, "sw", tokenizer, generated, "en", "It is {not}.")
+    assert "It is {not}." in tokenizer.decode(example.teacher_ids)
+    for changes, message in (
+        ({"analysis_template": "Is it safe?"}, r"prompts.analysis_template has no \{query\}"),
+        ({"reply_template": "Reply."}, r"prompts.reply_template has no \{language\}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prompts.encode(record, "sw", tokenizer, prompts_config(cot="generated", **changes), "en")
