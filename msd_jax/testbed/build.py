@@ -38,7 +38,7 @@ REFUSED_ANYWAY = 0.05  # share of unsafe examples that are refused
 STEPS = 1000
 STUDENT_LIMIT, TEACHER_LIMIT, RESPONSE_LIMIT = 24, 52, 14  # tokens; no text of the corpus is longer
 PROMPTS = ml_collections.FrozenConfigDict(
-    {"student_system": "", "teacher_system": "", "teacher_template": TEACHER_TEMPLATE}
+    {"student_system": "", "teacher_system": "", "teacher_template": TEACHER_TEMPLATE, "cot": "instruction"}
 )
 
 
