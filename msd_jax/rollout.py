@@ -174,13 +174,9 @@ class Generator:
 
 @functools.partial(jax.jit, static_argnames=("dtype", "shardings"))
 def _relayout(params, dtype, shardings):
-    leaves, treedef = jax.tree.flatten(params)
-    laid: list[jax.Array] = []
-    for leaf, wanted in zip(leaves, shardings):
-        if laid:  # one after the other: gathered at once, all would need their buffers at once
-            leaf, laid[-1] = jax.lax.optimization_barrier((leaf, laid[-1]))
-        laid.append(jax.lax.with_sharding_constraint(leaf.astype(dtype), wanted))
-    return treedef.unflatten(laid)
+    cast = jax.tree.map(lambda p: p.astype(dtype), params)
+    leaves, treedef = jax.tree.flatten(cast)
+    return treedef.unflatten([jax.lax.with_sharding_constraint(p, s) for p, s in zip(leaves, shardings)])
 
 
 def relayout(params: decoder.Params, dtype: jnp.dtype, shardings: decoder.Params) -> decoder.Params:
