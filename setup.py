@@ -25,7 +25,7 @@ setuptools.setup(
         "flax>=0.12",
         "grain>=0.2.18",
         "httpx2",
-        "huggingface_hub",
+        "huggingface_hub>=2",  # parse_hf_uri
         "importlib_resources",  # tensorflow-datasets needs it and does not ask for it
         "jax>=0.10",
         "jinja2",

@@ -5,7 +5,7 @@ import pytest
 
 from msd_jax import queries
 
-MULTIJAIL = pathlib.Path(__file__).parents[2] / "shared/data/multijail/MultiJail_dev.csv"
+MULTIJAIL = pathlib.Path(__file__).parents[3] / "shared/data/multijail/MultiJail_dev.csv"
 
 
 def write(path: pathlib.Path, content: str | bytes) -> pathlib.Path:
