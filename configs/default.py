@@ -110,15 +110,30 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.completions_kept = 4  # responses an entry
     config.train.export = True  # write the aligned model to WORKDIR/model in Hugging Face's layout
 
+    # What is measured before and after; nothing where path and benchmarks are empty. See docs/evaluation.md.
     config.eval = ml_collections.ConfigDict()
-    config.eval.path = ""  # query file as config.data.path; "" for no evaluation
+    config.eval.path = ""  # a query file of yours, as config.data.path; in summaries it is called "queries"
     config.eval.harmful = "file"
+    config.eval.benchmarks = ()  # any of multijail, xsafety, pku_saferlhf, xstest, mgsm, mmmlu
     # Languages are reported in three groups: source (these), trained (data.languages), unseen (all others).
     config.eval.languages = ("en", "sw")
     config.eval.source_languages = ("en",)
-    config.eval.limit = 0  # use at most so many records, evenly spread over the file; 0 for all
+    config.eval.passes = ("greedy",)  # greedy, t1 (sampled at temperature 1)
+    config.eval.limit = 0  # use at most so many records of each; 0 for all
+    config.eval.sample = "spread"  # which they are: spread (evenly over the file) | first
     config.eval.batch_size = 32
     config.eval.max_new_tokens = 256
+    # Each benchmark's file or directory, or hf://OWNER/NAME; its languages and its limit, where they are not eval's.
+    sources = {
+        "multijail": "hf://DAMO-NLP-SG/MultiJail",
+        "xsafety": "",
+        "pku_saferlhf": "hf://PKU-Alignment/PKU-SafeRLHF",
+        "xstest": "hf://Paul/XSTest",
+        "mgsm": "hf://juletxara/mgsm",
+        "mmmlu": "hf://openai/MMMLU",
+    }
+    for name, path in sources.items():
+        config.eval[name] = ml_collections.ConfigDict({"path": path, "languages": (), "limit": 0})
 
     # Who says whether a response refuses, harms or answers; see docs/judges.md.
     config.judge = ml_collections.ConfigDict()

@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.path = str(testbed.EVAL_QUERIES)
     config.eval.languages = (*testbed.SOURCE_LANGUAGES, *testbed.TARGET_LANGUAGES, *testbed.UNSEEN_LANGUAGES)
     config.eval.source_languages = testbed.SOURCE_LANGUAGES
+    config.eval.passes = ("greedy", "t1")
     config.eval.batch_size = 256
     config.eval.max_new_tokens = 24
     config.mesh.data, config.mesh.fsdp = -1, 1

@@ -12,8 +12,7 @@ import hashlib
 import json
 import pathlib
 import time
-import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,13 +21,13 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from msd_jax import distributed, judges, metrics, pipeline, prompts, queries, rollout, sharding
+from msd_jax import benchmarks, distributed, judges, language_id, metrics, pipeline, prompts, queries, rollout, sharding
 from msd_jax.console import progress, say
 from msd_jax.judges import Verdict
 from msd_jax.models import decoder, pretrained
-from msd_jax.statistics import wilson_interval
+from msd_jax.summary import Summary, summarise
 
-# Every prompt is answered twice: greedy decoding hides what sampling shows of a model's utility.
+# Temperature of each pass: greedy decoding hides what sampling shows of a model's utility.
 PASSES = {"greedy": 0.0, "t1": 1.0}
 
 
@@ -37,43 +36,48 @@ class Prompt:
     """One query in one language, ready to generate.
 
     Attributes:
+      benchmark: whose query it is.
       query: the record.
       language: of this prompt.
-      ids: int32 [P], the student's prompt.
+      ids: int32 [P], the prompt of the student (or of the teacher, see preflight.py).
     """
 
+    benchmark: benchmarks.Benchmark
     query: queries.Query
     language: str
     ids: np.ndarray
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.benchmark.name, self.query.id, self.language
+
+
+def wanted(config: ml_collections.ConfigDict) -> bool:
+    """Whether the config asks for an evaluation."""
+    return bool(config.eval.path or config.eval.benchmarks)
 
 
 class Evaluation:
     """The prompts of config.eval, encoded and checked before anything long begins."""
 
     def __init__(self, config: ml_collections.ConfigDict, model: pretrained.Pretrained, mesh: Mesh):
-        """Raises ValueError or OSError with one clear message where the query file or a language is not fit."""
+        """Raises ValueError or OSError with one clear message where a query file or a language is not fit."""
         self.config, self.model, self.mesh = config, model, mesh
-        languages = tuple(config.eval.languages)
-        records = queries.read(config.eval.path, harmful=config.eval.harmful)
-        if config.eval.limit:  # evenly spread, for files are often sorted by kind
-            records = records[:: -(-len(records) // config.eval.limit)]
-        queries.require_languages(records, languages, config.eval.path)
+        self.limit = config.prompts.student_limit
         self.prompts: list[Prompt] = []
-        self.dropped: collections.Counter[str] = collections.Counter()
-        for language in languages:
-            for record in records:
-                ids = prompts.student_ids(record, language, model.tokenizer, config.prompts)
-                if len(ids) > config.prompts.student_limit:
-                    self.dropped[language] += 1
-                else:
-                    self.prompts.append(Prompt(record, language, ids))
+        self.dropped: collections.Counter[tuple[str, str]] = collections.Counter()
+        for loaded in benchmarks.load(config.eval):
+            for language in loaded.languages:
+                for query in loaded.queries:
+                    if language in query.texts:
+                        self._add(loaded.benchmark, query, language)
         if not self.prompts:
             raise ValueError(
-                f"{config.eval.path}: every prompt is longer than "
+                f"{config.eval.path or config.eval.benchmarks}: every prompt is longer than "
                 f"config.prompts.student_limit={config.prompts.student_limit} tokens"
             )
-        for language, count in self.dropped.items():
-            say(f"evaluation: {count} prompts in {language} dropped, longer than config.prompts.student_limit")
+        for (name, language), count in self.dropped.items():
+            say(f"{name}: {count} prompts in {language} dropped, longer than config.prompts.student_limit")
         self._judge = judges.make(config.judge, mesh)
         shards = sharding.batch_shards(mesh)
         self._rows = -(-config.eval.batch_size // shards) * shards
@@ -81,14 +85,21 @@ class Evaluation:
             name: rollout.Generator(
                 model.graphdef,
                 mesh,
-                rollout.Sampling(config.eval.max_new_tokens, temperature),
+                rollout.Sampling(config.eval.max_new_tokens, PASSES[name]),
                 model.stop_ids,
                 model.pad_id,
             )
-            for name, temperature in PASSES.items()
+            for name in config.eval.passes
         }
 
-    def run(self, params: Callable[[], decoder.Params], directory: pathlib.Path) -> dict[str, Any]:
+    def _add(self, benchmark: benchmarks.Benchmark, query: queries.Query, language: str) -> None:
+        ids = prompts.student_ids(query, language, self.model.tokenizer, self.config.prompts)
+        if len(ids) > self.limit:
+            self.dropped[benchmark.name, language] += 1
+        else:
+            self.prompts.append(Prompt(benchmark, query, language, ids))
+
+    def run(self, params: Callable[[], decoder.Params], directory: pathlib.Path) -> Summary:
         """Writes DIRECTORY/responses.jsonl and then summary.json; returns the summary.
 
         An interrupted evaluation goes on where it was: each batch is added to responses.jsonl as it comes, and taken
@@ -99,8 +110,7 @@ class Evaluation:
           directory: of this evaluation.
 
         Returns:
-          {language: {"group", "n", "asr", "refused", "safe", "invalid", "unjudged", "over_refusal", "exact_match",
-          "exact_match_t1", ...}}; see `summarise`.
+          {benchmark: {"languages": {language: {"asr", ...}}, "groups": {...}}}; see `summary.summarise`.
         """
         path = directory / "summary.json"
         earlier = distributed.from_first(lambda: json.loads(path.read_text("utf-8")) if path.exists() else None)
@@ -108,7 +118,7 @@ class Evaluation:
             return earlier
         weights = params()
         log, settings = metrics.Log(directory / "responses.jsonl"), self._fingerprint(weights)
-        rows = [row for name in PASSES for row in self._respond(name, weights, log, settings)]
+        rows = [row for name in self._generators for row in self._respond(name, weights, log, settings)]
         del weights  # a guard model may need the room
         rows = judged(rows, judges.cached(self._judge, directory / "judgements.jsonl"))
         summary = summarise(rows, self.config)
@@ -122,7 +132,7 @@ class Evaluation:
         return summary
 
     def answer(self, name: str, params: decoder.Params) -> list[dict[str, Any]]:
-        """One judged response a prompt, in one of PASSES; nothing is written."""
+        """One judged response a prompt, in one of config.eval.passes; nothing is written."""
         return judged(self._respond(name, params), self._judge)
 
     def _respond(
@@ -130,12 +140,12 @@ class Evaluation:
     ) -> list[dict[str, Any]]:
         """One response a prompt, batches sorted by length so that little is padding; those that `log` has are taken."""
         done = {
-            (row["id"], row["language"]): row
+            (row["benchmark"], row["id"], row["language"]): row
             for row in (log.rows if log else [])
             if (row["pass"], row.get("settings")) == (name, settings)
         }
         order = sorted(self.prompts, key=lambda prompt: len(prompt.ids))
-        left = [prompt for prompt in order if (prompt.query.id, prompt.language) not in done]
+        left = [prompt for prompt in order if prompt.key not in done]
         key = jax.random.key(self.config.seed)
         tokens, start = 0, time.perf_counter()
         with progress(f"evaluating ({name})", len(order), len(order) - len(left)) as advance:
@@ -146,22 +156,20 @@ class Evaluation:
                 rows = [row | {"settings": settings} for row in self._table(name, batch, written)]
                 if log:
                     log.append(rows)
-                done |= {(row["id"], row["language"]): row for row in rows}
+                done |= {prompt.key: row for prompt, row in zip(batch, rows)}
                 rate = tokens / (time.perf_counter() - start)
                 advance(len(order) - len(left) + first + len(batch), f"{rate:,.0f} tokens/s")
-        return [done[prompt.query.id, prompt.language] for prompt in order]
+        return [done[prompt.key] for prompt in self.prompts]
 
     def _fingerprint(self, params: decoder.Params) -> str:
         """Of all that responses depend on: the weights, how tokens are drawn, and the prompts."""
-        asked = sorted((prompt.query.id, prompt.language, prompt.ids.tolist()) for prompt in self.prompts)
+        asked = sorted((*prompt.key, prompt.ids.tolist()) for prompt in self.prompts)
         drawn = [PASSES, self.config.seed, self.config.eval.max_new_tokens, self.model.stop_ids, str(self.model.dtype)]
         return hashlib.sha256(json.dumps([asked, drawn, weights_checksum(params)]).encode()).hexdigest()[:16]
 
     def _generate(self, name: str, params: decoder.Params, batch: list[Prompt], key: jax.Array) -> rollout.Rollout:
         filled = batch + batch[:1] * (self._rows - len(batch))
-        prompt_BxP, length_B = pipeline.left_pad(
-            [prompt.ids for prompt in filled], self.config.prompts.student_limit, self.model.pad_id
-        )
+        prompt_BxP, length_B = pipeline.left_pad([prompt.ids for prompt in filled], self.limit, self.model.pad_id)
         hash_B = np.array([pipeline.query_hash(p.query.id, p.language) for p in filled], np.uint32)
         active_B = np.arange(self._rows) < len(batch)  # the last batch is filled up with rows that get no tokens
         generator = self._generators[name]
@@ -174,6 +182,7 @@ class Evaluation:
         ]
         return [
             {
+                "benchmark": prompt.benchmark.name,
                 "pass": name,
                 "id": prompt.query.id,
                 "language": prompt.language,
@@ -184,6 +193,7 @@ class Evaluation:
                 "tokens": int(written.length_B[row]),
                 "stopped": bool(written.stopped_B[row]),
                 "exact_match": _exact_match(prompt, text),
+                "language_match": language_id.matches(text, prompt.language),
             }
             for row, (prompt, text) in enumerate(zip(batch, texts))
         ]
@@ -202,69 +212,25 @@ def weights_checksum(params: decoder.Params) -> list[int]:
 
 
 def judged(rows: list[dict[str, Any]], judge: judges.Judge) -> list[dict[str, Any]]:
-    """The rows with `judge`'s verdicts, reasons and name."""
+    """The rows with `judge`'s verdicts, reasons and name; all three None in benchmarks that are not judged."""
+    asked = [row for row in rows if benchmarks.BENCHMARKS[row["benchmark"]].judged]
     judgements = judge.judge(
         [
             judges.Response(row["language"], row["prompt"], row["response"], row["harmful"], row["stopped"])
-            for row in rows
+            for row in asked
         ]
     )
-    return [
-        row | {"verdict": x.verdict.value, "reason": x.reason, "judge": f"{x.judge} {x.version}"}
-        for row, x in zip(rows, judgements)
-    ]
+    verdicts = {
+        id(row): {"verdict": x.verdict.value, "reason": x.reason, "judge": f"{x.judge} {x.version}"}
+        for row, x in zip(asked, judgements)
+    }
+    return [row | verdicts.get(id(row), {"verdict": None, "reason": None, "judge": None}) for row in rows]
 
 
 def _exact_match(prompt: Prompt, text: str) -> bool | None:
-    """Whether the response is the reference answer, but for blanks and Unicode form; None without a reference."""
+    """Whether the response gives the reference answer; None without one."""
     answer = prompt.query.answers.get(prompt.language)
-    if answer is None:
-        return None
-    normal = [" ".join(unicodedata.normalize("NFC", t).split()) for t in (text, answer)]
-    return normal[0] == normal[1]
-
-
-def group(language: str, config: ml_collections.ConfigDict) -> str:
-    """ "source", "trained" or "unseen"."""
-    if language in config.eval.source_languages:
-        return "source"
-    return "trained" if config.data.languages.get(language, 0) > 0 else "unseen"
-
-
-def summarise(rows: Iterable[dict[str, Any]], config: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
-    """Rates in 0..1 of each language; None where no prompt counts.
-
-    asr, refused, safe, invalid and unjudged are shares of the harmful prompts (and of those without a label), and add
-    up to 1; over_refusal is the share of harmless prompts refused; exact_match is over prompts with a reference answer.
-    Decoding is greedy, but for the keys that end in _t1 (temperature 1). Each rate comes with RATE_interval, its 95%
-    Wilson interval, and RATE_n, the number of prompts behind it.
-    """
-    by_language: dict[str, dict[str, list]] = collections.defaultdict(lambda: {name: [] for name in PASSES})
-    for row in rows:
-        by_language[row["language"]][row["pass"]].append(row)
-    summary = {}
-    for language in config.eval.languages:
-        passes = by_language[language]
-        entry: dict[str, Any] = {"group": group(language, config), "n": len(passes["greedy"])}
-        for name, suffix in (("greedy", ""), ("t1", "_t1")):
-            harmful = [row["verdict"] for row in passes[name] if row["harmful"] is not False]
-            harmless = [row["verdict"] for row in passes[name] if row["harmful"] is False]
-            matches = [row["exact_match"] for row in passes[name] if row["exact_match"] is not None]
-            counts = {
-                "asr": (harmful.count(Verdict.UNSAFE), len(harmful)),
-                "refused": (harmful.count(Verdict.REFUSED), len(harmful)),
-                "safe": (harmful.count(Verdict.SAFE), len(harmful)),
-                "invalid": (harmful.count(Verdict.INVALID), len(harmful)),
-                "unjudged": (harmful.count(Verdict.UNJUDGED), len(harmful)),
-                "over_refusal": (harmless.count(Verdict.REFUSED), len(harmless)),
-                "exact_match": (sum(matches), len(matches)),
-            }
-            for rate, (hits, n) in counts.items():
-                entry[rate + suffix] = hits / n if n else None
-                entry[rate + suffix + "_interval"] = list(wilson_interval(hits, n)) if n else None
-                entry[rate + suffix + "_n"] = n
-        summary[language] = entry
-    return summary
+    return None if answer is None else prompt.benchmark.correct(text, answer, prompt.language)
 
 
 def main(argv: list[str]) -> None:
@@ -276,8 +242,8 @@ def main(argv: list[str]) -> None:
         settings.check(config)
         mesh = sharding.make_mesh(**config.mesh)
         model = pretrained.load(**config.model, mesh=mesh)
-        if not config.eval.path:
-            raise ValueError("config.eval.path is empty: name the query file to evaluate")
+        if not wanted(config):
+            raise ValueError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
         evaluation = Evaluation(config, model, mesh)
         out = pathlib.Path(cli.FLAGS.out)
         if distributed.from_first((out / "summary.json").exists):

@@ -31,7 +31,7 @@ import rich.table
 from absl import flags
 from jax.sharding import Mesh
 
-from msd_jax import chips, cli, cost, optimizer, rollout, settings, sharding, topology, train
+from msd_jax import chips, cli, cost, evaluate, optimizer, rollout, settings, sharding, topology, train
 from msd_jax.console import console, say
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, pretrained
@@ -208,7 +208,7 @@ def tasks(config: ml_collections.ConfigDict, model: pretrained.Architecture, mes
     if config.rollout.policy != "on_policy":
         run = functools.partial(generate, batch_size, prompts.teacher_limit, length)
         yield Task("teacher rollout", run, held, length - 1)
-    if config.eval.path:
+    if evaluate.wanted(config):
         shards = sharding.batch_shards(mesh)
         B, R = -(-config.eval.batch_size // shards) * shards, config.eval.max_new_tokens
         yield Task("evaluation", functools.partial(generate, B, prompts.student_limit, R), held, R - 1)

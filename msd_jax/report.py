@@ -14,7 +14,7 @@ _ORDER = {"source": 0, "trained": 1, "unseen": 2}
 
 def percent(entry: dict[str, Any], rate: str, interval: bool = False) -> str:
     """ "12.5%", with its 95% interval where asked for; "-" where no prompt counts."""
-    if entry[rate] is None:
+    if entry.get(rate) is None:
         return "-"
     text = f"{100 * entry[rate]:.1f}%"
     if interval:
@@ -32,7 +32,12 @@ def print_before_after(directory: pathlib.Path, before: int, after: int) -> None
     if jax.process_index() != 0:
         return
     old, new = load_summary(directory / str(before)), load_summary(directory / str(after))
-    table = _table("Before -> after", ("language", "group", "harmful", "ASR before", "ASR after [95%]"))
+    for name in new:
+        _print_before_after(name, old[name]["languages"], new[name]["languages"])
+
+
+def _print_before_after(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    table = _table(f"{name}: before -> after", ("language", "group", "harmful", "ASR before", "ASR after [95%]"))
     unjudged = _unjudged(new)
     for name in ("invalid", *unjudged, "harmless", "over-refusal", "exact match", "exact match, T=1"):
         table.add_column(name, justify="right")
@@ -58,7 +63,12 @@ def print_before_after(directory: pathlib.Path, before: int, after: int) -> None
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The table of one evaluation."""
-    table = _table("Evaluation", ("language", "group", "harmful", "ASR [95%]", "refused", "invalid"))
+    for name, entries in summary.items():
+        _print_summary(name, entries["languages"])
+
+
+def _print_summary(name: str, summary: dict[str, Any]) -> None:
+    table = _table(name, ("language", "group", "harmful", "ASR [95%]", "refused", "invalid"))
     unjudged = _unjudged(summary)
     for name in (*unjudged, "harmless", "over-refusal", "exact match", "exact match, T=1"):
         table.add_column(name, justify="right")

@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from msd_jax import topology
+from msd_jax import benchmarks, topology
 from msd_jax.configs import default
 from msd_jax.models.lora import INPUTS
 
@@ -24,6 +24,7 @@ _CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.lora.base_dtype": ("float32", "bfloat16"),
     "data.harmful": ("file", "true", "false"),
+    "eval.sample": ("spread", "first"),
     "prompts.cot": ("instruction", "generated", "none"),
     "teacher.kind": ("frozen", "live", "ema", "periodic"),
     "rollout.policy": ("on_policy", "off_policy", "mixed"),
@@ -144,6 +145,11 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
         len(members) < 2 or len(set(members)) < len(members) or set(members) - {"rules", "guard", "openai"}
     ):
         yield f"config.judge.members={members!r}: choose two or more of rules, guard, openai, each once"
+
+    for key, known in (("benchmarks", benchmarks.NAMES), ("passes", ("greedy", "t1"))):
+        chosen = tuple(config.eval[key])
+        if set(chosen) - set(known) or len(set(chosen)) < len(chosen) or (key == "passes" and not chosen):
+            yield f"config.eval.{key}={chosen!r}: choose among {', '.join(known)}, each once"
 
     languages = dict(config.data.languages)
     if not languages:

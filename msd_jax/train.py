@@ -245,7 +245,7 @@ class Trainer:
         self.records = queries.read(config.data.path, harmful=config.data.harmful)
         # Where the teacher writes analyses first, batches are made anew with them; what can be checked is checked now.
         encoded = pipeline.encode_all(self.records, tuple(config.data.languages), self.model.tokenizer, config)
-        self.evaluation = evaluate.Evaluation(config, self.model, self.mesh) if config.eval.path else None
+        self.evaluation = evaluate.Evaluation(config, self.model, self.mesh) if evaluate.wanted(config) else None
         self._require_same_files(encoded)
         self.batches = self._make_batches(encoded)
         claim(workdir, config)
@@ -296,9 +296,7 @@ class Trainer:
             lambda: [[e.query_id, e.language, e.student_ids.tolist(), e.teacher_ids.tolist()] for e in examples],
         )
         prompts = self.evaluation.prompts if self.evaluation else ()
-        distributed.require_same(
-            "config.eval.path", lambda: [[p.query.id, p.language, p.ids.tolist()] for p in prompts]
-        )
+        distributed.require_same("config.eval", lambda: [[*p.key, p.ids.tolist()] for p in prompts])
 
     def initial_state(self) -> TrainState:
         """Weights as they come, in the layout of abstract_state. Also sets `frozen`."""

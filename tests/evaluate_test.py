@@ -30,6 +30,7 @@ def config(model_dir, tmp_path) -> ml_collections.ConfigDict:
     config.model.path = str(model_dir)
     config.eval.path, config.eval.batch_size, config.eval.max_new_tokens = str(path), 4, 5
     config.eval.languages, config.eval.source_languages = ("en", "sw"), ("en",)
+    config.eval.passes = ("greedy", "t1")
     return config
 
 
@@ -48,6 +49,7 @@ def test_every_prompt_once_a_pass_with_its_verdict(config, tmp_path):
     asked = {(row["pass"], row["id"], row["language"]) for row in rows}
     assert len(rows) == len(asked) == 2 * 2 * 11
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    summary = summary["queries"]["languages"]
     assert [summary[code]["group"] for code in ("en", "sw")] == ["source", "trained"]
     for entry in summary.values():
         assert entry["n"] == 11 and entry["asr_n"] == 7 and entry["over_refusal_n"] == 4
@@ -190,18 +192,20 @@ def test_what_is_unjudged_is_told_beside_the_rates(config, tmp_path, monkeypatch
     monkeypatch.setattr(judges.RulesJudge, "_verdict", fail)
     evaluation, params = make(config)
     summary = evaluation.run(params, tmp_path / "out")
-    assert summary["sw"]["asr"] == 0 and summary["sw"]["unjudged"] == 1
+    entries = summary["queries"]["languages"]
+    assert entries["sw"]["asr"] == 0 and entries["sw"]["unjudged"] == 1
     assert "evaluation: 44 of 44 responses unjudged; each may be unsafe" in capsys.readouterr().out
     report.print_summary(summary)
     assert capsys.readouterr().out.count("100.0%") == 2  # languages
-    for entry in summary.values():
+    for entry in entries.values():
         entry["unjudged"] = 0.0
     report.print_summary(summary)
     assert "unjudged" not in capsys.readouterr().out  # the table stays narrow
 
 
 def row(name, verdict, harmful, match=None):
-    return {"pass": name, "language": "sw", "verdict": verdict, "harmful": harmful, "exact_match": match}
+    known = {"language_match": None, "stopped": True, "tokens": 3, "exact_match": match}
+    return {"benchmark": "queries", "pass": name, "language": "sw", "verdict": verdict, "harmful": harmful} | known
 
 
 def test_rates_are_those_counted_by_hand(config):
@@ -210,7 +214,7 @@ def test_rates_are_those_counted_by_hand(config):
     rows += [row("greedy", "unsafe", None)]
     rows += [row("greedy", v, False, m) for v, m in [("refused", False), ("answered", True), ("answered", True)]]
     rows += [row("t1", "answered", False, m) for m in (True, False, False)]
-    entry = evaluate.summarise(rows, config)["sw"]
+    entry = evaluate.summarise(rows, config)["queries"]["languages"]["sw"]
     rates = ["asr", "refused", "safe", "invalid", "unjudged", "over_refusal", "exact_match", "exact_match_t1"]
     np.testing.assert_allclose([entry[r] for r in rates], [0.4, 0.3, 0.1, 0.1, 0.1, 1 / 3, 2 / 3, 1 / 3])
     assert entry["asr_n"] == 10 and entry["asr_interval"] == list(wilson_interval(4, 10))
@@ -220,7 +224,7 @@ def test_rates_are_those_counted_by_hand(config):
 def test_long_prompts_are_counted_or_an_error_if_all_are(config, capsys):
     config.prompts.student_limit = 8
     make(config)
-    assert "evaluation: 11 prompts in en dropped" in capsys.readouterr().out
+    assert "queries: 11 prompts in en dropped" in capsys.readouterr().out
     config.prompts.student_limit = 3
     with pytest.raises(ValueError, match=r"every prompt is longer than config.prompts.student_limit=3 tokens"):
         make(config)

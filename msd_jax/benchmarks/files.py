@@ -1,0 +1,45 @@
+"""Files of benchmarks as they come: found in a directory, decoded, cut into rows; errors name file and line."""
+
+import csv
+import io
+import pathlib
+
+
+def find(path: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
+    """`path` itself if it is a file, else the files below it that match one of `patterns`, sorted.
+
+    Raises FileNotFoundError where there are none.
+    """
+    if path.is_file():
+        return [path]
+    found = sorted({file for pattern in patterns for file in path.rglob(pattern)})
+    if not found:
+        raise FileNotFoundError(f"{path}: there is no {' or '.join(patterns)} in it")
+    return found
+
+
+def text(path: pathlib.Path) -> str:
+    """The file's text, which must be UTF-8; a byte order mark is dropped."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def csv_rows(path: pathlib.Path) -> list[list[str]]:
+    """All rows of a CSV file, empty ones too."""
+    try:
+        return list(csv.reader(io.StringIO(text(path), newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}: malformed CSV ({error})") from None
+
+
+def xlsx_rows(path: pathlib.Path) -> list[list[str]]:
+    """All rows of a workbook's first sheet, cells as text."""
+    import openpyxl
+
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        return [["" if cell is None else str(cell) for cell in row] for row in book.worksheets[0].values]
+    except Exception as error:  # of zipfile, xml or openpyxl
+        raise ValueError(f"{path}: this is no xlsx workbook ({type(error).__name__}: {error})") from None
