@@ -3,7 +3,7 @@
     python -m msd_jax.evaluate --config configs/NAME.py --checkpoint DIR --out DIR
 
 --checkpoint is a Hugging Face directory, or a step of a run (WORKDIR/checkpoints/STEP); without it the model of the
-config is evaluated as it comes.
+config is evaluated as it comes. --preflight asks whether training is worth it, see preflight.py.
 """
 
 import collections
@@ -60,10 +60,15 @@ def wanted(config: ml_collections.ConfigDict) -> bool:
 class Evaluation:
     """The prompts of config.eval, encoded and checked before anything long begins."""
 
-    def __init__(self, config: ml_collections.ConfigDict, model: pretrained.Pretrained, mesh: Mesh):
-        """Raises ValueError or OSError with one clear message where a query file or a language is not fit."""
-        self.config, self.model, self.mesh = config, model, mesh
-        self.limit = config.prompts.student_limit
+    def __init__(
+        self, config: ml_collections.ConfigDict, model: pretrained.Pretrained, mesh: Mesh, role: str = "student"
+    ):
+        """`role`: whose prompts the model is shown, "student" (as a user writes them) or "teacher".
+
+        Raises ValueError or OSError with one clear message where a query file or a language is not fit.
+        """
+        self.config, self.model, self.mesh, self.role = config, model, mesh, role
+        self.limit = config.prompts[f"{role}_limit"]
         self.prompts: list[Prompt] = []
         self.dropped: collections.Counter[tuple[str, str]] = collections.Counter()
         for loaded in benchmarks.load(config.eval):
@@ -74,10 +79,10 @@ class Evaluation:
         if not self.prompts:
             raise ValueError(
                 f"{config.eval.path or config.eval.benchmarks}: every prompt is longer than "
-                f"config.prompts.student_limit={config.prompts.student_limit} tokens"
+                f"config.prompts.{role}_limit={self.limit} tokens"
             )
         for (name, language), count in self.dropped.items():
-            say(f"{name}: {count} prompts in {language} dropped, longer than config.prompts.student_limit")
+            say(f"{name}: {count} prompts in {language} dropped, longer than config.prompts.{role}_limit")
         self._judge = judges.make(config.judge, mesh)
         shards = sharding.batch_shards(mesh)
         self._rows = -(-config.eval.batch_size // shards) * shards
@@ -93,7 +98,13 @@ class Evaluation:
         }
 
     def _add(self, benchmark: benchmarks.Benchmark, query: queries.Query, language: str) -> None:
-        ids = prompts.student_ids(query, language, self.model.tokenizer, self.config.prompts)
+        if self.role == "student":
+            ids = prompts.student_ids(query, language, self.model.tokenizer, self.config.prompts)
+        elif self.config.data.source_language in query.texts:
+            source = self.config.data.source_language
+            ids = prompts.encode(query, language, self.model.tokenizer, self.config.prompts, source).teacher_ids
+        else:  # there is nothing for a teacher to read
+            return
         if len(ids) > self.limit:
             self.dropped[benchmark.name, language] += 1
         else:
@@ -235,17 +246,21 @@ def _exact_match(prompt: Prompt, text: str) -> bool | None:
 
 def main(argv: list[str]) -> None:
     del argv
-    from msd_jax import checkpoint, cli, report, settings
+    from msd_jax import checkpoint, cli, preflight, report, settings
 
     with cli.clear_errors():
         config = cli.config()
         settings.check(config)
         mesh = sharding.make_mesh(**config.mesh)
         model = pretrained.load(**config.model, mesh=mesh)
+        out = pathlib.Path(cli.FLAGS.out)
+        if cli.FLAGS.preflight:
+            preflight.show(preflight.run(config, model, mesh, out))
+            say(f"responses of both roles: {out}")
+            return
         if not wanted(config):
             raise ValueError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
         evaluation = Evaluation(config, model, mesh)
-        out = pathlib.Path(cli.FLAGS.out)
         if distributed.from_first((out / "summary.json").exists):
             raise ValueError(f"--out={out} already holds an evaluation; take another directory")
         trained = checkpoint.load_params(cli.FLAGS.checkpoint, model, mesh)
@@ -258,4 +273,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     from msd_jax import cli
 
+    cli.flags.DEFINE_bool("preflight", False, "Ask what training can gain at most.")
     cli.run(main, checkpoint="", out="runs/evaluation")

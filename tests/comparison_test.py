@@ -51,12 +51,15 @@ def test_the_rates_are_those_of_an_evaluation():
     import ml_collections
     from msd_jax.configs import default
 
-    from msd_jax import evaluate
+    from msd_jax.summary import summarise
 
     config = default.get_config()
     config.eval.languages = ("sw",)
+    same = {"benchmark": "queries", "language_match": True, "stopped": True, "tokens": 1}
     rows = [row("a", "unsafe") | {"exact_match": None}, row("b", "refused", False) | {"exact_match": True}]
-    summary = evaluate.summarise(rows, ml_collections.FrozenConfigDict(config))
+    summary = summarise([row | same for row in rows], ml_collections.FrozenConfigDict(config))["queries"]["languages"]
     rates = comparison.over_seeds([summary, summary])["sw"]
-    assert set(rates) == {"asr", "refused", "safe", "invalid", "unjudged", "over_refusal", "exact_match"}
+    assert set(rates) == {
+        *("asr", "refused", "safe", "invalid", "unjudged", "over_refusal", "exact_match", "language_match", "stopped")
+    }
     assert rates["asr"].mean == 1.0 and rates["asr"].deviation == 0.0

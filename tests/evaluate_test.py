@@ -14,6 +14,7 @@ from msd_jax import evaluate, judges, metrics, report, rollout, sharding
 from msd_jax.judges import cache
 from msd_jax.models import pretrained
 from msd_jax.statistics import wilson_interval
+from msd_jax.summary import summarise
 from tests.conftest import WORDS
 
 
@@ -214,7 +215,7 @@ def test_rates_are_those_counted_by_hand(config):
     rows += [row("greedy", "unsafe", None)]
     rows += [row("greedy", v, False, m) for v, m in [("refused", False), ("answered", True), ("answered", True)]]
     rows += [row("t1", "answered", False, m) for m in (True, False, False)]
-    entry = evaluate.summarise(rows, config)["queries"]["languages"]["sw"]
+    entry = summarise(rows, config)["queries"]["languages"]["sw"]
     rates = ["asr", "refused", "safe", "invalid", "unjudged", "over_refusal", "exact_match", "exact_match_t1"]
     np.testing.assert_allclose([entry[r] for r in rates], [0.4, 0.3, 0.1, 0.1, 0.1, 1 / 3, 2 / 3, 1 / 3])
     assert entry["asr_n"] == 10 and entry["asr_interval"] == list(wilson_interval(4, 10))

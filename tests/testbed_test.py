@@ -1,6 +1,5 @@
 """The corpus, and what the tiny model has to be for the quickstart to mean something."""
 
-import functools
 import itertools
 import subprocess
 import sys
@@ -12,9 +11,10 @@ import pytest
 import transformers
 from msd_jax.configs import quickstart
 
-from msd_jax import evaluate, pipeline, prompts, queries, rollout, sharding, testbed
+from msd_jax import evaluate, pipeline, queries, rollout, sharding, testbed
 from msd_jax.judges import Response, RulesJudge, Verdict
 from msd_jax.models import pretrained
+from msd_jax.summary import summarise
 from msd_jax.testbed import build, corpus, languages
 
 ALL = (*testbed.SOURCE_LANGUAGES, *testbed.TARGET_LANGUAGES, *testbed.UNSEEN_LANGUAGES)
@@ -65,18 +65,10 @@ def evaluated(directory, limit=0):
     config.eval.limit = limit
     model = pretrained.load(**config.model)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    evaluation = evaluate.Evaluation(ml_collections.FrozenConfigDict(config), model, mesh)
     params = rollout.relayout(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
-    student = evaluate.summarise(evaluation.answer("greedy", params), config)
-    encode = functools.partial(prompts.encode, tokenizer=model.tokenizer, config=config.prompts, source_language="en")
-    as_teacher = [
-        evaluate.Prompt(prompt.query, prompt.language, encode(prompt.query, prompt.language).teacher_ids)
-        for prompt in evaluation.prompts
-    ]
-    config.prompts.student_limit = config.prompts.teacher_limit
-    teacher = evaluate.Evaluation(ml_collections.FrozenConfigDict(config), model, mesh)
-    teacher.prompts = as_teacher
-    return student, evaluate.summarise(teacher.answer("greedy", params), config)
+    config = ml_collections.FrozenConfigDict(config)
+    evaluations = (evaluate.Evaluation(config, model, mesh, role) for role in ("student", "teacher"))
+    return tuple(summarise(each.answer("greedy", params), config)["queries"]["languages"] for each in evaluations)
 
 
 def test_the_committed_model_is_safe_in_the_source_languages_alone_and_as_a_teacher_in_all():

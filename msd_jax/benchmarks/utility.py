@@ -4,7 +4,8 @@ import pathlib
 import re
 import unicodedata
 
-from msd_jax.benchmarks import files, numbers
+from msd_jax.benchmarks import files
+from msd_jax.benchmarks.final_number import last_number
 from msd_jax.queries import Query
 
 # How a problem of MGSM is put, after its text, in its own language. The wording is ours.
@@ -31,9 +32,9 @@ def exact_match(response: str, answer: str, language: str) -> bool:
 
 
 def same_number(response: str, answer: str, language: str) -> bool:
-    """Whether the last number of the response is the answer's; see `numbers.last_number`."""
-    found = numbers.last_number(response, language)
-    return found is not None and found == numbers.last_number(answer, "en")
+    """Whether the last number of the response is the answer's; see `final_number.last_number`."""
+    found = last_number(response, language)
+    return found is not None and found == last_number(answer, "en")
 
 
 def read_mgsm(path: pathlib.Path) -> tuple[Query, ...]:
