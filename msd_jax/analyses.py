@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
-from msd_jax import pipeline, prompts, queries, responses, rollout, sharding
+from msd_jax import prompts, queries, responses, rollout, sharding
 from msd_jax.console import progress
 from msd_jax.models import decoder, pretrained
 
@@ -46,18 +44,11 @@ def write(
 def _generate(missing, prompt_ids, config, model, mesh, params, store) -> None:
     greedy = rollout.Sampling(config.prompts.analysis_tokens, temperature=0.0)
     generator = rollout.Generator(model.graphdef, mesh, greedy, model.stop_ids, model.pad_id)
-    shards = sharding.batch_shards(mesh)
-    rows = -(-config.data.batch_size // shards) * shards
+    rows, limit = sharding.batch_rows(mesh, config.data.batch_size), config.prompts.teacher_limit
     with progress("analysing", len(missing)) as advance:
         for first in range(0, len(missing), rows):
             keys = missing[first : first + rows]
-            filled = keys + keys[:1] * (rows - len(keys))
-            prompt_BxP, length_B = pipeline.left_pad(
-                [prompt_ids[key] for key in filled], config.prompts.teacher_limit, model.pad_id
-            )
-            active_B = np.arange(rows) < len(keys)  # the last batch is filled up with rows that get no tokens
-            hash_B = np.zeros(rows, np.uint32)  # greedy: nothing is drawn
-            written = sharding.fetch(generator(params, prompt_BxP, length_B, hash_B, active_B, jax.random.key(0)))
+            written = generator.write(params, [prompt_ids[key] for key in keys], rows, limit)
             for row, key in enumerate(keys):
                 tokens = written.response_BxR[row, : written.length_B[row]].tolist()
                 store.add(key, tokens, bool(written.stopped_B[row]))

@@ -84,8 +84,7 @@ class Evaluation:
         for (name, language), count in self.dropped.items():
             say(f"{name}: {count} prompts in {language} dropped, longer than config.prompts.{role}_limit")
         self._judge = judges.make(config.judge, mesh)
-        shards = sharding.batch_shards(mesh)
-        self._rows = -(-config.eval.batch_size // shards) * shards
+        self._rows = sharding.batch_rows(mesh, config.eval.batch_size)
         self._generators = {
             name: rollout.Generator(
                 model.graphdef,
@@ -179,12 +178,8 @@ class Evaluation:
         return hashlib.sha256(json.dumps([asked, drawn, weights_checksum(params)]).encode()).hexdigest()[:16]
 
     def _generate(self, name: str, params: decoder.Params, batch: list[Prompt], key: jax.Array) -> rollout.Rollout:
-        filled = batch + batch[:1] * (self._rows - len(batch))
-        prompt_BxP, length_B = pipeline.left_pad([prompt.ids for prompt in filled], self.limit, self.model.pad_id)
-        hash_B = np.array([pipeline.query_hash(p.query.id, p.language) for p in filled], np.uint32)
-        active_B = np.arange(self._rows) < len(batch)  # the last batch is filled up with rows that get no tokens
-        generator = self._generators[name]
-        return sharding.fetch(generator(params, prompt_BxP, length_B, hash_B, active_B, key))
+        ids, hashes = [p.ids for p in batch], [pipeline.query_hash(p.query.id, p.language) for p in batch]
+        return self._generators[name].write(params, ids, self._rows, self.limit, hashes, key)
 
     def _table(self, name: str, batch: list[Prompt], written: rollout.Rollout) -> list[dict[str, Any]]:
         texts = [

@@ -209,8 +209,7 @@ def tasks(config: ml_collections.ConfigDict, model: pretrained.Architecture, mes
         run = functools.partial(generate, batch_size, prompts.teacher_limit, length)
         yield Task("teacher rollout", run, held, length - 1)
     if evaluate.wanted(config):
-        shards = sharding.batch_shards(mesh)
-        B, R = -(-config.eval.batch_size // shards) * shards, config.eval.max_new_tokens
+        B, R = sharding.batch_rows(mesh, config.eval.batch_size), config.eval.max_new_tokens
         yield Task("evaluation", functools.partial(generate, B, prompts.student_limit, R), held, R - 1)
 
 

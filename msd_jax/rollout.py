@@ -5,14 +5,16 @@ Every sampling parameter is an argument; nothing is taken from a model's generat
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from msd_jax import forward, sharding
+from msd_jax import forward, pipeline, sharding
 from msd_jax.models import decoder
 
 
@@ -162,6 +164,33 @@ class Generator:
         arrays = sharding.put_batch(self.mesh, (prompt_BxP, prompt_length_B, query_hash_B, active_B))
         key_data = jax.device_get(jax.random.key_data(key))
         return self._run(params, *arrays, sharding.put_replicated(self.mesh, key_data))
+
+    def write(
+        self,
+        params: decoder.Params,
+        prompts_ids: Sequence[np.ndarray],
+        rows: int,
+        limit: int,
+        query_hash: Sequence[int] | None = None,
+        key: jax.Array | None = None,
+    ) -> Rollout:
+        """Responses to at most `rows` prompts, as NumPy arrays of `rows` rows; those beyond the prompts are empty.
+
+        Args:
+          params: in the rollout layout.
+          prompts_ids: int32 [P] each, of any lengths up to `limit`; padded here.
+          rows: B, divisible by the devices that share it; always the same, so that little is compiled.
+          limit: the largest P.
+          query_hash, key: as of `__call__`; needed where tokens are sampled.
+        """
+        count = len(prompts_ids)
+        filled = [*prompts_ids, *[prompts_ids[0]] * (rows - count)]
+        prompt_BxP, length_B = pipeline.left_pad(filled, limit, self.pad_id)
+        hash_B = np.zeros(rows, np.uint32)
+        hash_B[:count] = 0 if query_hash is None else query_hash
+        active_B = np.arange(rows) < count  # the others get no tokens
+        key = jax.random.key(0) if key is None else key
+        return sharding.fetch(self(params, prompt_BxP, length_B, hash_B, active_B, key))
 
     def trace(self, params: decoder.Params, B: int, P: int) -> jax.stages.Traced:
         """The program for B prompts of P tokens and abstract params, to be compiled for devices that are elsewhere."""

@@ -108,6 +108,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_rows(mesh: Mesh, wanted: int) -> int:
+    """The fewest rows from `wanted` on that divide over the devices."""
+    shards = batch_shards(mesh)
+    return -(-wanted // shards) * shards
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -413,8 +413,7 @@ class Trainer:
         self, state: TrainState, batch: pipeline.Batch, written: responses.Responses, train_batch: TrainBatch
     ) -> list[dict[str, Any]]:
         """For a few rows: both prompts, the response, and each token's divergence and weights before the update."""
-        shards = sharding.batch_shards(self.mesh)
-        rows = -(-self.config.train.completions_kept // shards) * shards  # the fewest that divide over the devices
+        rows = sharding.batch_rows(self.mesh, self.config.train.completions_kept)
         train_batch = sharding.put_batch(self.mesh, TrainBatch(*(array[:rows] for array in train_batch)))
         teacher = state.params if state.teacher is None else state.teacher
         both = (decoder.join(self.frozen, trained) for trained in (state.params, teacher))

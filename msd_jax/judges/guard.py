@@ -63,7 +63,7 @@ class GuardJudge:
         settings += [config[key] for key in ("format", "threshold", "limit", "dtype")]
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
         self.version = f"{self._model.directory.name}-{digest}"
-        self._rows = -(-config.batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
+        self._rows = sharding.batch_rows(mesh, config.batch_size)
         self._first = jax.jit(self._first_token, out_shardings=sharding.batch_sharding(mesh))
         self._generator = rollout.Generator(
             self._model.graphdef,
@@ -132,11 +132,7 @@ class GuardJudge:
         if self._config.format == "llama_guard":
             asked = formats.Answer(unsafe=False, refused=None, invalid=None, reason="")
             return [asked] * len(prompts_ids), [self._with_lead(ids) for ids in prompts_ids]
-        filled = prompts_ids + prompts_ids[:1] * (self._rows - len(prompts_ids))
-        prompt_BxP, length_B = pipeline.left_pad(filled, self._config.limit, self._model.pad_id)
-        active_B = np.arange(self._rows) < len(prompts_ids)
-        hash_B = np.zeros(self._rows, np.uint32)  # greedy: nothing is drawn
-        written = sharding.fetch(self._generator(params, prompt_BxP, length_B, hash_B, active_B, jax.random.key(0)))
+        written = self._generator.write(params, prompts_ids, self._rows, self._config.limit)
         answers, leads = [], []
         for row, ids in enumerate(prompts_ids):
             tokens = written.response_BxR[row, : written.length_B[row]]
