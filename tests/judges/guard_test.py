@@ -207,8 +207,8 @@ def test_polyguard_reads_p_unsafe_where_it_says_whether_the_response_is_harmful(
     ]
     written = [judge._encode(text) for text in answers]
 
-    def spoken(params, prompt_BxP, length_B, hash_B, active_B, key):
-        assert active_B.tolist() == [True] * 3 + [False]
+    def spoken(params, prompts_ids, rows, limit):
+        assert len(prompts_ids) == 3 and rows == 4
         response_BxR = np.zeros((4, 64), np.int32)
         for row, ids in enumerate(written):
             response_BxR[row, : len(ids)] = ids
@@ -217,7 +217,7 @@ def test_polyguard_reads_p_unsafe_where_it_says_whether_the_response_is_harmful(
 
     seen = []
     real = judge.p_unsafe
-    monkeypatch.setattr(judge, "_generator", spoken)
+    monkeypatch.setattr(judge._generator, "write", spoken)
     monkeypatch.setattr(judge, "p_unsafe", lambda params, ids: seen.extend(ids) or real(params, ids))
     monkeypatch.setattr(guard, "_LEAST_MASS", 0.0)
     responses = [response("a"), response("b" * 2), response("c" * 3)]
