@@ -145,8 +145,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.judge = ml_collections.ConfigDict()
     config.judge.kind = "rules"  # rules | guard | openai | ensemble
     config.judge.members = ("rules", "guard", "openai")  # of an ensemble; more than half of them must agree
-    # Show guard and openai an English translation of query and response, made by the endpoint of judge.openai.
-    config.judge.translate = False
+    # Show guard and openai an English translation of query and response, made by: no | endpoint (of judge.openai) |
+    # model (the one that is evaluated).
+    config.judge.translate = "no"
+    config.judge.translation_tokens = 512  # model: a translation that is longer fails
     config.judge.guard = ml_collections.ConfigDict()
     config.judge.guard.path = ""  # Hugging Face directory, or hub id, of a guard model
     config.judge.guard.format = "llama_guard"  # llama_guard (3, by its own chat template) | polyguard

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from msd_jax import benchmarks, distributed, judges, language_id, metrics, pipeline, prompts, queries, rollout, sharding
 from msd_jax.console import progress, say
 from msd_jax.judges import Verdict
+from msd_jax.judges.translate import ModelTranslator, Translator
 from msd_jax.models import decoder, pretrained
 from msd_jax.summary import Summary, summarise
 
@@ -83,7 +84,7 @@ class Evaluation:
             )
         for (name, language), count in self.dropped.items():
             say(f"{name}: {count} prompts in {language} dropped, longer than config.prompts.{role}_limit")
-        self._judge = judges.make(config.judge, mesh)
+        self._judge = judges.make(config.judge, mesh, self._translator)
         self._rows = sharding.batch_rows(mesh, config.eval.batch_size)
         self._generators = {
             name: rollout.Generator(
@@ -109,6 +110,12 @@ class Evaluation:
         else:
             self.prompts.append(Prompt(benchmark, query, language, ids))
 
+    def _translator(self) -> Translator:
+        """The model itself, with the weights of the evaluation that is going on."""
+        return ModelTranslator(
+            self.config.judge, self.model, self.mesh, lambda: self._weights(), lambda: self._fingerprint
+        )
+
     def run(self, params: Callable[[], decoder.Params], directory: pathlib.Path) -> Summary:
         """Writes DIRECTORY/responses.jsonl and then summary.json; returns the summary.
 
@@ -127,10 +134,12 @@ class Evaluation:
         if earlier is not None:
             return earlier
         weights = params()
-        log, settings = metrics.Log(directory / "responses.jsonl"), self._fingerprint(weights)
-        rows = [row for name in self._generators for row in self._respond(name, weights, log, settings)]
+        log = metrics.Log(directory / "responses.jsonl")
+        self._weights, self._fingerprint = params, self._drawn_from(weights)
+        rows = [row for name in self._generators for row in self._respond(name, weights, log)]
         del weights  # a guard model may need the room
         rows = judged(rows, judges.cached(self._judge, directory / "judgements.jsonl"))
+        self._keep_usage(directory)
         summary = summarise(rows, self.config)
         unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
         if unjudged:
@@ -143,16 +152,23 @@ class Evaluation:
 
     def answer(self, name: str, params: decoder.Params) -> list[dict[str, Any]]:
         """One judged response a prompt, in one of config.eval.passes; nothing is written."""
+        self._weights, self._fingerprint = (lambda: params), self._drawn_from(params)
         return judged(self._respond(name, params), self._judge)
 
-    def _respond(
-        self, name: str, params: decoder.Params, log: metrics.Log | None = None, settings: str = ""
-    ) -> list[dict[str, Any]]:
+    def _keep_usage(self, directory: pathlib.Path) -> None:
+        """Adds what the judge's endpoints were asked, and what that cost, to DIRECTORY/judge_usage.jsonl."""
+        spent = distributed.from_first(lambda: [endpoint.spent() for endpoint in self._judge.endpoints])
+        if any(row["requests"] for row in spent):
+            metrics.Log(directory / "judge_usage.jsonl").append(spent)
+        for endpoint in self._judge.endpoints:  # a run evaluates more than once
+            endpoint.usage = type(endpoint.usage)()
+
+    def _respond(self, name: str, params: decoder.Params, log: metrics.Log | None = None) -> list[dict[str, Any]]:
         """One response a prompt, batches sorted by length so that little is padding; those that `log` has are taken."""
         done = {
             (row["benchmark"], row["id"], row["language"]): row
             for row in (log.rows if log else [])
-            if (row["pass"], row.get("settings")) == (name, settings)
+            if (row["pass"], row.get("settings")) == (name, self._fingerprint)
         }
         order = sorted(self.prompts, key=lambda prompt: len(prompt.ids))
         left = [prompt for prompt in order if prompt.key not in done]
@@ -163,7 +179,7 @@ class Evaluation:
                 batch = left[first : first + self._rows]
                 written = self._generate(name, params, batch, key)
                 tokens += int(written.length_B.sum())
-                rows = [row | {"settings": settings} for row in self._table(name, batch, written)]
+                rows = [row | {"settings": self._fingerprint} for row in self._table(name, batch, written)]
                 if log:
                     log.append(rows)
                 done |= {prompt.key: row for prompt, row in zip(batch, rows)}
@@ -171,7 +187,7 @@ class Evaluation:
                 advance(len(order) - len(left) + first + len(batch), f"{rate:,.0f} tokens/s")
         return [done[prompt.key] for prompt in self.prompts]
 
-    def _fingerprint(self, params: decoder.Params) -> str:
+    def _drawn_from(self, params: decoder.Params) -> str:
         """Of all that responses depend on: the weights, how tokens are drawn, and the prompts."""
         asked = sorted((*prompt.key, prompt.ids.tolist()) for prompt in self.prompts)
         drawn = [PASSES, self.config.seed, self.config.eval.max_new_tokens, self.model.stop_ids, str(self.model.dtype)]

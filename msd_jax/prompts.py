@@ -226,6 +226,14 @@ def encode(
     )
 
 
+def without_special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> str:
+    """Untrusted text in which no special token is left that could end a message or open another."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            text = text.replace(token.content, " ".join(token.content))
+    return text
+
+
 def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face directory or hub id. Code that a model brings along is never run.
 

@@ -11,7 +11,7 @@ import pytest
 from msd_jax.configs import default
 
 from msd_jax import evaluate, judges, metrics, report, rollout, sharding
-from msd_jax.judges import cache
+from msd_jax.judges import cache, openai
 from msd_jax.models import pretrained
 from msd_jax.statistics import wilson_interval
 from msd_jax.summary import summarise
@@ -167,7 +167,7 @@ def test_other_settings_or_weights_are_not_mixed_up(interruptible, config, tmp_p
     pairs = zip(evaluate.weights_checksum(changed), evaluate.weights_checksum(weights))
     assert all(a != b for a, b in pairs)
     many, load = make(config, 8)
-    assert many._fingerprint(load()) == evaluation._fingerprint(weights) != evaluation._fingerprint(changed)
+    assert many._drawn_from(load()) == evaluation._drawn_from(weights) != evaluation._drawn_from(changed)
 
 
 def test_the_judge_is_that_of_the_config(config, tmp_path, monkeypatch):
@@ -202,6 +202,28 @@ def test_what_is_unjudged_is_told_beside_the_rates(config, tmp_path, monkeypatch
         entry["unjudged"] = 0.0
     report.print_summary(summary)
     assert "unjudged" not in capsys.readouterr().out  # the table stays narrow
+
+
+def test_what_the_judges_endpoints_were_asked_is_kept_per_evaluation(config, tmp_path):
+    evaluation, params = make(config)
+
+    class Endpoint:
+        usage = openai.Usage()
+
+        def spent(self):
+            return {"model": "m", "requests": self.usage.requests}
+
+    class Asking(judges.RulesJudge):
+        endpoints = (Endpoint(),)
+
+        def judge(self, responses, keep=judges.ignore):
+            self.endpoints[0].usage.requests += len(responses)
+            return super().judge(responses, keep)
+
+    evaluation._judge = Asking()
+    for name in ("a", "b"):
+        evaluation.run(params, tmp_path / name)
+        assert metrics.read_json_lines(tmp_path / name / "judge_usage.jsonl") == [{"model": "m", "requests": 44}]
 
 
 def row(name, verdict, harmful, match=None):

@@ -12,6 +12,7 @@ one that config.judge names:
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from msd_jax.judges.ensemble import EnsembleJudge
@@ -21,6 +22,8 @@ from msd_jax.judges.rules import RulesJudge, compile_phrase, normalize
 if TYPE_CHECKING:
     import ml_collections
     from jax.sharding import Mesh
+
+    from msd_jax.judges.translate import Translator
 
 __all__ = [
     "EnsembleJudge",
@@ -38,19 +41,27 @@ __all__ = [
 ]
 
 
-def make(config: "ml_collections.ConfigDict", mesh: "Mesh") -> Judge:
+def make(config: "ml_collections.ConfigDict", mesh: "Mesh", itself: "Callable[[], Translator] | None" = None) -> Judge:
     """The judge of `config`, which is config.judge; the guard's model is spread over `mesh`.
+
+    `itself` makes the translator of config.judge.translate = "model": the model that is evaluated.
 
     Raises:
       ValueError, OSError: it cannot work, for what one line says; nothing was judged or sent.
     """
     kinds = config.members if config.kind == "ensemble" else (config.kind,)
     members = [_make(kind, config, mesh) for kind in kinds]
-    if config.translate:
-        from msd_jax.judges.translate import TranslatingJudge, Translator
+    if config.translate != "no":
+        from msd_jax.judges.translate import EndpointTranslator, TranslatingJudge, Translations
 
-        translator = Translator(config.openai)
-        members = [m if isinstance(m, RulesJudge) else TranslatingJudge(m, translator) for m in members]
+        if config.translate == "endpoint":
+            translator = EndpointTranslator(config.openai)
+        elif itself is None:
+            raise ValueError("config.judge.translate='model': there is no model here; set it to endpoint or no")
+        else:
+            translator = itself()
+        work = Translations(translator)
+        members = [m if isinstance(m, RulesJudge) else TranslatingJudge(m, work) for m in members]
     return EnsembleJudge(members) if config.kind == "ensemble" else members[0]
 
 

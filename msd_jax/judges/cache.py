@@ -20,7 +20,7 @@ class CachedJudge:
     def __init__(self, judge: Judge, path: pathlib.Path):
         # A version may come from files, which another machine sees otherwise; what is missing must be the same on all.
         self.name, self.version = judge.name, distributed.from_first(lambda: judge.version)
-        self._judge = judge
+        self._judge, self.endpoints = judge, judge.endpoints
         self._log = metrics.Log(path)
         self._known = {row["key"]: self._judgement(row) for row in self._log.rows if self._is_mine(row)}
 

@@ -19,6 +19,7 @@ class EnsembleJudge:
 
     def __init__(self, members: Sequence[Judge]):
         self.members = tuple(members)
+        self.endpoints = tuple(endpoint for member in self.members for endpoint in member.endpoints)
         names = [f"{member.name} {member.version}" for member in self.members]
         digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
         self.version = "+".join(member.name for member in self.members) + "-" + digest

@@ -38,6 +38,7 @@ class GuardJudge:
     """
 
     name = "guard"
+    endpoints = ()
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         """`config` is config.judge.guard. Raises ValueError or OSError where the model is not fit to be this judge."""
@@ -100,7 +101,11 @@ class GuardJudge:
 
     def prompt(self, response: Response) -> np.ndarray:
         """Token ids, int32 [P], of the guard's prompt up to where its answer begins."""
-        clean = dataclasses.replace(response, prompt=self._plain(response.prompt), text=self._plain(response.text))
+        clean = dataclasses.replace(
+            response,
+            prompt=prompts.without_special_tokens(self._model.tokenizer, response.prompt),
+            text=prompts.without_special_tokens(self._model.tokenizer, response.text),
+        )
         text = self._render(self._format.messages(self._instruction, clean))
         return self._encode(text)
 
@@ -176,13 +181,6 @@ class GuardJudge:
             return prompts.render(self._model.tokenizer, messages, {})
         except ValueError as error:
             raise ValueError(f"config.judge.guard: {error}") from error
-
-    def _plain(self, text: str) -> str:
-        """Untrusted text in which no special token is left that could end a message or open another."""
-        for token in self._model.tokenizer.added_tokens_decoder.values():
-            if token.special:
-                text = text.replace(token.content, " ".join(token.content))
-        return text
 
     def _encode(self, text: str) -> np.ndarray:
         # The chat template has written BOS already.

@@ -3,7 +3,10 @@
 import dataclasses
 import enum
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from msd_jax.judges.openai import Endpoint
 
 
 class Verdict(enum.StrEnum):
@@ -42,10 +45,14 @@ def ignore(index: int, judgement: Judgement) -> None:
 
 
 class Judge(Protocol):
-    """What an evaluation asks of a judge."""
+    """What an evaluation asks of a judge.
+
+    `endpoints` are the servers that it asks, whose use is told and kept; () for most judges.
+    """
 
     name: str
     version: str
+    endpoints: "tuple[Endpoint, ...]"
 
     def judge(self, responses: Sequence[Response], keep: Keep = ignore) -> list[Judgement]:
         """Judges each response by itself and keeps their order.

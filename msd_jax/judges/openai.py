@@ -186,6 +186,11 @@ class Endpoint:
     def _redacted(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
 
+    def spent(self) -> dict[str, Any]:
+        """What was asked so far and what it cost, nothing secret."""
+        told = {"url": self._config.url, "model": self._config.model}
+        return told | dataclasses.asdict(self.usage) | {"cost": self.cost}
+
     @property
     def cost(self) -> float:
         """In the currency of the prices in the config."""
@@ -201,6 +206,7 @@ class OpenAIJudge:
     def __init__(self, config: ml_collections.ConfigDict):
         """Raises ValueError or OSError where the config is not fit."""
         self.endpoint = Endpoint(config)
+        self.endpoints = (self.endpoint,)
         self._format = formats.FORMATS[config.format]
         self._instruction = formats.instruction(config.format, config.instruction)
         self._extra = {"temperature": 0.0, "max_tokens": 256}

@@ -39,6 +39,8 @@ class RulesJudge:
 
     name = "rules"
 
+    endpoints = ()
+
     def __init__(self):
         data = _REFUSALS.read_bytes()
         languages = json.loads(data)

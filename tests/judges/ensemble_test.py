@@ -11,6 +11,8 @@ from msd_jax.judges import Judgement, Response, Verdict, cache
 class Scripted:
     """A judge that reads its verdict from the response: "NAME=verdict" for each judge. Counts what it judged."""
 
+    endpoints = ()
+
     def __init__(self, name, version="1"):
         self.name, self.version, self.judged = name, version, []
 
