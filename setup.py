@@ -37,6 +37,7 @@ setuptools.setup(
         "optax",
         "orbax-checkpoint",
         "py3langid",
+        "pyarrow",
         "rich",
         "safetensors",
         "scipy",

@@ -1,71 +1,30 @@
-"""What a record is, and the files that hold records: JSONL, and CSV with one column a language."""
+"""The files that hold records: JSONL; CSV and Parquet with one column a language; here or on the Hugging Face hub."""
 
 import csv
 import dataclasses
-import functools
 import io
 import json
 import os
 import pathlib
+import re
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-# Columns of a CSV file that are not languages, and the record's field that they fill. MultiJail's `source` says who
+from msd_jax.queries import hub
+from msd_jax.queries.records import Query, language_name, parse
+
+# Columns of a table that are not languages, and the record's field that they fill. MultiJail's `source` says who
 # collected a query, which nothing here asks for.
 _METADATA = {"id": "id", "harmful": "harmful", "category": "category", "tags": "category", "source": "source"}
 _PREFIXES = {"": "texts", "text": "texts", "answer": "answers"}
 _HARMFUL = {"true": True, "1": True, "false": False, "0": False, "": None}
-
-# Fields of a JSONL record: type, and what a user is told to write.
-_FIELDS = {
-    "id": (str, "a string"),
-    "texts": (dict, 'an object {"en": "...", ...}'),
-    "harmful": ((bool, type(None)), "true, false or null"),
-    "category": (str, "a string"),
-    "answers": (dict, 'an object {"en": "...", ...}'),
-}
-_REQUIRED = ("id", "texts")
+LABELS = {"file": None, "true": True, "false": False}
+_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
 
 
-@dataclasses.dataclass(frozen=True)
-class Query:
-    """One query in several languages.
-
-    Attributes:
-      id: unique in its file.
-      harmful: whether a safe model refuses it; None if unknown.
-      category: free text, "" for none.
-      texts: the query by language, BCP-47 codes as the file writes them.
-      answers: the reference answer by language, for exact match; languages without one are absent.
-    """
-
-    id: str
-    harmful: bool | None
-    category: str
-    texts: dict[str, str]
-    answers: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-@functools.cache
-def language_name(code: str) -> str:
-    """English name of a BCP-47 code: "sw" -> "Swahili". Raises ValueError for what is not a language's code."""
-    import langcodes
-
-    try:
-        language = langcodes.Language.get(code)
-        name = language.display_name()
-    except langcodes.LanguageTagError:
-        pass
-    else:
-        # The registry knows thousands of languages by code alone; a prompt needs one with a name.
-        if language.is_valid() and not name.startswith("Unknown language"):
-            return name
-    raise ValueError(f"{code!r} is not the code of a known language; write BCP-47 codes such as en, sw or zh-Hant")
-
-
-def read(path: str | os.PathLike, *, harmful: str = "file") -> tuple[Query, ...]:
-    """Reads a query file, in its order.
+def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.data.path") -> tuple[Query, ...]:
+    """Reads query files, in their order.
 
     JSONL (UTF-8, one object a line; `harmful`, `category` and `answers` may be absent):
 
@@ -76,48 +35,76 @@ def read(path: str | os.PathLike, *, harmful: str = "file") -> tuple[Query, ...]
     record's id, so Indonesian is `text:id`, as any language may be written `text:CODE`. `answer:CODE` holds reference
     answers, empty where there is none.
 
+    Parquet: the columns of CSV, or the fields of JSONL.
+
     Args:
-      path: a file that ends in .jsonl or .csv.
+      path: see `locate`.
       harmful: label of the records that carry none: "file" leaves it unknown, "true" or "false".
+      key: the setting that errors about `path` name.
 
     Raises:
       FileNotFoundError, ValueError: one message that names the file, the line and what to mend.
     """
-    if not str(path):
-        raise ValueError("config.data.path is empty: name a query file that ends in .jsonl or .csv")
-    if harmful not in ("file", "true", "false"):
-        raise ValueError(f"harmful={harmful!r}: choose one of file, true, false")
-    path = pathlib.Path(path).expanduser()
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: a query file ends in .jsonl or .csv, not in {path.suffix!r}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such query file")
-    label = {"file": None, "true": True, "false": False}[harmful]
-    queries, lines = [], {}
-    for line, record in readers[path.suffix.lower()](path, _decode(path)):
-        query = _query(record, f"{path}, line {line}")
-        if query.id in lines:
-            raise ValueError(
-                f"{path}, line {line}: id {query.id!r} is already on line {lines[query.id]}; give each record its own"
-            )
-        lines[query.id] = line
-        queries.append(query if query.harmful is not None else dataclasses.replace(query, harmful=label))
+    if harmful not in LABELS:
+        raise ValueError(f"harmful={harmful!r}: choose one of {', '.join(LABELS)}")
+    queries, places = [], {}
+    for file in locate(path, key):
+        for line, record in _READERS[file.suffix.lower()](file):
+            query = parse(record, f"{file}, line {line}")
+            if query.id in places:
+                first, first_line = places[query.id]
+                raise ValueError(
+                    f"{file}, line {line}: id {query.id!r} is already on line {first_line}"
+                    + (f" of {first}" if first != file else "")
+                    + "; give each record its own"
+                )
+            places[query.id] = file, line
+            queries.append(query)
     if not queries:
         raise ValueError(f"{path}: there are no records in it")
-    return tuple(queries)
+    return labelled(queries, harmful)
 
 
-def require_languages(queries: Sequence[Query], languages: Iterable[str], path: str | os.PathLike) -> None:
-    """Raises a ValueError that names the file, a record and a language unless every record has all `languages`."""
-    for language in languages:
-        missing = [query.id for query in queries if language not in query.texts]
-        if missing:
-            have = dict.fromkeys(code for query in queries for code in query.texts)
-            raise ValueError(
-                f"{path}: {len(missing)} of {len(queries)} records have no text in {language!r} (first: id "
-                f"{missing[0]!r}); the file has {', '.join(have)}; add the texts or configure other languages"
-            )
+def labelled(queries: Iterable[Query], harmful: str) -> tuple[Query, ...]:
+    """`queries` with the label for those that carry none: "file" leaves it unknown, "true" or "false"."""
+    return tuple(
+        query if query.harmful is not None else dataclasses.replace(query, harmful=LABELS[harmful]) for query in queries
+    )
+
+
+def locate(path: str | os.PathLike, key: str = "config.data.path") -> list[pathlib.Path]:
+    """The query files that a path names, on this machine.
+
+    Args:
+      path: a file; a folder with one query file, which may be in numbered parts (NAME-00000-of-00002.parquet); several
+        files by wildcards in the last part (data/train-*.csv); or any of these on the hub, see hub.fetch.
+      key: the setting that errors name.
+
+    Raises:
+      FileNotFoundError, ValueError: one message that says what to write.
+    """
+    suffixes = f"{', '.join([*_READERS][:-1])} or {[*_READERS][-1]}"
+    if not str(path):
+        raise ValueError(f"{key} is empty: name a query file that ends in {suffixes}")
+    given = path
+    wanted = [f"*{suffix}" for suffix in _READERS]
+    path = hub.fetch(str(path), wanted, key) if hub.is_uri(path) else pathlib.Path(path).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
+        if not files:
+            raise FileNotFoundError(f"{given}: there is no query file ({suffixes}) in this folder")
+        parts = [_SHARD.fullmatch(file.stem) for file in files]
+        if len(files) > 1 and not (all(parts) and len({(f.parent, p[1]) for f, p in zip(files, parts)}) == 1):
+            names = ", ".join(str(file.relative_to(path)) for file in files[:10])
+            raise ValueError(f"{given}: {len(files)} query files are in this folder ({names}); name one, or use *")
+        return files
+    files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    for file in files:
+        if file.suffix.lower() not in _READERS:
+            raise ValueError(f"{file}: a query file ends in {suffixes}, not in {file.suffix!r}")
+    if not files or not all(file.is_file() for file in files):
+        raise FileNotFoundError(f"{path}: there is no such query file")
+    return files
 
 
 def write_jsonl(path: str | os.PathLike, queries: Iterable[Query]) -> None:
@@ -143,9 +130,9 @@ def _decode(path: pathlib.Path) -> str:
         ) from None
 
 
-def _read_jsonl(path: pathlib.Path, text: str) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     """Yields (line, JSON value)."""
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits at U+2028, inside texts
+    for number, line in enumerate(_decode(path).split("\n"), start=1):  # splitlines() also splits at U+2028, in texts
         if not line.strip():
             continue
         try:
@@ -167,9 +154,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _read_csv(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line, record in the shape of a JSONL one)."""
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
     columns: list[tuple[str, str | None]] = []
     end = 0
     try:
@@ -180,27 +167,62 @@ def _read_csv(path: pathlib.Path, text: str) -> Iterator[tuple[int, dict[str, An
             if not columns:
                 columns = _columns(path, row)
                 continue
-            where = f"{path}, line {line}"
             if len(row) != len(columns):
                 raise ValueError(
-                    f"{where}: {len(row)} cells under {len(columns)} columns; quote cells that contain a comma"
+                    f"{path}, line {line}: {len(row)} cells under {len(columns)} columns; quote cells that contain a "
+                    "comma"
                 )
-            record: dict[str, Any] = {"texts": {}, "answers": {}}
-            for (field, language), cell in zip(columns, row):
-                if field == "harmful":
-                    if cell.strip().lower() not in _HARMFUL:
-                        raise ValueError(f"{where}: harmful={reprlib.repr(cell)} must be true, false, 1, 0 or empty")
-                    record[field] = _HARMFUL[cell.strip().lower()]
-                elif field == "answers":
-                    if cell.strip():
-                        record[field][language] = cell
-                elif field == "texts":
-                    record[field][language] = cell
-                elif field != "source":
-                    record[field] = cell
-            yield line, record
+            yield line, _from_cells(columns, row, f"{path}, line {line}")
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}: malformed CSV ({error})") from None
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (row counted from 1, record in the shape of a JSONL one)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+    columns = None
+    for number, row in enumerate(rows, start=1):
+        if "texts" in row:  # a missing field is null there
+            yield number, _without_nulls(row)
+            continue
+        columns = columns or _columns(path, list(row))
+        cells = [
+            "" if cell is None else str(cell).lower() if isinstance(cell, bool) else str(cell) for cell in row.values()
+        ]
+        yield number, _from_cells(columns, cells, f"{path}, line {number}")
+
+
+def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_nulls(item) if isinstance(item, dict) else item for key, item in value.items() if item is not None
+    }
+
+
+_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _from_cells(columns: list[tuple[str, str | None]], cells: list[str], where: str) -> dict[str, Any]:
+    """A row of a table in the shape of a JSONL record."""
+    record: dict[str, Any] = {"texts": {}, "answers": {}}
+    for (field, language), cell in zip(columns, cells):
+        if field == "harmful":
+            if cell.strip().lower() not in _HARMFUL:
+                raise ValueError(f"{where}: harmful={reprlib.repr(cell)} must be true, false, 1, 0 or empty")
+            record[field] = _HARMFUL[cell.strip().lower()]
+        elif field == "answers":
+            if cell.strip():
+                record[field][language] = cell
+        elif field == "texts":
+            record[field][language] = cell
+        elif field != "source":
+            record[field] = cell
+    return record
 
 
 def _columns(path: pathlib.Path, header: list[str]) -> list[tuple[str, str | None]]:
@@ -232,40 +254,3 @@ def _is_language(code: str) -> bool:
         return bool(language_name(code))
     except ValueError:
         return False
-
-
-def _query(record: Any, where: str) -> Query:
-    """Checks everything that a record must be."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a record is an object {{...}}, not {reprlib.repr(record)}")
-    for key in record:
-        if key not in _FIELDS:
-            raise ValueError(f"{where}: unknown key {key!r}; a record has {', '.join(_FIELDS)}")
-    for key, (kind, expected) in _FIELDS.items():
-        if key in record and not isinstance(record[key], kind):
-            raise ValueError(f"{where}: {key!r} must be {expected}, not {reprlib.repr(record[key])}")
-        if key in _REQUIRED and not record.get(key):
-            raise ValueError(f"{where}: {key!r} is missing or empty; it must be {expected}")
-    where += f" (id {record['id']!r})"
-    _check_texts(record["texts"], f"{where}: the text")
-    answers = record.get("answers", {})
-    _check_texts(answers, f"{where}: the answer", record["texts"])
-    return Query(record["id"], record.get("harmful"), record.get("category", ""), record["texts"], answers)
-
-
-def _check_texts(texts: dict[str, Any], what: str, languages: Collection[str] | None = None) -> None:
-    for language, text in texts.items():
-        if languages is not None and language not in languages:
-            raise ValueError(f"{what} in {language!r} is to no text in it; add the text or take the answer out")
-        try:
-            language_name(language)
-        except ValueError as error:
-            raise ValueError(f"{what}'s language: {error}") from None
-        if not isinstance(text, str):
-            raise ValueError(f"{what} in {language!r} must be a string, not {reprlib.repr(text)}")
-        if not text.strip():
-            raise ValueError(f"{what} in {language!r} is empty; fill it in or take it out")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can escape half of a pair, which no tokenizer takes
-            raise ValueError(f"{what} in {language!r} has half a surrogate pair at {error.start}; mend it") from None

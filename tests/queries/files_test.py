@@ -216,7 +216,7 @@ def test_missing_and_unreadable_paths(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(FileNotFoundError, match=r"folder\.jsonl"):
         queries.read(tmp_path / "folder.jsonl")
-    with pytest.raises(ValueError, match=r"queries\.tsv: .*\.jsonl or \.csv, not in '\.tsv'"):
+    with pytest.raises(ValueError, match=r"queries\.tsv: .*\.jsonl, \.csv or \.parquet, not in '\.tsv'"):
         queries.read(write(tmp_path / "queries.tsv", "id\ten\n"))
     with pytest.raises(ValueError, match=r"config\.data\.path is empty"):
         queries.read("")

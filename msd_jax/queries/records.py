@@ -1,0 +1,103 @@
+"""What a record is: one query in several languages."""
+
+import dataclasses
+import functools
+import os
+import reprlib
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+# Fields of a JSONL record: type, and what a user is told to write.
+_FIELDS = {
+    "id": (str, "a string"),
+    "texts": (dict, 'an object {"en": "...", ...}'),
+    "harmful": ((bool, type(None)), "true, false or null"),
+    "category": (str, "a string"),
+    "answers": (dict, 'an object {"en": "...", ...}'),
+}
+_REQUIRED = ("id", "texts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One query in several languages.
+
+    Attributes:
+      id: unique in its file.
+      harmful: whether a safe model refuses it; None if unknown.
+      category: free text, "" for none.
+      texts: the query by language, BCP-47 codes as the file writes them.
+      answers: the reference answer by language, for exact match; languages without one are absent.
+    """
+
+    id: str
+    harmful: bool | None
+    category: str
+    texts: dict[str, str]
+    answers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@functools.cache
+def language_name(code: str) -> str:
+    """English name of a BCP-47 code: "sw" -> "Swahili". Raises ValueError for what is not a language's code."""
+    import langcodes
+
+    try:
+        language = langcodes.Language.get(code)
+        name = language.display_name()
+    except langcodes.LanguageTagError:
+        pass
+    else:
+        # The registry knows thousands of languages by code alone; a prompt needs one with a name.
+        if language.is_valid() and not name.startswith("Unknown language"):
+            return name
+    raise ValueError(f"{code!r} is not the code of a known language; write BCP-47 codes such as en, sw or zh-Hant")
+
+
+def require_languages(queries: Sequence[Query], languages: Iterable[str], path: str | os.PathLike) -> None:
+    """Raises a ValueError that names the file, a record and a language unless every record has all `languages`."""
+    for language in languages:
+        missing = [query.id for query in queries if language not in query.texts]
+        if missing:
+            have = dict.fromkeys(code for query in queries for code in query.texts)
+            raise ValueError(
+                f"{path}: {len(missing)} of {len(queries)} records have no text in {language!r} (first: id "
+                f"{missing[0]!r}); the file has {', '.join(have)}; add the texts or configure other languages"
+            )
+
+
+def parse(record: Any, where: str) -> Query:
+    """A record from its JSON object, after checking everything that it must be; `where` begins the errors."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a record is an object {{...}}, not {reprlib.repr(record)}")
+    for key in record:
+        if key not in _FIELDS:
+            raise ValueError(f"{where}: unknown key {key!r}; a record has {', '.join(_FIELDS)}")
+    for key, (kind, expected) in _FIELDS.items():
+        if key in record and not isinstance(record[key], kind):
+            raise ValueError(f"{where}: {key!r} must be {expected}, not {reprlib.repr(record[key])}")
+        if key in _REQUIRED and not record.get(key):
+            raise ValueError(f"{where}: {key!r} is missing or empty; it must be {expected}")
+    where += f" (id {record['id']!r})"
+    _check_texts(record["texts"], f"{where}: the text")
+    answers = record.get("answers", {})
+    _check_texts(answers, f"{where}: the answer", record["texts"])
+    return Query(record["id"], record.get("harmful"), record.get("category", ""), record["texts"], answers)
+
+
+def _check_texts(texts: dict[str, Any], what: str, languages: Collection[str] | None = None) -> None:
+    for language, text in texts.items():
+        if languages is not None and language not in languages:
+            raise ValueError(f"{what} in {language!r} is to no text in it; add the text or take the answer out")
+        try:
+            language_name(language)
+        except ValueError as error:
+            raise ValueError(f"{what}'s language: {error}") from None
+        if not isinstance(text, str):
+            raise ValueError(f"{what} in {language!r} must be a string, not {reprlib.repr(text)}")
+        if not text.strip():
+            raise ValueError(f"{what} in {language!r} is empty; fill it in or take it out")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can escape half of a pair, which no tokenizer takes
+            raise ValueError(f"{what} in {language!r} has half a surrogate pair at {error.start}; mend it") from None
