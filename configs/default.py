@@ -29,10 +29,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.lora.targets = ("query", "key", "value", "output", "gate", "up", "down")
     config.model.lora.base_dtype = "bfloat16"  # of the weights that are not trained
 
-    # Parallel queries; no responses are needed.
+    # Parallel queries; no responses are needed. See docs/data.md.
     config.data = ml_collections.ConfigDict()
-    config.data.path = ""  # .jsonl, or .csv with one column a language
+    config.data.path = ""  # .jsonl, .csv or .parquet (one column a language), a folder, or hf://OWNER/NAME[/PATH]
+    config.data.tfds = ""  # in place of path: a TFDS set, as in parallel_queries:1.0.0
+    config.data.split = "train"  # of tfds
+    config.data.data_dir = ""  # of tfds; "" for TFDS_DATA_DIR, or ~/tensorflow_datasets
     config.data.harmful = "file"  # label of records that carry none: file (stays unknown) | true | false
+    # Several sources in place of path and tfds, each with any of the five keys above and its weight, which is its share
+    # of the stream whatever its size: {"multijail": {"path": "hf://DAMO-NLP-SG/MultiJail", "weight": 3.0}, ...}.
+    config.data.sources = ml_collections.ConfigDict()
+    config.data.harmful_share = -1.0  # of harmful queries in the stream, 0 to 1; -1 for queries as they come
+    # Queries that are (nearly) queries of the evaluation in some language: report | drop. Either way they are counted,
+    # and listed in WORKDIR/near_duplicates.jsonl.
+    config.data.near_duplicates = "report"
     config.data.source_language = "en"  # what the teacher reads
     # Languages to align, with their sampling weights. A user's own config replaces the whole mapping.
     config.data.languages = ml_collections.ConfigDict({"sw": 1.0})

@@ -87,7 +87,7 @@ def config_changes(old: dict[str, Any], new: ml_collections.ConfigDict) -> list[
 def without_paths(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """All values by their dotted key but paths, which may differ between the machines of a run."""
     flat = _flatten(json.loads(config.to_json_best_effort()))
-    return {key: value for key, value in flat.items() if not key.endswith(".path")}
+    return {key: value for key, value in flat.items() if not key.endswith((".path", ".data_dir"))}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

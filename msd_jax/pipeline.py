@@ -6,12 +6,13 @@ import itertools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
 
 from msd_jax import prompts, queries
+from msd_jax.queries import sources
 
 if TYPE_CHECKING:
     import ml_collections
@@ -84,7 +85,7 @@ def encode_all(
       ValueError: a text is missing, or all prompts in a language are longer than their limits.
     """
     source = config.data.source_language
-    queries.require_languages(records, (source, *languages), config.data.path)
+    queries.require_languages(records, (source, *languages), queries.describe(config.data))
     limits = {key: config.prompts[key] for key in ("student_limit", "teacher_limit")}
     kept, dropped = [], collections.Counter()
     longest = collections.defaultdict(int)
@@ -113,22 +114,31 @@ def encode_all(
                 if longest[language, key]
             )
             raise ValueError(
-                f"{config.data.path}: all {len(records)} prompts in {language!r} are longer than {reasons}; "
-                "raise the limit"
+                f"{queries.describe(config.data)}: all {len(records)} prompts in {language!r} are longer than {reasons}"
+                "; raise the limit"
             )
     return Encoded(tuple(kept), tuple(languages), **limits, dropped=dict(dropped))
 
 
 def batches(
-    encoded: Encoded, weights: Mapping[str, float], batch_size: int, seed: int, pad_id: int, window: int = 1
+    encoded: Encoded,
+    weights: Mapping[str, float],
+    batch_size: int,
+    seed: int,
+    pad_id: int,
+    window: int = 1,
+    *,
+    source_weights: Mapping[str, float] | None = None,
+    harmful_share: float | None = None,
 ) -> grain.IterDataset[Batch]:
     """An endless stream of batches.
 
     Each epoch holds every query once, in a new order and in one target language drawn by weight; batches run on over
-    the ends of epochs. Query i of the stream depends on (seed, i) alone: not on the batch size, nor on the number of
-    hosts. Of every `window * batch_size` queries those of like length then share a batch, so that little of it is
-    padding, and the batches come in random order. All hosts build the same batch and take their rows of it, so that
-    they agree on P.
+    the ends of epochs. Where queries are in parts that are mixed (sources, harmful and harmless), each part has epochs
+    of its own, and among any number of successive queries each part has its share, rounded. Query i of the stream
+    depends on (seed, i) alone: not on the batch size, nor on the number of hosts. Of every `window * batch_size`
+    queries those of like length then share a batch, so that little of it is padding, and the batches come in random
+    order. All hosts build the same batch and take their rows of it, so that they agree on P.
 
     `iter(...)` gives an iterator with get_state() and set_state(); the state is {"next_index": i}, an int.
 
@@ -139,6 +149,10 @@ def batches(
       seed: at least 0.
       pad_id: fills the left of shorter prompts.
       window: number of batches among which queries are sorted by length; 1 leaves them as they come.
+      source_weights: source -> its share of the stream, relative to the others', whatever its size; 0 leaves it out.
+        None, or a single source: queries as they come.
+      harmful_share: 0 to 1, of harmful queries in the stream; their sources, and those of harmless ones, then share
+        out either part by their weights. None: queries as they come.
 
     Raises:
       ValueError: a weight is not a number from 0 on, its language was not encoded, or nothing is left.
@@ -152,6 +166,7 @@ def batches(
     records = [record for record in records if record]
     if not records:
         raise ValueError(f"config.data.languages={dict(weights)}: no language with a weight above 0 has queries")
+    parts = _parts(records, source_weights or {}, harmful_share)
 
     def draw(record: tuple[prompts.Example, ...], rng: np.random.Generator) -> prompts.Example:
         weights_L = np.array([weights[example.language] for example in record], np.float64)
@@ -169,18 +184,66 @@ def batches(
         hashes = [query_hash(example.query_id, example.language) for example in examples]
         return Batch(*student, *teacher, np.array(hashes, np.uint32), tuple(examples))
 
-    windows = (
-        grain.MapDataset.source(records)
-        .seed(seed)  # shuffle(seed=s) would use s + epoch, so that seeds 0 and 1 share their epochs
-        .shuffle()
-        .repeat()
-        .random_map(draw)
-        .batch(window * batch_size, drop_remainder=True, batch_fn=list)
-        .random_map(group)
-    )
+    def endless(records: Sequence[tuple[prompts.Example, ...]], seed: int) -> grain.MapDataset[prompts.Example]:
+        # shuffle(seed=s) would use s + epoch, so that seeds 0 and 1 share their epochs
+        return grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(draw)
+
+    if len(parts) == 1:
+        stream = endless(parts[0].records, seed)
+    else:
+        mixed = [endless(part.records, part.seed(seed)) for part in parts]
+        stream = grain.MapDataset.mix(mixed, [part.share for part in parts]).seed(seed)
+    windows = stream.batch(window * batch_size, drop_remainder=True, batch_fn=list).random_map(group)
     groups = grain.experimental.FlatMapMapDataset(windows, _Split(window))
     # Everything is in memory already: no threads, no buffer.
     return groups.map(collate).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+
+class _Part(NamedTuple):
+    """Queries that have a share of the stream."""
+
+    name: str
+    share: float
+    records: list[tuple[prompts.Example, ...]]
+
+    def seed(self, seed: int) -> int:
+        """Its own, whatever other parts there are."""
+        return int(np.random.SeedSequence([seed, zlib.crc32(self.name.encode())]).generate_state(1)[0])
+
+
+def _parts(
+    records: Sequence[tuple[prompts.Example, ...]], source_weights: Mapping[str, float], harmful_share: float | None
+) -> list[_Part]:
+    """The parts with a share above 0, by source and label; one part with all records where nothing is mixed."""
+    by_part = collections.defaultdict(list)
+    for record in records:
+        source = sources.source_of(record[0].query_id) if len(source_weights) > 1 else ""
+        by_part[source, None if harmful_share is None else record[0].harmful].append(record)
+    present = {source for source, _ in by_part}
+    for source, weight in source_weights.items():
+        if weight and len(source_weights) > 1 and source not in present:
+            raise ValueError(f"config.data.sources.{source}: none of its queries is left; set its weight to 0")
+    unlabelled = [record[0].query_id for (_, label), part in by_part.items() if label is None for record in part]
+    if harmful_share is not None and unlabelled:
+        raise ValueError(
+            f"config.data.harmful_share={harmful_share}: {len(unlabelled)} queries say neither harmful nor harmless "
+            f"(first: id {unlabelled[0]!r}); label them, or set `harmful` of their source to true or false"
+        )
+    parts = []
+    for label, share in (
+        {None: 1.0} if harmful_share is None else {True: harmful_share, False: 1 - harmful_share}
+    ).items():
+        weights = {source: source_weights.get(source, 1.0) for source, other in by_part if other is label}
+        total = sum(weights.values())
+        if share and not total:
+            kind = {True: "harmful", False: "harmless"}[label]
+            raise ValueError(f"config.data.harmful_share={harmful_share}: there are no {kind} queries to draw")
+        parts += [
+            _Part(f"{source} {label}", share * weight / total, by_part[source, label])
+            for source, weight in weights.items()
+            if share * weight > 0
+        ]
+    return parts
 
 
 class _Split(grain.experimental.FlatMapTransform):

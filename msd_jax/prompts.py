@@ -309,8 +309,8 @@ def show(config: "ml_collections.ConfigDict", n: int, console: "rich.console.Con
     from rich.text import Text
 
     languages, source = tuple(config.data.languages), config.data.source_language
-    records = queries.read(config.data.path, harmful=config.data.harmful)
-    queries.require_languages(records, (source, *languages), config.data.path)
+    records = queries.load(config.data)
+    queries.require_languages(records, (source, *languages), queries.describe(config.data))
     tokenizer = load_tokenizer(config.model.path)
     for record in records[:n]:
         for language in languages:

@@ -1,5 +1,7 @@
 """Checks a config before anything is compiled: unknown keys, wrong types, impossible values and combinations."""
 
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +10,12 @@ import ml_collections
 from msd_jax import benchmarks, topology
 from msd_jax.configs import default
 from msd_jax.models.lora import INPUTS
+from msd_jax.queries import sources
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 _FREE = {
     "data.languages": float,
+    "data.sources": None,
     "prompts.student_template_kwargs": None,
     "prompts.teacher_template_kwargs": None,
     "judge.openai.request": None,
@@ -26,6 +30,7 @@ _CHOICES = {
     "data.harmful": ("file", "true", "false"),
     "eval.sample": ("spread", "first"),
     "judge.translate": ("no", "endpoint", "model"),
+    "data.near_duplicates": ("report", "drop"),
     "prompts.cot": ("instruction", "generated", "none"),
     "teacher.kind": ("frozen", "live", "ema", "periodic"),
     "rollout.policy": ("on_policy", "off_policy", "mixed"),
@@ -162,6 +167,7 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
     if languages and not sum(languages.values()) > 0:
         yield f"config.data.languages={languages!r}: at least one sampling weight must be positive"
 
+    yield from _data_sources(config.data)
     if config.data.batch_size % config.train.micro_batches:
         yield (
             f"config.train.micro_batches={config.train.micro_batches} does not divide "
@@ -183,6 +189,44 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
             f"config.prompts.cot='generated' with config.teacher.kind={config.teacher.kind!r}: the analyses of a "
             "teacher that changes cannot be kept; set config.teacher.kind='frozen', or config.prompts.cot='instruction'"
         )
+
+
+def _data_sources(data: Any) -> Iterator[str]:
+    """What is wrong with where the queries come from."""
+    if not (data.harmful_share == -1 or 0 <= data.harmful_share <= 1):
+        yield f"config.data.harmful_share={data.harmful_share!r} must be from 0 to 1, or -1 for queries as they come"
+    if data.path and data.tfds:
+        yield f"config.data.tfds={data.tfds!r} and config.data.path={data.path!r}: set one of them"
+    if data.sources and (data.path or data.tfds):
+        yield f"config.data.sources beside config.data.{'path' if data.path else 'tfds'}: make that one a source too"
+    reference = sources.DEFAULTS | {"weight": 1.0}
+    for name, source in data.sources.items():
+        key = f"config.data.sources.{name}"
+        if not re.fullmatch(r"[\w-]+", name):
+            yield f"{key}: a source's name has letters, digits, _ and - alone"
+        if not isinstance(source, (dict, ml_collections.ConfigDict)):
+            yield f"{key}={source!r} must be a section with the keys {', '.join(reference)}"
+            continue
+        faults = [
+            f"{key}.{inner} is not a known key; known here are: {', '.join(reference)}"
+            if inner not in reference
+            else f"{key}.{inner}={value!r} must be of type {type(reference[inner]).__name__}"
+            for inner, value in source.items()
+            if inner not in reference or not _same_type(value, reference[inner])
+        ]
+        yield from faults
+        if faults:
+            continue
+        if bool(source.get("path")) == bool(source.get("tfds")):
+            yield f"{key}: set either path or tfds"
+        if source.get("harmful", "file") not in _CHOICES["data.harmful"]:
+            yield f"{key}.harmful={source['harmful']!r}: choose one of {', '.join(_CHOICES['data.harmful'])}"
+        if not 0 <= source.get("weight", 1.0) < math.inf:
+            yield f"{key}.weight={source['weight']!r}: a sampling weight must be a number from 0 on"
+    if data.sources and not any(
+        source.get("weight", 1.0) for source in data.sources.values() if hasattr(source, "get")
+    ):
+        yield "config.data.sources: at least one sampling weight must be positive"
 
 
 def _structure(config: Any, reference: Any, prefix: str) -> Iterator[str]:
