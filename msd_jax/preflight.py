@@ -14,7 +14,7 @@ import ml_collections
 import rich.table
 from jax.sharding import Mesh
 
-from msd_jax import distributed, evaluate, metrics, rollout, sharding
+from msd_jax import distributed, evaluate, metrics, queries, rollout, sharding
 from msd_jax.console import console, say
 from msd_jax.judges import Verdict
 from msd_jax.models import pretrained
@@ -54,7 +54,7 @@ def _both_roles(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfi
     config = ml_collections.ConfigDict(config.to_dict())
     config.eval.passes = ("greedy",)
     if not evaluate.wanted(config):
-        config.eval.path, config.eval.harmful = config.data.path, config.data.harmful
+        config.eval.path, config.eval.harmful = queries.as_path(config.data), config.data.harmful
         config.eval.languages = (config.data.source_language, *config.data.languages)
     return ml_collections.FrozenConfigDict(config)
 

@@ -1,5 +1,6 @@
 """Training: what is set up once, the jitted train_step, and the loop."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -37,6 +38,7 @@ from msd_jax import (
 )
 from msd_jax.console import progress, say
 from msd_jax.models import decoder, pretrained
+from msd_jax.queries import near_duplicates, sources
 
 
 @jax.tree_util.register_dataclass
@@ -242,13 +244,17 @@ class Trainer:
                 raise ValueError(
                     f"config.loss.{key}={config.loss[key]} exceeds the vocabulary of {self.model.config.vocab_size}"
                 )
-        self.records = queries.read(config.data.path, harmful=config.data.harmful)
+        self.records = queries.load(config.data, say)
+        self.evaluation = evaluate.Evaluation(config, self.model, self.mesh) if evaluate.wanted(config) else None
+        self.records, duplicates = self._look_for_duplicates()
         # Where the teacher writes analyses first, batches are made anew with them; what can be checked is checked now.
         encoded = pipeline.encode_all(self.records, tuple(config.data.languages), self.model.tokenizer, config)
-        self.evaluation = evaluate.Evaluation(config, self.model, self.mesh) if evaluate.wanted(config) else None
         self._require_same_files(encoded)
         self.batches = self._make_batches(encoded)
         claim(workdir, config)
+        if self.evaluation and distributed.is_first():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in duplicates)
+            metrics.replace_text(workdir / "near_duplicates.jsonl", lines)
         self.checkpoints = checkpoint.Checkpoints(workdir, config.train.checkpoints_kept)
 
         self.optimize, schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
@@ -270,8 +276,36 @@ class Trainer:
         data = self.config.data
         for line in encoded.describe_dropped():
             say(line)
-        languages, pad_id = dict(data.languages), self.model.pad_id
-        return iter(pipeline.batches(encoded, languages, data.batch_size, self.config.seed, pad_id, data.length_window))
+        stream = pipeline.batches(
+            encoded,
+            dict(data.languages),
+            data.batch_size,
+            self.config.seed,
+            self.model.pad_id,
+            data.length_window,
+            source_weights=sources.weights(data),
+            harmful_share=None if data.harmful_share < 0 else data.harmful_share,
+        )
+        return iter(stream)
+
+    def _look_for_duplicates(self) -> tuple[tuple[queries.Query, ...], list[dict[str, Any]]]:
+        """(records to train on, rows of near_duplicates.jsonl); tells how many queries the evaluation shares."""
+        benchmarks = collections.defaultdict(dict)
+        for prompt in self.evaluation.prompts if self.evaluation else ():
+            benchmarks[prompt.benchmark.name][prompt.query.id] = prompt.query
+        rows, lines = near_duplicates.find_in_benchmarks(
+            self.records, {name: tuple(by_id.values()) for name, by_id in benchmarks.items()}
+        )
+        for line in lines:
+            say(line)
+        records, drop = self.records, self.config.data.near_duplicates == "drop"
+        if rows and drop:
+            shared = {row["train_id"] for row in rows}
+            records = tuple(record for record in records if record.id not in shared)
+            say(f"near-duplicates: {len(self.records) - len(records)} of {len(self.records)} training queries dropped")
+            if not records:
+                raise ValueError("config.data.near_duplicates='drop' leaves no query: all are in the evaluation too")
+        return records, rows
 
     def _store(self, name: str) -> responses.Store:
         """What the frozen teacher wrote once, in the workdir."""

@@ -2,6 +2,6 @@
 
 from msd_jax.queries.files import read, write_jsonl
 from msd_jax.queries.records import Query, language_name, require_languages
-from msd_jax.queries.sources import describe, load
+from msd_jax.queries.sources import as_path, describe, load
 
-__all__ = ["Query", "describe", "language_name", "load", "read", "require_languages", "write_jsonl"]
+__all__ = ["Query", "as_path", "describe", "language_name", "load", "read", "require_languages", "write_jsonl"]

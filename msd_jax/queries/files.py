@@ -38,7 +38,7 @@ def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.d
     Parquet: the columns of CSV, or the fields of JSONL.
 
     Args:
-      path: see `locate`.
+      path: see `locate`; or a TFDS set as tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR].
       harmful: label of the records that carry none: "file" leaves it unknown, "true" or "false".
       key: the setting that errors about `path` name.
 
@@ -47,6 +47,10 @@ def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.d
     """
     if harmful not in LABELS:
         raise ValueError(f"harmful={harmful!r}: choose one of {', '.join(LABELS)}")
+    if str(path).startswith("tfds://"):
+        from msd_jax.queries import parallel_queries
+
+        return labelled(parallel_queries.read_uri(str(path), key), harmful)
     queries, places = [], {}
     for file in locate(path, key):
         for line, record in _READERS[file.suffix.lower()](file):

@@ -71,7 +71,7 @@ def find_in_benchmarks(
         by_language = collections.Counter(language for language, _ in {(pair.language, pair.eval_id) for pair in pairs})
         closest = pairs[0]
         lines.append(
-            f"near-duplicates: training has, of the {len(evaluation)} queries of {name}, "
+            f"near-duplicates: of {len(evaluation)} queries of benchmark {name}, training has "
             + ", ".join(f"{count} in {language}" for language, count in sorted(by_language.items()))
             # An id is somebody's data: repr shows what could steer a terminal.
             + f"; closest: {closest.train_id!r} and {closest.eval_id!r} in {closest.language} "

@@ -21,6 +21,7 @@ from msd_jax.queries.records import Query
 NAME, VERSION = "parallel_queries", "1.0.0"
 SPLITS = {"train": 0.9, "test": 0.1}
 _REFERENCE = re.compile(r"(?P<name>[a-z]\w*)(/(?P<config>\w[\w.-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
+_URI = re.compile(r"tfds://(?P<reference>[^:?]+:[^/?]+)(/(?P<split>[^?]+))?(\?data_dir=(?P<data_dir>.+))?")
 _TEXTS = tfds.features.Sequence({"language": tfds.features.Text(), "text": tfds.features.Text()})
 
 
@@ -179,6 +180,15 @@ def read(
         for row in examples
     )
     return queries, dict(builder.info.metadata or {})
+
+
+def read_uri(uri: str, key: str) -> tuple[Query, ...]:
+    """The records of tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]; errors name the setting `key`."""
+    match = _URI.fullmatch(uri)
+    if not match:
+        raise ValueError(f"{key}={uri!r}: write tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]")
+    records, _ = read(match["reference"], match["split"] or "train", match["data_dir"] or "", key.removesuffix(".path"))
+    return records
 
 
 def split_of(id: str, splits: Mapping[str, float]) -> str:

@@ -49,6 +49,19 @@ def describe(data: "ml_collections.ConfigDict") -> str:
     return ", ".join(source["tfds"] or str(source["path"]) for source in settings(data).values())
 
 
+def as_path(data: "ml_collections.ConfigDict") -> str:
+    """The one source as files.read takes it. Raises ValueError where there are several."""
+    several = settings(data)
+    if len(several) > 1:
+        raise ValueError(f"config.data.sources has {', '.join(several)}: name the queries in config.eval.path instead")
+    source = next(iter(several.values()))
+    if not source["tfds"]:
+        return source["path"]
+    version = "" if ":" in source["tfds"] else ":1.0.0"
+    data_dir = f"?data_dir={source['data_dir']}" if source["data_dir"] else ""
+    return f"tfds://{source['tfds']}{version}/{source['split']}{data_dir}"
+
+
 def qualified(name: str, query: Query) -> Query:
     """The record of source `name` with an id that no other source has."""
     return dataclasses.replace(query, id=f"{name}/{query.id}") if name else query
