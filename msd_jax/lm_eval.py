@@ -10,8 +10,8 @@ point, so that `lm_eval run --model msd_jax` does the same there. In Python:
     from msd_jax.lm_eval import MsdJaxLM
     lm_eval.simple_evaluate(model=MsdJaxLM("HF_DIR"), tasks=[...])
 
-Numbers are those of the harness's `hf` model: its rules for special tokens, where a context ends, what is too long and
-what stops a generation are followed or called. All processes of a run (see distributed.py; here they find each other by
+Numbers are those of the harness's `hf` model with softmax_dtype=float64 (without, torch's softmax is off by 1e-5 a token
+over 49,152 tokens): its rules for special tokens, where a context ends and what is too long are followed or called. All processes of a run (see distributed.py; here they find each other by
 the environment) are one model, and process 0 alone has the results.
 """
 
