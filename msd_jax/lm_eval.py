@@ -10,9 +10,10 @@ point, so that `lm_eval run --model msd_jax` does the same there. In Python:
     from msd_jax.lm_eval import MsdJaxLM
     lm_eval.simple_evaluate(model=MsdJaxLM("HF_DIR"), tasks=[...])
 
-Numbers are those of the harness's `hf` model with softmax_dtype=float64 (without, torch's softmax is off by 1e-5 a token
-over 49,152 tokens): its rules for special tokens, where a context ends and what is too long are followed or called. All processes of a run (see distributed.py; here they find each other by
-the environment) are one model, and process 0 alone has the results.
+Numbers are those of the harness's `hf` model, whose rules for special tokens, where a context ends and what is too long
+are followed or called; its log-likelihoods want softmax_dtype=float64, for torch's softmax over 49,152 tokens is off by
+1e-5 a token. All processes of a run (here they find each other by the environment, see distributed.py) are one model,
+and process 0 alone has the results.
 """
 
 import collections
@@ -206,9 +207,7 @@ class MsdJaxLM(TemplateLM):
         rows = [np.array(ids[-room:], np.int32) for ids in rows]
         generator = self._generators.setdefault(
             sampling,
-            rollout.Generator(
-                self._model.graphdef, self._mesh, sampling, self._model.stop_ids, self._model.pad_id
-            ),
+            rollout.Generator(self._model.graphdef, self._mesh, sampling, self._model.stop_ids, self._model.pad_id),
         )
         # A draw depends on the prompt and on how often it was asked before, so that repeats differ.
         asked: collections.Counter[str] = collections.Counter()

@@ -61,7 +61,7 @@ def check(scores, model, params, pairs):
 
 def test_scores_are_those_of_the_plain_forward_pass(directory, rng):
     model, params = load(directory, mesh(1, 1, 1))
-    pairs = pairs_of(rng, 21)
+    pairs = pairs_of(rng, 12)
     scorer = likelihood.Scorer(model, mesh(1, 1, 1), batch_size=4, limit=64)
     check(scorer(params, pairs), model, params, pairs)
     lengths = {pipeline.bucket(n, 64) for n in range(1, 64)}

@@ -67,7 +67,7 @@ REAL = [
         "question": "Which gas do plants take in from the air?",
         "choices": ["oxygen", "carbon dioxide", "helium", "neon"],
         "answer": 1,
-        "text": "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.\nIt takes place in leaves.",
+        "text": "Photosynthesis turns light, water and carbon dioxide into sugar.\nIt takes place in leaves.",
     },
     {
         "question": "Mji mkuu wa Kenya ni upi?",
