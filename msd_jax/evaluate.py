@@ -21,7 +21,19 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from msd_jax import benchmarks, distributed, judges, language_id, metrics, pipeline, prompts, queries, rollout, sharding
+from msd_jax import (
+    benchmarks,
+    distributed,
+    judges,
+    language_id,
+    metrics,
+    multiple_choice,
+    pipeline,
+    prompts,
+    queries,
+    rollout,
+    sharding,
+)
 from msd_jax.console import progress, say
 from msd_jax.judges import Verdict
 from msd_jax.judges.translate import ModelTranslator, Translator
@@ -30,6 +42,7 @@ from msd_jax.summary import Summary, summarise
 
 # Temperature of each pass: greedy decoding hides what sampling shows of a model's utility.
 PASSES = {"greedy": 0.0, "t1": 1.0}
+CHOICES = "likelihood"  # the pass of multiple-choice questions, which generates nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +99,9 @@ class Evaluation:
             say(f"{name}: {count} prompts in {language} dropped, longer than config.prompts.{role}_limit")
         self._judge = judges.make(config.judge, mesh, self._translator)
         self._rows = sharding.batch_rows(mesh, config.eval.batch_size)
+        self._chooser = None
+        if any(prompt.benchmark.choices for prompt in self.prompts):
+            self._chooser = multiple_choice.Chooser(model, mesh, config.eval.batch_size, self.limit)
         self._generators = {
             name: rollout.Generator(
                 model.graphdef,
@@ -136,7 +152,7 @@ class Evaluation:
         weights = params()
         log = metrics.Log(directory / "responses.jsonl")
         self._weights, self._fingerprint = params, self._drawn_from(weights)
-        rows = [row for name in self._generators for row in self._respond(name, weights, log)]
+        rows = [row for name in (*self._generators, CHOICES) for row in self._respond(name, weights, log)]
         del weights  # a guard model may need the room
         rows = judged(rows, judges.cached(self._judge, directory / "judgements.jsonl"))
         self._keep_usage(directory)
@@ -170,22 +186,25 @@ class Evaluation:
             for row in (log.rows if log else [])
             if (row["pass"], row.get("settings")) == (name, self._fingerprint)
         }
-        order = sorted(self.prompts, key=lambda prompt: len(prompt.ids))
+        prompts = [prompt for prompt in self.prompts if prompt.benchmark.choices == (name == CHOICES)]
+        order = sorted(prompts, key=lambda prompt: len(prompt.ids))
         left = [prompt for prompt in order if prompt.key not in done]
+        if not order:
+            return []
         key = jax.random.key(self.config.seed)
         tokens, start = 0, time.perf_counter()
         with progress(f"evaluating ({name})", len(order), len(order) - len(left)) as advance:
             for first in range(0, len(left), self._rows):
                 batch = left[first : first + self._rows]
-                written = self._generate(name, params, batch, key)
-                tokens += int(written.length_B.sum())
-                rows = [row | {"settings": self._fingerprint} for row in self._table(name, batch, written)]
+                rows = self._choose(params, batch) if name == CHOICES else self._write(name, params, batch, key)
+                tokens += sum(row["tokens"] for row in rows)
+                rows = [row | {"settings": self._fingerprint} for row in rows]
                 if log:
                     log.append(rows)
                 done |= {prompt.key: row for prompt, row in zip(batch, rows)}
                 rate = tokens / (time.perf_counter() - start)
                 advance(len(order) - len(left) + first + len(batch), f"{rate:,.0f} tokens/s")
-        return [done[prompt.key] for prompt in self.prompts]
+        return [done[prompt.key] for prompt in prompts]
 
     def _drawn_from(self, params: decoder.Params) -> str:
         """Of all that responses depend on: the weights, how tokens are drawn, and the prompts."""
@@ -197,28 +216,45 @@ class Evaluation:
         ids, hashes = [p.ids for p in batch], [pipeline.query_hash(p.query.id, p.language) for p in batch]
         return self._generators[name].write(params, ids, self._rows, self.limit, hashes, key)
 
-    def _table(self, name: str, batch: list[Prompt], written: rollout.Rollout) -> list[dict[str, Any]]:
-        texts = [
-            self.model.tokenizer.decode(written.response_BxR[row, : written.length_B[row]], skip_special_tokens=True)
-            for row in range(len(batch))
-        ]
-        return [
-            {
-                "benchmark": prompt.benchmark.name,
-                "pass": name,
-                "id": prompt.query.id,
-                "language": prompt.language,
-                "harmful": prompt.query.harmful,
-                "category": prompt.query.category,
-                "prompt": prompt.query.texts[prompt.language],
+    def _write(self, name: str, params: decoder.Params, batch: list[Prompt], key: jax.Array) -> list[dict[str, Any]]:
+        """Generates; a row of responses.jsonl for each prompt."""
+        written = self._generate(name, params, batch, key)
+        rows = []
+        for index, prompt in enumerate(batch):
+            tokens = written.response_BxR[index, : written.length_B[index]]
+            text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+            known = {
                 "response": text,
-                "tokens": int(written.length_B[row]),
-                "stopped": bool(written.stopped_B[row]),
+                "tokens": len(tokens),
+                "stopped": bool(written.stopped_B[index]),
                 "exact_match": _exact_match(prompt, text),
                 "language_match": language_id.matches(text, prompt.language),
             }
-            for row, (prompt, text) in enumerate(zip(batch, texts))
+            rows.append(self._row(name, prompt) | known)
+        return rows
+
+    def _choose(self, params: decoder.Params, batch: list[Prompt]) -> list[dict[str, Any]]:
+        """Scores the choices; a row of responses.jsonl for each question."""
+        choices = self._chooser(params, [prompt.ids for prompt in batch])
+        unknown = {"tokens": 0, "stopped": None, "exact_match": None, "language_match": None}
+        return [
+            self._row(CHOICES, prompt)
+            | {"response": choice.letter, **unknown}
+            | {"correct": choice.letter == prompt.query.answers[prompt.language]}
+            | {"log_likelihoods": [round(value, 6) for value in choice.log_likelihoods]}
+            for prompt, choice in zip(batch, choices)
         ]
+
+    def _row(self, name: str, prompt: Prompt) -> dict[str, Any]:
+        return {
+            "benchmark": prompt.benchmark.name,
+            "pass": name,
+            "id": prompt.query.id,
+            "language": prompt.language,
+            "harmful": prompt.query.harmful,
+            "category": prompt.query.category,
+            "prompt": prompt.query.texts[prompt.language],
+        }
 
 
 @jax.jit

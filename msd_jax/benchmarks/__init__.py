@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from msd_jax import queries
-from msd_jax.benchmarks import safety, utility
+from msd_jax.benchmarks import mmmlu, safety, utility
 from msd_jax.queries import Query, hub
 
 if TYPE_CHECKING:
@@ -82,6 +82,14 @@ BENCHMARKS = {
             utility.read_mgsm,
             judged=False,
             correct=utility.same_number,
+        ),
+        Benchmark(
+            "mmmlu",
+            "MMLU's 14,042 questions of four choices, in fourteen languages (openai/MMMLU) and English (arXiv 2009.03300)",
+            "mmlu_*.csv of https://huggingface.co/datasets/openai/MMMLU",
+            mmmlu.read_mmmlu,
+            judged=False,
+            choices=True,
         ),
     )
 }
