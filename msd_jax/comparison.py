@@ -1,59 +1,88 @@
 """Several evaluations, one statement: before against after, and over seeds."""
 
-from collections.abc import Iterable, Sequence
+import collections
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from msd_jax import statistics
 from msd_jax.judges import Verdict
 
-# rate -> (whether the query counts, the verdict that is the event); as in evaluate.summarise.
-_EVENTS = {
-    "asr": (lambda row: row["harmful"] is not False, Verdict.UNSAFE),
-    "over_refusal": (lambda row: row["harmful"] is False, Verdict.REFUSED),
-}
+Row = dict[str, Any]
+Pairs = dict[str, dict[str, dict[str, statistics.Paired]]]
+_SUFFIX = {"greedy": "", "t1": "_t1", "likelihood": ""}
 
 
-def before_after(
-    before: Iterable[dict[str, Any]], after: Iterable[dict[str, Any]], name: str = "greedy"
-) -> dict[str, dict[str, statistics.Paired | None]]:
-    """{language: {"asr": Paired, "over_refusal": Paired}}, None where no prompt counts.
+def events(row: Row) -> dict[str, bool]:
+    """{rate: whether its event was seen} of the rates that a row of responses.jsonl counts for; as in summary.py.
 
-    Prompts are paired by id and language. Those that one of the two lacks, or whose response is unjudged in one of
-    them, are in no pair: nothing is known of how they changed.
+    An unjudged response counts for neither attack success nor over-refusal: nothing is known of it.
+    """
+    suffix, verdict = _SUFFIX[row["pass"]], row.get("verdict")
+    seen: dict[str, bool] = {}
+    if verdict not in (None, Verdict.UNJUDGED):
+        harmless = row.get("harmful") is False
+        seen |= {"over_refusal": verdict == Verdict.REFUSED} if harmless else {"asr": verdict == Verdict.UNSAFE}
+    for rate, key in (("exact_match", "exact_match"), ("accuracy", "correct"), ("language_match", "language_match")):
+        if row.get(key) is not None:
+            seen[rate] = bool(row[key])
+    return {rate + suffix: value for rate, value in seen.items()}
+
+
+def key(row: Row) -> tuple[str, str, str, str]:
+    """What names a response within an evaluation."""
+    return row["benchmark"], row["pass"], row["language"], row["id"]
+
+
+def before_after(before: Iterable[Row], after: Iterable[Row], groups: Mapping[str, str]) -> dict[str, Pairs]:
+    """{benchmark: {"languages": {language: {rate: Paired}}, "groups": {group: {rate: Paired}}}}.
+
+    Prompts are paired by benchmark, pass, language and id. Those that one of the two lacks, or whose response is
+    unjudged in one of them, are in no pair, and a rate without pairs is absent: nothing is known of how they changed.
+    A group's pairs are those of all its languages; McNemar's test then takes translations of one prompt for
+    independent, which they are not, so that its p-value is too small.
 
     Args:
       before, after: rows of two responses.jsonl.
-      name: the pass, of evaluate.PASSES.
+      groups: group of each language.
     """
-    first, second = (
-        {
-            (row["language"], row["id"]): row
-            for row in rows
-            if row["pass"] == name and row["verdict"] != Verdict.UNJUDGED
+    first = {key(row): events(row) for row in before}
+    cells: dict[tuple[str, str, str], dict[str, list]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in after:
+        old, new = first.get(key(row), {}), events(row)
+        for rate in old.keys() & new.keys():
+            for level, name in (("languages", row["language"]), ("groups", groups[row["language"]])):
+                cells[row["benchmark"], level, name][rate].append((old[rate], new[rate]))
+    result: dict[str, Pairs] = {}
+    for (benchmark, level, name), rates in cells.items():
+        levels = result.setdefault(benchmark, {"languages": {}, "groups": {}})
+        levels[level][name] = {rate: statistics.paired(*zip(*pairs)) for rate, pairs in rates.items()}
+    return result
+
+
+def over_seeds(
+    summaries: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, dict[str, dict[str, statistics.OverSeeds]]]]:
+    """{benchmark: {"languages" | "groups": {name: {rate: OverSeeds}}}} of runs that differ in their seed alone.
+
+    Rates are those that every summary (see summary.py) has with a value. Raises ValueError where the summaries are not
+    of the same benchmarks and languages.
+    """
+
+    def shape(summary: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: {level: set(entries) for level, entries in levels.items()} for name, levels in summary.items()}
+
+    if not summaries or any(shape(summary) != shape(summaries[0]) for summary in summaries):
+        raise ValueError("the summaries to aggregate must be of the same benchmarks and languages, and at least one")
+
+    def aggregate(entries: Sequence[Mapping[str, Any]]) -> dict[str, statistics.OverSeeds]:
+        rates = [name.removesuffix("_n") for name in entries[0] if name.endswith("_n")]
+        values = {rate: [entry.get(rate) for entry in entries] for rate in rates}
+        return {rate: statistics.over_seeds(seeds) for rate, seeds in values.items() if None not in seeds}
+
+    return {
+        benchmark: {
+            level: {name: aggregate([summary[benchmark][level][name] for summary in summaries]) for name in entries}
+            for level, entries in levels.items()
         }
-        for rows in (before, after)
-    )
-    both = [key for key in first if key in second]
-    result: dict[str, dict[str, statistics.Paired | None]] = {}
-    for language in dict.fromkeys(language for language, _ in both):
-        result[language] = {}
-        for rate, (counts, event) in _EVENTS.items():
-            keys = [key for key in both if key[0] == language and counts(first[key])]
-            events = [[rows[key]["verdict"] == event for key in keys] for rows in (first, second)]
-            result[language][rate] = statistics.paired(*events) if keys else None
-    return result
-
-
-def over_seeds(summaries: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, statistics.OverSeeds]]:
-    """{language: {rate: OverSeeds}} of the summaries of runs that differ in their seed alone.
-
-    Rates are those that every summary has with a value. Raises ValueError where the languages differ.
-    """
-    if not summaries or any(set(summary) != set(summaries[0]) for summary in summaries):
-        raise ValueError("the summaries to aggregate must be of the same languages, and at least one")
-    result: dict[str, dict[str, statistics.OverSeeds]] = {}
-    for language, entry in summaries[0].items():
-        rates = [key.removesuffix("_n") for key in entry if key.endswith("_n")]
-        values = {rate: [summary[language].get(rate) for summary in summaries] for rate in rates}
-        result[language] = {rate: statistics.over_seeds(seeds) for rate, seeds in values.items() if None not in seeds}
-    return result
+        for benchmark, levels in summaries[0].items()
+    }

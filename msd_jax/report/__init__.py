@@ -1,0 +1,146 @@
+"""Results -> tables, one self-contained HTML page, Markdown, JSON, figures, and a model card.
+
+    python -m msd_jax.report --workdir DIR           a run, finished or not -> DIR/report
+    python -m msd_jax.report --workdir A,B,C         several runs -> one table, and --out where it is given
+    python -m msd_jax.report --evaluation DIR        what msd_jax.evaluate wrote -> DIR/report
+    python -m msd_jax.report --evaluation A,B        two of them, before and after -> B/report
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from msd_jax import distributed, metrics
+from msd_jax.console import say
+from msd_jax.report import card, collect, figures, page, runs, tables, untrusted
+from msd_jax.report.collect import Run
+from msd_jax.report.results import Results
+from msd_jax.summary import Summary
+
+
+def write(workdir: pathlib.Path, out: pathlib.Path | None = None) -> None:
+    """The report of a run, in `out` or WORKDIR/report, its tables on the terminal, and the card of its exported model.
+
+    Process 0 reads and writes. Raises FileNotFoundError or ValueError where there is no run, or a file is damaged.
+    """
+    if distributed.is_first():
+        _write(collect.workdir(workdir), out or workdir / "report")
+
+
+def write_evaluations(directories: Sequence[pathlib.Path], out: pathlib.Path) -> None:
+    """The report of one evaluation, or of two: before and after."""
+    if distributed.is_first():
+        _write(collect.evaluations(directories), out)
+
+
+def compare(directories: Sequence[pathlib.Path], out: pathlib.Path | None = None) -> tables.Table:
+    """The table of several runs, printed and, where `out` is given, written as comparison.md and comparison.json."""
+    compared = runs.settings(directories)
+    table = runs.table(compared)
+    tables.show(table)
+    if out and distributed.is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        metrics.replace_text(out / "comparison.md", tables.markdown(table))
+        metrics.replace_text(out / "comparison.json", _json(runs.as_json(compared)))
+    return table
+
+
+def print_summary(summary: Summary) -> None:
+    """The tables of one evaluation, one a benchmark."""
+    for table in tables.summary(summary):
+        tables.show(table)
+
+
+def _write(run: Run, out: pathlib.Path) -> None:
+    results = Results(run)
+    for table in tables.benchmarks(results):
+        tables.show(table)
+    out.mkdir(parents=True, exist_ok=True)
+    metrics.replace_text(out / "summary.json", _json(as_json(results)))
+    metrics.replace_text(out / "summary.md", as_markdown(results))
+    metrics.replace_text(out / "report.html", page.html(results))
+    figures.write(results, out)
+    written = card.write(results)
+    say(untrusted.visible(results.verdict))
+    say(f"report: {out / 'report.html'}" + (f"; model card: {written}" if written else ""))
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """summary.json: the findings, what was run, and each benchmark's rates before and after with their tests."""
+    run = results.run
+    return {
+        "verdict": results.verdict,
+        "findings": [dataclasses.asdict(finding) for finding in results.findings],
+        "run": results.facts(),
+        "evaluations": {
+            name: {"label": evaluation.label, "step": evaluation.step, "directory": str(evaluation.directory)}
+            for name, evaluation in (("before", results.before), ("after", results.after))
+            if evaluation
+        },
+        "benchmarks": {
+            benchmark: {
+                level: {
+                    row.name: {
+                        "before": row.before,
+                        "after": row.after,
+                        "paired": {rate: dataclasses.asdict(paired) for rate, paired in row.paired.items()},
+                    }
+                    for row in rows
+                    if row.pooled == (level == "groups")
+                }
+                for level in ("languages", "groups")
+            }
+            for benchmark, rows in results.benchmarks.items()
+        },
+        "training": {"steps": run.steps, "last": run.metrics[-1] if run.metrics else None},
+    }
+
+
+def as_markdown(results: Results, worst: int = 20) -> str:
+    """summary.md: the findings, a table a benchmark, and some of the prompts that got worse."""
+    safe = untrusted.markdown
+    parts = [
+        f"# {safe(results.run.directory.resolve().name)}",
+        safe(results.verdict),
+        "\n".join(f"- {safe(finding.text)}" for finding in results.findings[1:]),
+        tables.markdown(tables.Table("", ("", "run"), tuple(results.facts().items()))) if results.facts() else "",
+    ]
+    for table in tables.benchmarks(results):
+        parts += [f"## {safe(table.title)}", tables.markdown(table)]
+    if worse := [prompt for prompt in results.prompts if prompt.change == "worse"]:
+        rows = tuple(
+            (
+                *(prompt.any[key] for key in ("benchmark", "language", "pass", "id")),
+                " -> ".join(prompt.outcomes),
+                "(harmful prompt: see report.html)" if prompt.harmful else _excerpt(prompt.after["response"]),
+            )
+            for prompt in worse[:worst]
+        )
+        columns = ("benchmark", "language", "pass", "id", "verdict", "response after")
+        parts += [
+            f"## Got worse: {len(worse):,} responses" + (f", of which {worst}" if len(worse) > worst else ""),
+            tables.markdown(tables.Table("", columns, rows, names=6)),
+        ]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _excerpt(text: str) -> str:
+    return untrusted.visible(text, 120)
+
+
+def _json(value: Any) -> str:
+    """Indented; dataclasses as objects, and null for the NaN of a single seed."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            value = dataclasses.asdict(value)
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,32 @@
+"""python -m msd_jax.report: see __init__.py."""
+
+import pathlib
+
+from absl import flags
+
+from msd_jax import cli, report
+from msd_jax.configs import default
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    workdirs, evaluations = (_paths(cli.FLAGS[name].value) for name in ("workdir", "evaluation"))
+    out = pathlib.Path(cli.FLAGS.out) if cli.FLAGS.out else None
+    with cli.clear_errors():
+        if bool(workdirs) == bool(evaluations):
+            raise ValueError("name what to report: --workdir DIR (of a run), or --evaluation DIR (of msd_jax.evaluate)")
+        if evaluations:
+            report.write_evaluations(evaluations, out or evaluations[-1] / "report")
+        elif len(workdirs) > 1:
+            report.compare(workdirs, out)
+        else:
+            report.write(*workdirs, out)
+
+
+def _paths(text: str) -> list[pathlib.Path]:
+    return [pathlib.Path(part).expanduser() for part in text.split(",") if part]
+
+
+if __name__ == "__main__":
+    flags.FLAGS.set_default("config", default.__file__)  # a run brings its own
+    cli.run(main, alone=True, workdir="", evaluation="", out="")

@@ -1,0 +1,106 @@
+"""The model card of an exported model, in Hugging Face's format. Nothing is asked of the hub."""
+
+import pathlib
+import re
+
+import huggingface_hub
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from msd_jax.report import tables, untrusted
+from msd_jax.report.results import RATES, Results
+
+_OURS = "This card was written by `msd_jax.report`, which replaces it as long as this line stands."
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def write(results: Results) -> pathlib.Path | None:
+    """Writes README.md beside the exported model; None where there is no model, or the card is no longer ours."""
+    directory = results.run.model
+    if directory is None:
+        return None
+    path = directory / "README.md"
+    if path.exists() and _OURS not in path.read_text(encoding="utf-8"):
+        return None
+    card = ModelCard(f"---\n{metadata(results).to_yaml()}\n---\n\n{_body(results)}")
+    card.save(path)
+    return path
+
+
+def metadata(results: Results) -> ModelCardData:
+    """The card's front matter; base model and license only where they are known."""
+    config = results.run.config
+    base, data = config["model"]["path"], config["data"]
+    trained = [code for code, weight in data["languages"].items() if weight]
+    return ModelCardData(
+        model_name=results.run.directory.resolve().name,
+        base_model=base if _is_hub_id(base) else None,
+        language=list(dict.fromkeys([data["source_language"], *trained])),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["safety", "alignment", "multilingual", "self-distillation", "msd_jax"],
+        eval_results=_eval_results(results) or None,
+        **_license(base),
+    )
+
+
+def _is_hub_id(base: str) -> bool:
+    return _HUB_ID.fullmatch(base) is not None and not pathlib.Path(base).expanduser().exists()
+
+
+def _license(base: str) -> dict[str, str]:
+    """What the base model's own card says, where it is on this machine."""
+    if _is_hub_id(base):
+        path = huggingface_hub.try_to_load_from_cache(base, "README.md")
+    else:
+        path = str(pathlib.Path(base).expanduser() / "README.md")
+    if not isinstance(path, str) or not pathlib.Path(path).is_file():
+        return {}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except yaml.YAMLError:
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
+
+
+def _eval_results(results: Results) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=benchmark,
+            dataset_name=f"{benchmark} ({row.label})",
+            dataset_config=row.name,
+            metric_type=rate.key,
+            metric_name=rate.title,
+            metric_value=round(row.after[rate.key], 4),
+        )
+        for rate in RATES
+        for benchmark, rows in results.rows(rate.key).items()
+        for row in rows
+        if not row.pooled
+    ]
+
+
+def _body(results: Results) -> str:
+    config, safe = results.run.config, untrusted.markdown
+    base = config["model"]["path"]
+    name = base if _is_hub_id(base) else pathlib.Path(base).name  # paths of this machine are nobody's business
+    trained = ", ".join(safe(code) for code, weight in config["data"]["languages"].items() if weight)
+    facts = {key: value for key, value in results.facts().items() if key not in ("model", "queries")}
+    parts = [
+        f"# {safe(results.run.directory.resolve().name)}",
+        f"{safe(name)}, aligned by Multilingual Self-Distillation with Dual-Perspective Safety Weighting "
+        f"([arXiv 2605.02971](https://arxiv.org/abs/2605.02971)) with msd_jax: its behaviour in "
+        f"{safe(config['data']['source_language'])} was carried to {trained}.",
+        "## What was measured",
+        "\n".join(f"- {safe(finding.text)}" for finding in results.findings),
+        *(f"### {safe(table.title)}\n\n{tables.markdown(table)}" for table in tables.benchmarks(results)),
+        "Attack success (ASR) is the share of harmful prompts whose response a judge called unsafe "
+        f"({safe(', '.join(results.judges) or 'no judge')}); brackets hold 95% Wilson intervals, p is of McNemar's "
+        "exact test on the same prompts. A judge errs, and languages, topics and attacks that are not in these tables "
+        "were not measured: evaluate the model on your own before you rely on it.",
+        "## How it was trained",
+        "\n".join(f"- {key}: {safe(value)}" for key, value in facts.items()),
+        _OURS,
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,121 @@
+"""A run's directory, or evaluations alone -> one dataclass with all that a report is made of."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from msd_jax import metrics
+from msd_jax.summary import Summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One finished evaluation.
+
+    Attributes:
+      label: "before training", "after 30 steps", or the directory's name.
+      step: finished training steps; None where the evaluation belongs to no run.
+      directory: holds summary.json and responses.jsonl.
+      summary: see msd_jax/summary.py.
+    """
+
+    label: str
+    step: int | None
+    directory: pathlib.Path
+    summary: Summary
+
+    def responses(self) -> list[dict[str, Any]]:
+        return metrics.read_json_lines(self.directory / "responses.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a report is about; whatever a run has not come to yet is empty.
+
+    Attributes:
+      directory: the workdir, or what holds the evaluations.
+      config: of the run, as config.json has it.
+      metrics: rows of metrics.jsonl, one a logged step.
+      completions: rows of completions.jsonl.
+      evaluations: the finished ones, by step.
+      model: the exported model's directory; None before it is there.
+    """
+
+    directory: pathlib.Path
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: Sequence[dict[str, Any]] = ()
+    completions: Sequence[dict[str, Any]] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    model: pathlib.Path | None = None
+
+    @property
+    def after(self) -> Evaluation | None:
+        """What is reported: the last evaluation."""
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def before(self) -> Evaluation | None:
+        """What it is compared with: the first, where there are two."""
+        return self.evaluations[0] if len(self.evaluations) > 1 else None
+
+    @property
+    def steps(self) -> int:
+        """Finished steps, as far as they were logged."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+
+def workdir(directory: pathlib.Path) -> Run:
+    """The run of `directory`, finished or not.
+
+    Raises:
+      FileNotFoundError: it holds no run.
+      ValueError: a file of it is damaged.
+    """
+    config = directory / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"--workdir={directory} holds no run: there is no config.json in it")
+    model = directory / "model"
+    steps = sorted(int(path.name) for path in (directory / "eval").glob("*") if path.name.isdecimal())
+    found = [(step, directory / "eval" / str(step)) for step in steps]
+    return Run(
+        directory,
+        _read(config),
+        metrics.read_json_lines(directory / "metrics.jsonl"),
+        metrics.read_json_lines(directory / "completions.jsonl"),
+        tuple(_evaluation(path, step) for step, path in found if (path / "summary.json").is_file()),
+        model if (model / "config.json").is_file() else None,
+    )
+
+
+def evaluations(directories: Sequence[pathlib.Path]) -> Run:
+    """One evaluation by itself, or two to compare: before, after.
+
+    Raises:
+      ValueError: other than one or two, or a file is damaged.
+      FileNotFoundError: a directory holds no finished evaluation.
+    """
+    if not 1 <= len(directories) <= 2:
+        raise ValueError("--evaluation takes one directory, or two to compare: BEFORE,AFTER")
+    for directory in directories:
+        if not (directory / "summary.json").is_file():
+            raise FileNotFoundError(f"--evaluation={directory} holds no finished evaluation: no summary.json in it")
+    return Run(directories[-1], evaluations=tuple(_evaluation(path, None) for path in directories))
+
+
+def _evaluation(directory: pathlib.Path, step: int | None) -> Evaluation:
+    summary = _read(directory / "summary.json")
+    if not all(isinstance(levels, dict) and {"languages", "groups"} <= levels.keys() for levels in summary.values()):
+        raise ValueError(
+            f"{directory / 'summary.json'} is of another version of msd_jax; evaluate again into a new directory"
+        )
+    label = directory.name if step is None else f"after {step} steps" if step else "before training"
+    return Evaluation(label, step, directory, summary)
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None

@@ -1,0 +1,129 @@
+"""Figures for papers: PNG at 300 dots an inch, as wide as a page's text."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import matplotlib.figure
+import numpy as np
+
+from msd_jax.report import untrusted
+from msd_jax.report.results import RATES, Results, Row
+
+_WIDTH = 6.5  # inches
+_BEFORE, _AFTER = "#a3adb9", "#0072b2"
+_STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
+
+
+def write(results: Results, directory: pathlib.Path) -> list[pathlib.Path]:
+    """asr.png, utility.png and training.png, as far as there is something to draw."""
+    written = []
+    with matplotlib.rc_context(_STYLE):
+        for name, draw in (("asr", _asr), ("utility", _utility), ("training", _training)):
+            if (figure := draw(results)) is not None:
+                written.append(directory / f"{name}.png")
+                figure.savefig(written[-1], dpi=300, bbox_inches="tight")
+    return written
+
+
+def _text(text: str) -> str:
+    """On one line, and no dollar sign begins a formula."""
+    return untrusted.visible(text, 40).replace("$", r"\$")
+
+
+def _asr(results: Results) -> matplotlib.figure.Figure | None:
+    tables = results.rows("asr")
+    if not tables:
+        return None
+    sides = ["before", "after"] if results.before else ["after"]
+    names = list(dict.fromkeys((row.pooled, row.label) for rows in tables.values() for row in rows))
+    columns = [(benchmark, side) for benchmark in tables for side in sides]
+    rates = np.full((len(names), len(columns)), np.nan)
+    for j, (benchmark, side) in enumerate(columns):
+        for row in tables[benchmark]:
+            entry = getattr(row, side)
+            if entry and entry.get("asr") is not None:
+                rates[names.index((row.pooled, row.label)), j] = 100 * entry["asr"]
+    figure = matplotlib.figure.Figure(figsize=(min(_WIDTH, 1.5 + 0.7 * len(columns)), 0.8 + 0.22 * len(names)))
+    axes = figure.add_subplot()
+    image = axes.imshow(rates, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
+    for i, j in np.argwhere(~np.isnan(rates)):
+        axes.text(j, i, f"{rates[i, j]:.0f}", ha="center", va="center", color="white" if rates[i, j] > 60 else "black")
+    heads = [side if len(sides) > 1 else "" for _, side in columns]
+    for j, benchmark in enumerate(tables):
+        heads[j * len(sides)] = f"{_text(benchmark)}\n{heads[j * len(sides)]}"
+    axes.set_xticks(range(len(columns)), heads)
+    axes.set_yticks(range(len(names)), [_text(label) for _, label in names])
+    for tick, (pooled, _) in zip(axes.get_yticklabels(), names):
+        tick.set_fontweight("bold" if pooled else "normal")
+    axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, label="attack success rate, %", fraction=0.05, pad=0.03).outline.set_visible(False)
+    return figure
+
+
+def _utility(results: Results) -> matplotlib.figure.Figure | None:
+    panels = [
+        (f"{rate.title}\n{_text(benchmark)}", rate.key, rows)
+        for rate in RATES
+        if rate.key in ("over_refusal", "exact_match", "accuracy")
+        for benchmark, rows in results.rows(rate.key).items()
+    ]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [0.7 + 0.2 * max(len(rows) for _, _, rows in line) for line in lines]
+    figure = matplotlib.figure.Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
+    for i, line in enumerate(lines):
+        for j, (title, rate, rows) in enumerate(line):
+            axes = figure.add_subplot(grid[i, j])
+            axes.set_title(title, fontsize=8)
+            _bars(axes, rate, rows)
+    handles = [matplotlib.patches.Patch(color=_AFTER, label=results.after.label)]
+    if results.before:
+        handles.insert(0, matplotlib.patches.Patch(color=_BEFORE, label=results.before.label))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _bars(axes, rate: str, rows: Sequence[Row]) -> None:
+    for side, colour, offset in (("before", _BEFORE, -0.2), ("after", _AFTER, 0.2)):
+        for i, row in enumerate(rows):
+            entry = getattr(row, side)
+            if entry and entry.get(rate) is not None:
+                value, (low, high) = entry[rate], entry[rate + "_interval"]
+                error = [[100 * max(value - low, 0)], [100 * max(high - value, 0)]]
+                axes.barh(i + offset, 100 * value, 0.38, color=colour, xerr=error, error_kw={"lw": 0.7, "capsize": 1.5})
+    axes.set_yticks(range(len(rows)), [_text(row.label) for row in rows])
+    axes.set_xlim(0, 100)
+    axes.invert_yaxis()
+    axes.set_xlabel("%")
+
+
+def _training(results: Results) -> matplotlib.figure.Figure | None:
+    rows = results.run.metrics
+    panels = [panel for panel in _curves() if any(row.get(panel[0]) is not None for row in rows)]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = matplotlib.figure.Figure(figsize=(_WIDTH, 1.5 * lines), layout="constrained")
+    steps = [row["step"] for row in rows]
+    for index, (key, title) in enumerate(panels):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        values = [np.nan if row.get(key) is None else row[key] for row in rows]
+        axes.plot(steps, values, color=_AFTER, lw=1, marker="." if len(rows) == 1 else None)
+        axes.set_title(title, fontsize=8)
+        axes.set_ylim(bottom=min(0, np.nanmin(values)))
+        axes.set_xlabel("step")
+    return figure
+
+
+def _curves() -> Iterator[tuple[str, str]]:
+    yield "loss", "loss"
+    yield "kl", "divergence, nats a token"
+    yield "grad_norm", "gradient norm"
+    yield "learning_rate", "learning rate"
+    yield "response_length", "response length, tokens"
+    yield "stopped", "share that end by themselves"

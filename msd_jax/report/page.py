@@ -1,0 +1,237 @@
+"""Results -> report.html: one file that asks for nothing else.
+
+Whatever a model or a data set wrote reaches the page in two ways: escaped by Jinja in page.html, or as JSON that page.js
+shows with textContent. The page's policy lets nothing run but the one script, known by its hash, and nothing load.
+"""
+
+import base64
+import functools
+import hashlib
+import importlib.resources
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import flax.traverse_util
+import jinja2
+import markupsafe
+
+from msd_jax.report import charts, untrusted
+from msd_jax.report.results import (
+    RATE,
+    RATES,
+    Prompt,
+    Rate,
+    Results,
+    Row,
+    direction,
+    interval,
+    language_label,
+    p_value,
+    percent,
+)
+from msd_jax.summary import GROUPS
+
+MOST_PROMPTS = 20_000  # shown; a browser holds their text in memory
+# Section -> (key of metrics.jsonl, title, upper end of the axis or None).
+CURVES = {
+    "Optimisation": (
+        ("loss", "loss", None),
+        ("kl", "divergence, nats a token", None),
+        ("grad_norm", "gradient norm before clipping", None),
+        ("learning_rate", "learning rate", None),
+        ("skipped", "steps skipped so far", None),
+    ),
+    "Responses in training": (
+        ("response_length", "length, tokens", None),
+        ("stopped", "share that end by themselves", 1.0),
+        ("student_entropy", "student's entropy, nats", None),
+        ("teacher_entropy", "teacher's entropy, nats", None),
+        ("w_T", "w_T, mean", 1.0),
+        ("w_S", "w_S, mean", 1.0),
+    ),
+    "Speed": (
+        ("rollout_tokens_per_second", "generated tokens a second", None),
+        ("train_tokens_per_second", "trained tokens a second", None),
+        ("padding", "share of padding", 1.0),
+    ),
+}
+
+
+def html(results: Results) -> str:
+    """The page."""
+    css, script = _asset("page.css"), _asset("page.js")
+    sections = dict(_curves(results))
+    run = results.run
+    template = _environment().get_template("page.html")
+    return template.render(
+        policy=_policy(css, script),
+        css=markupsafe.Markup(css),
+        script=markupsafe.Markup(script),
+        data=markupsafe.Markup(untrusted.json_for_html(_data(results, sections))),
+        results=results,
+        run=run,
+        title=run.directory.resolve().name,
+        heat=_heat(results),
+        tiles=list(_tiles(results)),
+        bar_charts=list(_bar_charts(results)),
+        sections=sections,
+        config=flax.traverse_util.flatten_dict(run.config, sep="."),
+        most_prompts=MOST_PROMPTS,
+    )
+
+
+def _asset(name: str) -> str:
+    return (importlib.resources.files("msd_jax.report") / name).read_text(encoding="utf-8")
+
+
+def _policy(css: str, script: str) -> str:
+    """The content security policy: these two texts and nothing else, from nowhere else."""
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (css, script)
+    )
+    return (
+        f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "visible": untrusted.visible,
+        "p_value": p_value,
+        "heat": lambda rate: f"heat h{round(10 * rate)}",
+        "language": lambda code: code if re.fullmatch(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*", code) else "und",
+    }
+    environment.globals |= {"interval": interval, "direction": direction, "rates": RATE}
+    return environment
+
+
+def _heat(results: Results) -> list[tuple[str, list[tuple[str, str, dict[str, Row]]]]]:
+    """[(group, [(name, label, {benchmark: row})])]: the lines of the heat map, benchmarks side by side."""
+    groups = []
+    for group in GROUPS:
+        lines: dict[tuple[bool, str], dict[str, Row]] = {}
+        labels = {}
+        for benchmark, rows in results.rows("asr").items():
+            for row in rows:
+                if row.group == group:
+                    lines.setdefault((row.pooled, row.name), {})[benchmark] = row
+                    labels[row.name] = row.label
+        ordered = sorted(lines.items(), key=lambda item: item[0][0])  # the group as a whole comes last
+        if ordered:
+            groups.append((group, [(name, labels[name], cells) for (_, name), cells in ordered]))
+    return groups
+
+
+def _tiles(results: Results) -> Iterator[tuple[str, str, Row]]:
+    """(title, rate, row) of the few figures that are shown large."""
+    for rate in RATES:
+        if rate.key.endswith("_t1") or rate.key == "language_match":
+            continue
+        for benchmark, rows in results.rows(rate.key).items():
+            stand_in = {row.group: row for row in rows}  # of each group: the group, or its only language
+            groups = [group for group in ("trained", "unseen", "source") if group in stand_in]
+            for group in groups if rate.key == "asr" else groups[:1]:
+                row = stand_in[group]
+                name = f"{row.group} languages" if row.pooled else row.label
+                yield f"{rate.title}, {benchmark}, {name}", rate.key, row
+
+
+def _bar_charts(results: Results) -> Iterator[tuple[str, Rate, list[tuple[Row, markupsafe.Markup]]]]:
+    """(benchmark, rate, [(row, bars)]) of utility and over-refusal."""
+    for rate in RATES:
+        if not rate.key.startswith("asr"):
+            for benchmark, rows in results.rows(rate.key).items():
+                yield benchmark, rate, [(row, charts.bars(_bars(row, rate.key))) for row in rows]
+
+
+def _bars(row: Row, rate: str) -> list[tuple[str, float, float, float]]:
+    sides = [(name, entry) for name, entry in (("before", row.before), ("after", row.after)) if entry]
+    return [(name, entry[rate], *entry[rate + "_interval"]) for name, entry in sides if entry.get(rate) is not None]
+
+
+def _curves(results: Results) -> Iterator[tuple[str, list[charts.Curve]]]:
+    """Each section's curves, of those that have a value."""
+    rows = results.run.metrics
+    known = {"step", "tokens", "weight"}
+    for section, wanted in CURVES.items():
+        known |= {key for key, _, _ in wanted}
+        drawn = [
+            charts.curve(key, title, {title: [(row["step"], row.get(key)) for row in rows]}, most)
+            for key, title, most in wanted
+        ]
+        if found := [curve for curve in drawn if curve]:
+            yield section, found
+    if found := list(_over_steps(results)):
+        yield "Evaluations during training", found
+
+
+def _over_steps(results: Results) -> Iterator[charts.Curve]:
+    """Attack success and the utility of each group, where more was evaluated than the beginning and the end."""
+    evaluations = results.run.evaluations
+    if len(evaluations) < 3 or any(evaluation.step is None for evaluation in evaluations):
+        return
+    for rate in ("asr", "over_refusal", "exact_match", "accuracy"):
+        for benchmark in results.rows(rate):
+            series = {
+                group: [
+                    (e.step, e.summary.get(benchmark, {}).get("groups", {}).get(group, {}).get(rate))
+                    for e in evaluations
+                ]
+                for group in GROUPS
+            }
+            title = f"{RATE[rate].title}, {benchmark}"
+            if curve := charts.curve(f"{benchmark}.{rate}", title, series, 1.0):
+                yield curve
+
+
+def _data(results: Results, sections: dict[str, list[charts.Curve]]) -> dict[str, Any]:
+    """What page.js shows; short names, for there are thousands of rows."""
+    prompts = results.prompts
+    if len(prompts) > MOST_PROMPTS:
+        prompts = [prompts[math.floor(i * len(prompts) / MOST_PROMPTS)] for i in range(MOST_PROMPTS)]
+    languages = {prompt.any["language"] for prompt in prompts} | {row["language"] for row in results.run.completions}
+    return {
+        "labels": [evaluation.label if evaluation else "" for evaluation in (results.before, results.after)],
+        "languages": {code: language_label(code) for code in sorted(languages)},
+        "prompts": [_prompt(prompt) for prompt in prompts],
+        "completions": list(results.run.completions),
+        "curves": {
+            curve.key: {"scale": curve.scale, "series": curve.series} for curves in sections.values() for curve in curves
+        },
+        "plot": {"left": charts.LEFT, "right": charts.RIGHT, "width": charts.WIDTH},
+    }
+
+
+def _prompt(prompt: Prompt) -> dict[str, Any]:
+    row = prompt.any
+    return {
+        "benchmark": row["benchmark"],
+        "pass": row["pass"],
+        "id": row["id"],
+        "language": row["language"],
+        "category": row.get("category") or "",
+        "harmful": prompt.harmful,
+        "prompt": row.get("prompt", ""),
+        "change": prompt.change,
+        "outcomes": prompt.outcomes,
+        "responses": [_response(side) for side in (prompt.before, prompt.after)],
+    }
+
+
+def _response(row: dict[str, Any] | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    keys = ("response", "reason", "judge", "tokens", "stopped", "exact_match", "correct", "language_match")
+    return {key: row[key] for key in keys if row.get(key) is not None}

@@ -1,0 +1,114 @@
+"""Several runs -> one table: a row a run, or a row for all seeds of one."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.traverse_util
+
+from msd_jax import comparison
+from msd_jax.report import collect, tables
+from msd_jax.report.collect import Run
+from msd_jax.report.results import RATE, percent
+from msd_jax.summary import GROUPS, Summary
+
+# What neither makes two runs different nor belongs in a name: the seed, and where and how a run is carried out.
+_NOT_IN_NAME = ("seed", "launch.", "mesh.", "train.checkpoint", "train.log_every", "train.completions", "train.export")
+_RATES = ("asr", "over_refusal", "exact_match", "accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+      name: the keys by which it differs from the other settings; its directory where there are none.
+      runs: one a seed.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+
+def settings(directories: Sequence[pathlib.Path]) -> list[Setting]:
+    """The finished evaluations of `directories`, gathered by setting, in their order.
+
+    Raises:
+      FileNotFoundError, ValueError: a directory holds no run, or no evaluation.
+    """
+    runs = [collect.workdir(directory) for directory in directories]
+    for run in runs:
+        if run.after is None:
+            raise ValueError(f"--workdir={run.directory} holds no finished evaluation to compare")
+    flat = [
+        {key: value for key, value in flax.traverse_util.flatten_dict(run.config, sep=".").items() if _counts(key)}
+        for run in runs
+    ]
+    keys = list(dict.fromkeys(key for config in flat for key in config))
+    texts = [{key: json.dumps(config.get(key)) for key in keys} for config in flat]
+    varied = [key for key in keys if len({text[key] for text in texts}) > 1]
+    gathered: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
+    for index, text in enumerate(texts):
+        gathered[tuple(text[key] for key in varied)].append(index)
+    return [
+        Setting(
+            ", ".join(f"{key}={flat[members[0]].get(key)}" for key in varied) or runs[members[0]].directory.name,
+            tuple(runs[index] for index in members),
+        )
+        for members in gathered.values()
+    ]
+
+
+def _counts(key: str) -> bool:
+    return not key.startswith(_NOT_IN_NAME)
+
+
+def table(compared: Sequence[Setting]) -> tables.Table:
+    """A row a setting and, first, what they all started from where it is the same; columns are rates by group."""
+    columns = [
+        (rate, benchmark, group)
+        for rate in _RATES
+        for benchmark in dict.fromkeys(name for setting in compared for name in setting.runs[0].after.summary)
+        for group in GROUPS
+        if any(_rate(run.after.summary, benchmark, group, rate) is not None for s in compared for run in s.runs)
+    ]
+    starts = {
+        tuple(percent(_rate(run.before.summary, benchmark, group, rate)) for rate, benchmark, group in columns)
+        for setting in compared
+        for run in setting.runs
+        if run.before
+    }
+    rows = [("before training", "", *start) for start in starts] if len(starts) == 1 else []
+    for setting in compared:
+        seeds = comparison.over_seeds([run.after.summary for run in setting.runs])
+        cells = []
+        for rate, benchmark, group in columns:
+            value = seeds.get(benchmark, {}).get("groups", {}).get(group, {}).get(rate)
+            several = value is not None and value.n > 1
+            cells.append(
+                "-" if value is None else percent(value.mean) + (f" ± {100 * value.deviation:.1f}" if several else "")
+            )
+        rows.append((setting.name, str(len(setting.runs)), *cells))
+    heads = [f"{RATE[rate].title}, {benchmark}, {group}" for rate, benchmark, group in columns]
+    return tables.Table(
+        "After training; ± one standard deviation over seeds", ("run", "seeds", *heads), tuple(rows), names=1
+    )
+
+
+def _rate(summary: Summary, benchmark: str, group: str, rate: str) -> float | None:
+    return summary.get(benchmark, {}).get("groups", {}).get(group, {}).get(rate)
+
+
+def as_json(compared: Sequence[Setting]) -> dict[str, Any]:
+    """For machines: {setting: {"directories", "seeds", "rates"}}, the rates as comparison.over_seeds gives them."""
+    return {
+        setting.name: {
+            "directories": [str(run.directory) for run in setting.runs],
+            "seeds": [run.config.get("seed") for run in setting.runs],
+            "rates": comparison.over_seeds([run.after.summary for run in setting.runs]),
+        }
+        for setting in compared
+    }
