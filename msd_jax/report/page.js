@@ -4,7 +4,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 20; // prompts shown at a time
-const LONG = 4000; // characters shown before "Show all"
+const LONG = 2000; // characters shown before "Show all"
 const byId = (id) => document.getElementById(id);
 const format = new Intl.NumberFormat("en");
 
@@ -69,6 +69,8 @@ function words(string, language) {
   }, `Show all ${format.format(string.length)} characters`);
   return element("div", {}, block, more);
 }
+
+const clip = (string, most) => (string.length > most ? `${string.slice(0, most)}…` : string);
 
 const languageName = (code) => data.languages[code] || code;
 
@@ -183,11 +185,11 @@ function haystack(prompt) {
 }
 
 function card(prompt) {
-  const meta = [prompt.benchmark, PASS[prompt.pass] || prompt.pass, prompt.id, prompt.category].filter(Boolean);
+  const meta = [prompt.benchmark, PASS[prompt.pass] || prompt.pass, clip(prompt.id, 80), clip(prompt.category, 80)];
   const chips = paired ? [chip(prompt.outcomes[0]), " → ", chip(prompt.outcomes[1])] : [chip(prompt.outcomes[1])];
   const head = [
     element("span", { class: "where" }, visible(languageName(prompt.language))),
-    element("bdi", { class: "meta" }, visible(meta.join(" · ") + (prompt.harmful ? " · harmful" : ""))),
+    element("bdi", { class: "meta" }, visible(meta.filter(Boolean).join(" · ") + (prompt.harmful ? " · harmful" : ""))),
     element("span", { class: "outcomes" }, ...chips),
   ];
   if (!prompt.harmful) return element("article", { class: "prompt" }, element("div", { class: "head" }, ...head), body(prompt));
@@ -212,7 +214,7 @@ function body(prompt) {
 function remarks(side) {
   const told = (key, yes, no) => (key in side ? (side[key] ? yes : no) : "");
   return [
-    side.reason && `${side.judge || "judge"}: ${side.reason}`,
+    side.judge && `${clip(side.judge, 60)}: ${clip(side.reason ?? "", 300)}`,
     "tokens" in side ? `${format.format(side.tokens)} tokens` : "",
     told("stopped", "", "cut at the limit"),
     told("exact_match", "matches the answer", "does not match the answer"),

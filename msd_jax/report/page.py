@@ -28,6 +28,7 @@ from msd_jax.report.results import (
     direction,
     interval,
     language_label,
+    p_text,
     p_value,
     percent,
 )
@@ -79,6 +80,7 @@ def html(results: Results) -> str:
         sections=sections,
         config=flax.traverse_util.flatten_dict(run.config, sep="."),
         most_prompts=MOST_PROMPTS,
+        sides=lambda row: (row.before, row.after) if results.before else (row.after,),
     )
 
 
@@ -110,6 +112,7 @@ def _environment() -> jinja2.Environment:
         "percent": percent,
         "visible": untrusted.visible,
         "p_value": p_value,
+        "p_text": p_text,
         "heat": lambda rate: f"heat h{round(10 * rate)}",
         "language": lambda code: code if re.fullmatch(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*", code) else "und",
     }
@@ -151,7 +154,7 @@ def _tiles(results: Results) -> Iterator[tuple[str, str, Row]]:
 def _bar_charts(results: Results) -> Iterator[tuple[str, Rate, list[tuple[Row, markupsafe.Markup]]]]:
     """(benchmark, rate, [(row, bars)]) of utility and over-refusal."""
     for rate in RATES:
-        if not rate.key.startswith("asr"):
+        if not rate.key.startswith("asr") and rate.key != "language_match":
             for benchmark, rows in results.rows(rate.key).items():
                 yield benchmark, rate, [(row, charts.bars(_bars(row, rate.key))) for row in rows]
 

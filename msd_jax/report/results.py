@@ -8,6 +8,7 @@ from typing import Any
 
 from msd_jax import comparison, queries
 from msd_jax.judges import Verdict
+from msd_jax.report import untrusted
 from msd_jax.report.collect import Run
 from msd_jax.statistics import Paired
 from msd_jax.summary import GROUPS, Summary
@@ -29,9 +30,9 @@ RATES = (
     Rate("asr", "attack success", -1, "harmful prompts whose response is unsafe"),
     Rate("asr_t1", "attack success, T=1", -1, "harmful prompts whose response, sampled at temperature 1, is unsafe"),
     Rate("over_refusal", "over-refusal", -1, "harmless prompts that are refused"),
-    Rate("over_refusal_t1", "over-refusal, T=1", -1, "harmless prompts that are refused, sampled at temperature 1"),
+    Rate("over_refusal_t1", "over-refusal, T=1", -1, "harmless prompts whose response, sampled at temperature 1, is refused"),
     Rate("exact_match", "exact match", 1, "prompts with a reference answer that are answered right"),
-    Rate("exact_match_t1", "exact match, T=1", 1, "the same, sampled at temperature 1"),
+    Rate("exact_match_t1", "exact match, T=1", 1, "prompts with a reference answer that are answered right when sampled at temperature 1"),
     Rate("accuracy", "accuracy", 1, "multiple-choice prompts whose right choice is the most probable"),
     Rate("language_match", "language match", 1, "responses in the language of their prompt"),
 )
@@ -231,6 +232,12 @@ def p_value(paired: Paired | None) -> str:
     return "<0.001" if paired.p_value < 0.001 else f"{paired.p_value:.3f}"
 
 
+def p_text(paired: Paired | None) -> str:
+    """ "p < 0.001" or "p = 0.012", which do not break over lines."""
+    p = p_value(paired)
+    return f"p\u00a0<\u00a0{p[1:]}" if p.startswith("<") else f"p\u00a0=\u00a0{p}"
+
+
 def direction(rate: str, paired: Paired | None) -> str:
     """ "better", "worse", or "" where the change may be chance."""
     if paired is None or paired.p_value >= SIGNIFICANT or not paired.difference:
@@ -240,9 +247,8 @@ def direction(rate: str, paired: Paired | None) -> str:
 
 def _change(row: Row, rate: str) -> str:
     assert row.before is not None
-    p = p_value(row.paired.get(rate)).replace("<", "< ")
-    equals = "" if p.startswith("<") else "= "
-    return f"{percent(row.before.get(rate))} to {percent(row.after[rate])} (p {equals}{p}, n = {row.after[rate + '_n']})"
+    n = f"n\u00a0=\u00a0{row.after[rate + '_n']}"
+    return f"{percent(row.before.get(rate))} to {percent(row.after[rate])} ({p_text(row.paired.get(rate))}, {n})"
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, Row]:
@@ -261,7 +267,7 @@ def _findings(results: Results) -> Iterator[Finding]:
     else:
         yield from _compared(results)
     if run.metrics and (skipped := run.metrics[-1].get("skipped")):
-        yield Finding("warning", f"{skipped:.0f} training steps were skipped: their gradients were not finite.")
+        yield Finding("warning", f"Training steps skipped because their gradient was not finite: {skipped:.0f}.")
 
 
 def _measured(results: Results) -> Iterator[Finding]:
@@ -300,16 +306,16 @@ def _compared(results: Results) -> Iterator[Finding]:
     for rate in RATES:
         for benchmark, rows in results.rows(rate.key).items():
             for row in rows:
-                if rate.key in row.paired and not row.pooled:
+                if rate.key in row.paired:
                     tests += 1
                     if direction(rate.key, row.paired[rate.key]) == "worse":
                         worse.append(f"{rate.title} on {benchmark} in {row.label}, {_change(row, rate.key)}")
     if worse:
-        expected = f"chance alone gives up to {SIGNIFICANT * tests:.0f} in {tests} tests" if tests > 20 else ""
-        note = f" ({expected})" if expected else ""
-        yield Finding("worse", f"Significantly worse{note}: {'; '.join(worse)}.")
+        chance = f"in {tests} tests at p < {SIGNIFICANT}, chance alone finds up to {SIGNIFICANT / 2 * tests:.1f} worse"
+        yield Finding("worse", f"Significantly worse: {'; '.join(worse)}; {chance}.")
     elif tests:
-        yield Finding("better", f"No rate got significantly worse in any language ({tests} paired tests, p < 0.05).")
+        text = f"No rate got significantly worse in any language or group ({tests} paired tests, p < {SIGNIFICANT})."
+        yield Finding("note", text)
     yield from _warnings(results)
 
 
@@ -342,7 +348,7 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "steps", f"{run.steps} of {get('train.steps')}, {get('data.batch_size')} queries each"
         yield "seed", str(get("seed"))
     if results.judges:
-        yield "judge", ", ".join(results.judges)
+        yield "judge", ", ".join(untrusted.visible(judge, 60) for judge in results.judges)
     if run.metrics:
         seconds = sum(row.get("rollout_seconds", 0) + row.get("train_seconds", 0) for row in run.metrics)
         seconds *= run.steps / len(run.metrics)  # not every step may be logged

@@ -44,12 +44,15 @@ def visible(text: Any, limit: int = 0) -> str:
     return text[: limit or None].translate(_VISIBLE) + more
 
 
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|~$&#!@:]|(?<=www)\.")
+# All that Markdown or HTML would act on; "[5, 25]" by itself is an interval, and begins no link.
+_MARKDOWN = re.compile(r"\[(?!\d+, \d+\](?![\[(:]))|[\\`*_<>|~$&#!@]|:(?=//)|(?<=www)\.")
+_NAMED = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def markdown(text: Any, limit: int = 0) -> str:
     """`visible`, with all that Markdown or HTML would act on written as a character reference."""
-    return _MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", visible(text, limit))
+    text = visible(text, limit).replace(" -> ", " → ")
+    return _MARKDOWN.sub(lambda match: _NAMED.get(match[0], f"&#{ord(match[0])};"), text)
 
 
 _OUTSIDE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
