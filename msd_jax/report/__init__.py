@@ -1,9 +1,9 @@
 """Results -> tables, one self-contained HTML page, Markdown, JSON, figures, and a model card.
 
-    python -m msd_jax.report --workdir DIR           a run, finished or not -> DIR/report
-    python -m msd_jax.report --workdir A,B,C         several runs -> one table, and --out where it is given
-    python -m msd_jax.report --evaluation DIR        what msd_jax.evaluate wrote -> DIR/report
-    python -m msd_jax.report --evaluation A,B        two of them, before and after -> B/report
+python -m msd_jax.report --workdir DIR           a run, finished or not -> DIR/report
+python -m msd_jax.report --workdir A,B,C         several runs -> one table, and --out where it is given
+python -m msd_jax.report --evaluation DIR        what msd_jax.evaluate wrote -> DIR/report
+python -m msd_jax.report --evaluation A,B        two of them, before and after -> B/report
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 from msd_jax import distributed, metrics
 from msd_jax.console import say
-from msd_jax.report import card, collect, figures, page, runs, tables, untrusted
+from msd_jax.report import card, collect, page, runs, tables, untrusted
 from msd_jax.report.collect import Run
 from msd_jax.report.results import Results
 from msd_jax.summary import Summary
@@ -55,6 +55,8 @@ def print_summary(summary: Summary) -> None:
 
 
 def _write(run: Run, out: pathlib.Path) -> None:
+    from msd_jax.report import figures  # brings in matplotlib, for which nobody who trains should wait
+
     results = Results(run)
     for table in tables.benchmarks(results):
         tables.show(table)

@@ -31,9 +31,9 @@ def metadata(results: Results) -> ModelCardData:
     """The card's front matter; base model and license only where they are known."""
     config = results.run.config
     base, data = config["model"]["path"], config["data"]
-    trained = [code for code, weight in data["languages"].items() if weight]
+    trained = [untrusted.visible(code) for code, weight in data["languages"].items() if weight]
     return ModelCardData(
-        model_name=results.run.directory.resolve().name,
+        model_name=untrusted.visible(results.run.directory.resolve().name),
         base_model=base if _is_hub_id(base) else None,
         language=list(dict.fromkeys([data["source_language"], *trained])),
         library_name="transformers",
@@ -67,9 +67,9 @@ def _eval_results(results: Results) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=benchmark,
-            dataset_name=f"{benchmark} ({row.label})",
-            dataset_config=row.name,
+            dataset_type=untrusted.visible(benchmark),
+            dataset_name=untrusted.visible(f"{benchmark} ({row.label})"),
+            dataset_config=untrusted.visible(row.name),
             metric_type=rate.key,
             metric_name=rate.title,
             metric_value=round(row.after[rate.key], 4),

@@ -1,7 +1,7 @@
 """Results -> report.html: one file that asks for nothing else.
 
-Whatever a model or a data set wrote reaches the page in two ways: escaped by Jinja in page.html, or as JSON that page.js
-shows with textContent. The page's policy lets nothing run but the one script, known by its hash, and nothing load.
+Whatever a model or a data set wrote reaches the page in two ways: escaped by Jinja in page.html, or as JSON that
+page.js shows in text nodes. The page's policy lets nothing run but the one script, known by its hash, and nothing load.
 """
 
 import base64
@@ -211,7 +211,9 @@ def _data(results: Results, sections: dict[str, list[charts.Curve]]) -> dict[str
         "prompts": [_prompt(prompt) for prompt in prompts],
         "completions": list(results.run.completions),
         "curves": {
-            curve.key: {"scale": curve.scale, "series": curve.series} for curves in sections.values() for curve in curves
+            curve.key: {"scale": curve.scale, "series": curve.series}
+            for curves in sections.values()
+            for curve in curves
         },
         "plot": {"left": charts.LEFT, "right": charts.RIGHT, "width": charts.WIDTH},
     }

@@ -30,9 +30,19 @@ RATES = (
     Rate("asr", "attack success", -1, "harmful prompts whose response is unsafe"),
     Rate("asr_t1", "attack success, T=1", -1, "harmful prompts whose response, sampled at temperature 1, is unsafe"),
     Rate("over_refusal", "over-refusal", -1, "harmless prompts that are refused"),
-    Rate("over_refusal_t1", "over-refusal, T=1", -1, "harmless prompts whose response, sampled at temperature 1, is refused"),
+    Rate(
+        "over_refusal_t1",
+        "over-refusal, T=1",
+        -1,
+        "harmless prompts whose response, sampled at temperature 1, is refused",
+    ),
     Rate("exact_match", "exact match", 1, "prompts with a reference answer that are answered right"),
-    Rate("exact_match_t1", "exact match, T=1", 1, "prompts with a reference answer that are answered right when sampled at temperature 1"),
+    Rate(
+        "exact_match_t1",
+        "exact match, T=1",
+        1,
+        "prompts with a reference answer that are answered right when sampled at temperature 1",
+    ),
     Rate("accuracy", "accuracy", 1, "multiple-choice prompts whose right choice is the most probable"),
     Rate("language_match", "language match", 1, "responses in the language of their prompt"),
 )
@@ -193,7 +203,7 @@ def tabulate(
         rows = []
         for group in GROUPS:
             codes = [code for code, entry in levels["languages"].items() if entry["group"] == group]
-            named = sorted((("languages", code, language_label(code)) for code in codes), key=lambda item: item[2])
+            named = [("languages", code, language_label(code)) for code in codes]
             if len(codes) > 1 and group in levels["groups"]:
                 named.append(("groups", group, f"all {group}"))
             rows += [
@@ -288,9 +298,7 @@ def _name(row: Row) -> str:
 
 
 def _compared(results: Results) -> Iterator[Finding]:
-    safety = [
-        (benchmark, row) for benchmark, rows in results.rows("asr").items() for row in _groups(rows).values()
-    ]
+    safety = [(benchmark, row) for benchmark, rows in results.rows("asr").items() for row in _groups(rows).values()]
     safety = [(benchmark, row) for benchmark, row in safety if row.before and row.before.get("asr") is not None]
     order = {"trained": 0, "unseen": 1, "source": 2}
     safety.sort(key=lambda item: order[item[1].group])

@@ -55,10 +55,10 @@ def show(table: Table) -> None:
 def benchmarks(results: Results) -> Iterator[Table]:
     """One table a benchmark: before -> after where there are both."""
     for benchmark, rows in results.benchmarks.items():
-        title = f"{benchmark}: {results.after.label}"
+        title = results.after.label
         if results.before:
-            title = f"{benchmark}: {results.before.label} -> {results.after.label}"
-        yield _benchmark(title, rows)
+            title = "before -> after" if results.after.step else f"{results.before.label} -> {title}"
+        yield _benchmark(f"{title[0].upper()}{title[1:]}: {benchmark}", rows)
 
 
 def summary(summary: Summary) -> Iterator[Table]:

@@ -33,7 +33,7 @@ HOSTILE = {
     "controls": "NUL \x00 backspace \x08\x08 bell \x07 delete \x7f separators \u2028 \u2029 carriage\rreturn",
     "lone": "half a pair \ud83d here",
     "tags": "hidden \U000e0068\U000e0069 \ufeff \u200b text",
-    "markdown": "| a | b |\n|---|---|\n![x](https://example.invalid/x.png) [y](javascript:alert(1)) `code` ~~no~~ <b>bold</b>",
+    "markdown": "| a | b |\n|---|---|\n![x](https://example.invalid/x.png) [y](javascript:alert(1)) `c` ~~n~~ <b>b</b>",
     "long": "word " * 20_000,
 }
 
@@ -107,7 +107,13 @@ class Maker:
         for step in range(1, steps + 1):
             kl = 0.6 * math.exp(-step / 15) + 0.03 + 0.02 * self.rng.random()
             rows.append(
-                {"step": step, "loss": None if step == 7 else 2 * kl, "kl": kl, "grad_norm": 3 * kl, "skipped": step >= 7}
+                {
+                    "step": step,
+                    "loss": None if step == 7 else 2 * kl,
+                    "kl": kl,
+                    "grad_norm": 3 * kl,
+                    "skipped": step >= 7,
+                }
                 | {"learning_rate": 1e-5 * math.sin(math.pi * step / steps), "response_length": 40 + step % 9}
                 | {"stopped": 0.9, "w_T": 0.9, "w_S": kl / 3, "rollout_seconds": 1.5, "train_seconds": 2.0}
                 | {"rollout_tokens_per_second": 20_000.0 + step, "train_tokens_per_second": 60_000.0, "padding": 0.3}
@@ -119,7 +125,7 @@ class Maker:
         for index, (code, text) in enumerate(TEXT.items()):
             pieces = text.split(" ") if " " in text else list(text)
             tokens = [piece if i == 0 or " " not in text else " " + piece for i, piece in enumerate(pieces)]
-            rows.append(self._completion(step, f"q-{index}", code, index % 2 == 1, tokens))
+            rows.append(self._completion(step, f"q-{index}", code, index % 2 == 0, tokens))
         if hostile:
             rows += [self._completion(step, name, "en", False, [text[:400], "\n"]) for name, text in HOSTILE.items()]
         return rows

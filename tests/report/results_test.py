@@ -1,0 +1,108 @@
+"""What a report says of evaluations."""
+
+import re
+
+import pytest
+
+from msd_jax import comparison
+from msd_jax.report import collect
+from msd_jax.report.results import Prompt, Results, outcome
+from msd_jax.statistics import paired
+
+
+def side(verdict=None, harmful=True, **values):
+    return {"verdict": verdict, "harmful": harmful} | values
+
+
+@pytest.mark.parametrize(
+    "before, after, harmful, change",
+    [
+        ("unsafe", "refused", True, "better"),
+        ("unsafe", "safe", None, "better"),
+        ("refused", "unsafe", True, "worse"),
+        ("safe", "unsafe", True, "worse"),
+        ("unsafe", "invalid", True, "other"),  # not harmful, and no answer either
+        ("unsafe", "unjudged", True, "other"),  # nobody knows
+        ("unjudged", "refused", True, "other"),
+        ("refused", "safe", True, "other"),
+        ("unsafe", "unsafe", True, "same"),
+        ("refused", "answered", False, "better"),
+        ("answered", "refused", False, "worse"),
+        ("answered", "invalid", False, "worse"),
+        ("answered", "answered", False, "same"),
+    ],
+)
+def test_a_change_of_verdict_is_better_or_worse(before, after, harmful, change):
+    assert Prompt(side(before, harmful), side(after, harmful)).change == change
+
+
+def test_answers_that_are_not_judged_are_right_or_wrong():
+    assert (
+        outcome(side(None, None, exact_match=True)) == "right" and outcome(side(None, None, correct=False)) == "wrong"
+    )
+    assert outcome(side()) == outcome(None) == "-"
+    assert Prompt(side(None, None, exact_match=True), side(None, None, exact_match=False)).change == "worse"
+    assert (
+        Prompt(side("answered", False, exact_match=False), side("answered", False, exact_match=True)).change == "better"
+    )
+    assert Prompt(side("answered", False), None).change == ""
+
+
+def test_what_may_be_harmful_is_kept_folded():
+    assert Prompt(None, side("refused", None)).harmful and Prompt(None, side(None, True)).harmful
+    assert not Prompt(None, side("answered", False)).harmful and not Prompt(None, side(None, None)).harmful
+
+
+def test_rows_hold_what_the_evaluations_measured(make):
+    run = collect.workdir(make.run())
+    results = Results(run)
+    assert list(results.benchmarks) == ["multijail", "mgsm", "mmmlu", "xstest"]
+    rows = results.benchmarks["multijail"]
+    names = ["en", "zh", "it", "source", "bn", "sw", "jv", "trained", "ar", "th", "am", "unseen"]
+    assert sorted(row.name for row in rows) == sorted(names)
+    assert [row.group for row in rows] == ["source"] * 4 + ["trained"] * 4 + ["unseen"] * 4
+    assert [row.pooled for row in rows] == [False, False, False, True] * 3
+    assert [row.label for row in results.benchmarks["xstest"]] == ["English"]  # a group of one needs no row
+    sides = [[row for row in e.responses() if row["benchmark"] == "multijail"] for e in run.evaluations]
+    for row in rows:
+        level = "groups" if row.pooled else "languages"
+        assert row.before is run.before.summary["multijail"][level][row.name]
+        assert row.after is run.after.summary["multijail"][level][row.name]
+    swahili = next(row for row in rows if row.name == "sw")
+    events = [
+        [comparison.events(row)["asr"] for row in rows if (row["language"], row["pass"]) == ("sw", "greedy")]
+        for rows in sides
+    ]
+    assert swahili.paired["asr"] == paired(*events)
+    assert len(results.prompts) == len(run.after.responses())
+
+
+def test_the_verdict_names_what_got_better_and_worse(make):
+    run = collect.workdir(make.run(n=40, hostile=True))
+    results = Results(run)
+    assert re.fullmatch(
+        r"Attack success on multijail in trained languages fell from [\d.]+% to [\d.]+% \(p\s<\s0.001, n\s=\s120\).",
+        results.verdict,
+    )
+    [worse] = [finding.text for finding in results.findings if finding.kind == "worse"]
+    assert "over-refusal on queries in English, 0.0% to 100.0% (p\u00a0=\u00a00.002" in worse
+    assert results.findings[-1].text == "Training steps skipped because their gradient was not finite: 1."
+
+
+def test_what_is_unjudged_is_told(make):
+    workdir = make.run()
+    rows = collect.workdir(workdir).after.responses()
+    for row in rows:
+        if row["benchmark"] == "xstest" and row["harmful"]:
+            row["verdict"] = "unjudged"
+    make.evaluation(workdir / "eval" / "90", rows, make.config())
+    [finding] = [f for f in Results(collect.workdir(workdir)).findings if "unjudged" in f.text]
+    assert finding.kind == "warning" and finding.text.startswith("6 responses on xstest are unjudged after 90 steps")
+
+
+def test_facts_are_those_of_the_config(make):
+    run = collect.workdir(make.run(seed=3, loss__weighting="teacher", model__lora__rank=8))
+    facts = Results(run).facts()
+    assert facts["seed"] == "3" and facts["loss"] == "auto, teacher weights" and facts["judge"] == "rules 3"
+    assert facts["trained languages"] == "sw, bn, jv" and facts["trained weights"] == "LoRA, rank 8"
+    assert facts["time in steps"] == "0:03:30"
