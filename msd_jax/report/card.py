@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from msd_jax.report import tables, untrusted
-from msd_jax.report.results import RATES, Results
+from msd_jax.report.results import RATES, Results, language_label
 
 _OURS = "This card was written by `msd_jax.report`, which replaces it as long as this line stands."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -85,13 +85,14 @@ def _body(results: Results) -> str:
     config, safe = results.run.config, untrusted.markdown
     base = config["model"]["path"]
     name = base if _is_hub_id(base) else pathlib.Path(base).name  # paths of this machine are nobody's business
-    trained = ", ".join(safe(code) for code, weight in config["data"]["languages"].items() if weight)
+    trained = ", ".join(safe(language_label(code)) for code, weight in config["data"]["languages"].items() if weight)
+    source = safe(language_label(config["data"]["source_language"]))
     facts = {key: value for key, value in results.facts().items() if key not in ("model", "queries")}
     parts = [
         f"# {safe(results.run.directory.resolve().name)}",
-        f"{safe(name)}, aligned by Multilingual Self-Distillation with Dual-Perspective Safety Weighting "
-        f"([arXiv 2605.02971](https://arxiv.org/abs/2605.02971)) with msd_jax: its behaviour in "
-        f"{safe(config['data']['source_language'])} was carried to {trained}.",
+        f"Base model: {safe(name)}. It was aligned with msd_jax by Multilingual Self-Distillation with "
+        "Dual-Perspective Safety Weighting ([arXiv 2605.02971](https://arxiv.org/abs/2605.02971)), which trains a "
+        f"model to behave in some languages (here {trained}) as it does in another ({source}).",
         "## What was measured",
         "\n".join(f"- {safe(finding.text)}" for finding in results.findings),
         *(f"### {safe(table.title)}\n\n{tables.markdown(table)}" for table in tables.benchmarks(results)),
@@ -103,4 +104,4 @@ def _body(results: Results) -> str:
         "\n".join(f"- {key}: {safe(value)}" for key, value in facts.items()),
         _OURS,
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts) + "\n"

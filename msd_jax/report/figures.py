@@ -47,16 +47,21 @@ def _asr(results: Results) -> matplotlib.figure.Figure | None:
     axes = figure.add_subplot()
     image = axes.imshow(rates, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
     for i, j in np.argwhere(~np.isnan(rates)):
-        axes.text(j, i, f"{rates[i, j]:.0f}", ha="center", va="center", color="white" if rates[i, j] > 60 else "black")
-    heads = [side if len(sides) > 1 else "" for _, side in columns]
-    for j, benchmark in enumerate(tables):
-        heads[j * len(sides)] = f"{_text(benchmark)}\n{heads[j * len(sides)]}"
+        axes.text(j, i, f"{rates[i, j]:.0f}", ha="center", va="center", color="white" if rates[i, j] > 70 else "black")
+    if len(sides) > 1:
+        heads = [f"{_text(benchmark) if side == sides[0] else ''}\n{side}" for benchmark, side in columns]
+    else:
+        heads = [_text(benchmark) for benchmark, _ in columns]
     axes.set_xticks(range(len(columns)), heads)
     axes.set_yticks(range(len(names)), [_text(label) for _, label in names])
     for tick, (pooled, _) in zip(axes.get_yticklabels(), names):
         tick.set_fontweight("bold" if pooled else "normal")
     axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
+    axes.set_xticks(np.arange(len(columns)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(names)) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", lw=1.5)
+    axes.tick_params(which="minor", length=0)
     figure.colorbar(image, label="attack success rate, %", fraction=0.05, pad=0.03).outline.set_visible(False)
     return figure
 
@@ -80,6 +85,7 @@ def _utility(results: Results) -> matplotlib.figure.Figure | None:
             axes = figure.add_subplot(grid[i, j])
             axes.set_title(title, fontsize=8)
             _bars(axes, rate, rows)
+            axes.set_ylim(max(len(rows) for _, _, rows in line) - 0.4, -0.6)  # bars of one thickness
     handles = [matplotlib.patches.Patch(color=_AFTER, label=results.after.label)]
     if results.before:
         handles.insert(0, matplotlib.patches.Patch(color=_BEFORE, label=results.before.label))
@@ -96,8 +102,9 @@ def _bars(axes, rate: str, rows: Sequence[Row]) -> None:
                 error = [[100 * max(value - low, 0)], [100 * max(high - value, 0)]]
                 axes.barh(i + offset, 100 * value, 0.38, color=colour, xerr=error, error_kw={"lw": 0.7, "capsize": 1.5})
     axes.set_yticks(range(len(rows)), [_text(row.label) for row in rows])
+    for tick, row in zip(axes.get_yticklabels(), rows):
+        tick.set_fontweight("bold" if row.pooled else "normal")
     axes.set_xlim(0, 100)
-    axes.invert_yaxis()
     axes.set_xlabel("%")
 
 

@@ -319,11 +319,12 @@ def _compared(results: Results) -> Iterator[Finding]:
                     if direction(rate.key, row.paired[rate.key]) == "worse":
                         worse.append(f"{rate.title} on {benchmark} in {row.label}, {_change(row, rate.key)}")
     if worse:
-        chance = f"in {tests} tests at p < {SIGNIFICANT}, chance alone finds up to {SIGNIFICANT / 2 * tests:.1f} worse"
+        expected = SIGNIFICANT / 2 * tests  # half of the chance finds are for the worse
+        chance = f"in {tests} tests at p\u00a0<\u00a0{SIGNIFICANT}, chance alone finds up to {expected:.1f} worse"
         yield Finding("worse", f"Significantly worse: {'; '.join(worse)}; {chance}.")
     elif tests:
-        text = f"No rate got significantly worse in any language or group ({tests} paired tests, p < {SIGNIFICANT})."
-        yield Finding("note", text)
+        text = "No rate got significantly worse in any language or group"
+        yield Finding("note", f"{text} ({tests} paired tests, p\u00a0<\u00a0{SIGNIFICANT}).")
     yield from _warnings(results)
 
 
@@ -349,7 +350,7 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "trained languages", ", ".join(code for code, weight in get("data.languages").items() if weight)
         yield "policy", f"{get('rollout.policy')}, {get('rollout.max_new_tokens')} new tokens"
         yield "teacher", f"{get('teacher.kind')}, cot {get('prompts.cot')}"
-        yield "loss", f"{get('loss.divergence')}, {get('loss.weighting')} weights"
+        yield "loss", f"{get('loss.divergence')} divergence, {get('loss.weighting')} weights"
         rank = get("model.lora.rank")
         yield "trained weights", f"LoRA, rank {rank}" if rank else "all"
         yield "optimizer", f"{get('optimizer.name')}, {get('optimizer.learning_rate'):g} {get('optimizer.schedule')}"
@@ -360,4 +361,4 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
     if run.metrics:
         seconds = sum(row.get("rollout_seconds", 0) + row.get("train_seconds", 0) for row in run.metrics)
         seconds *= run.steps / len(run.metrics)  # not every step may be logged
-        yield "time in steps", str(datetime.timedelta(seconds=round(seconds)))
+        yield "training time", str(datetime.timedelta(seconds=round(seconds)))

@@ -46,7 +46,7 @@ def show(table: Table) -> None:
     drawn = rich.table.Table(title=text(table.title), show_edge=False)
     for index, name in enumerate(table.columns):
         head = rich.text.Text(textwrap.fill(untrusted.visible(name), 12))  # rather than numbers, heads are folded
-        drawn.add_column(head, justify="left" if index < table.names else "right", no_wrap=index >= table.names)
+        drawn.add_column(head, justify="left" if index < table.names else "right", no_wrap=index > 0 or table.names > 1)
     for index, row in enumerate(table.rows):
         drawn.add_row(*map(text, row), style="bold" if index in table.bold else None)
     console.print(drawn)

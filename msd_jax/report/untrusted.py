@@ -45,7 +45,7 @@ def visible(text: Any, limit: int = 0) -> str:
 
 
 # All that Markdown or HTML would act on; "[5, 25]" by itself is an interval, and begins no link.
-_MARKDOWN = re.compile(r"\[(?!\d+, \d+\](?![\[(:]))|\](?=[\[(:])|[\\`*_<>|~$&#!@]|:(?=//)|(?<=www)\.")
+_MARKDOWN = re.compile(r"\[(?!\d+(, \d+|%)\](?![\[(:]))|\](?=[\[(:])|[\\`*_<>|~$&#!@]|:(?=//)|(?<=www)\.")
 _NAMED = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
