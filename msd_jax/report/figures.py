@@ -75,6 +75,7 @@ def _utility(results: Results) -> matplotlib.figure.Figure | None:
     ]
     if not panels:
         return None
+    panels.sort(key=lambda panel: -len(panel[2]))  # those of one language stand together, and low
     columns = min(3, len(panels))
     lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [0.7 + 0.2 * max(len(rows) for _, _, rows in line) for line in lines]
