@@ -346,7 +346,8 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
     if config:
         get = lambda path: functools.reduce(lambda tree, name: tree.get(name, {}), path.split("."), config)  # noqa: E731
         yield "model", str(get("model.path"))
-        yield "queries", str(get("data.path"))
+        sources = [source.get("path") or source.get("tfds") for source in get("data.sources").values()]
+        yield "queries", ", ".join(filter(None, (get("data.path"), get("data.tfds"), *sources)))
         yield "trained languages", ", ".join(code for code, weight in get("data.languages").items() if weight)
         yield "policy", f"{get('rollout.policy')}, {get('rollout.max_new_tokens')} new tokens"
         yield "teacher", f"{get('teacher.kind')}, cot {get('prompts.cot')}"

@@ -1,6 +1,7 @@
 """Workdirs as runs leave them, made at random; texts are placeholders."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -54,7 +55,8 @@ class Maker:
         config.eval.source_languages = ("en", "zh", "it")
         config.train.steps = 60
         for key, value in overrides.items():
-            config.update_from_flattened_dict({key.replace("__", "."): value})
+            *sections, name = key.split("__")
+            functools.reduce(getattr, sections, config)[name] = value
         return config
 
     def responses(self, config, n: int, after: bool, hostile: bool = False) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import re
 
+import ml_collections
 import pytest
 
 from msd_jax import comparison
@@ -106,3 +107,9 @@ def test_facts_are_those_of_the_config(make):
     assert facts["seed"] == "3" and facts["loss"] == "auto divergence, teacher weights" and facts["judge"] == "rules 3"
     assert facts["trained languages"] == "sw, bn, jv" and facts["trained weights"] == "LoRA, rank 8"
     assert facts["training time"] == "0:03:30"
+
+
+def test_all_sources_of_queries_are_named(make):
+    sources = ml_collections.ConfigDict({"a": {"path": "hf://owner/set"}, "b": {"tfds": "parallel_queries:1.0.0"}})
+    run = collect.workdir(make.run(data__path="", data__sources=sources))
+    assert Results(run).facts()["queries"] == "hf://owner/set, parallel_queries:1.0.0"
