@@ -104,6 +104,8 @@ class MsdJaxLM(TemplateLM):
         # As the harness counts, the model reads all but the last token.
         self._scorer = likelihood.Scorer(self._model, self._mesh, self.batch_size, self.max_length + 1)
         self._generators: dict[rollout.Sampling, rollout.Generator] = {}
+        # It would fork for the error of a perplexity, and a fork of JAX's threads may hang.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
         if jax.process_count() > 1:  # the harness's way to tell which of several processes of one model writes
             os.environ["LOCAL_RANK"] = str(jax.process_index())
 
@@ -164,6 +166,9 @@ class MsdJaxLM(TemplateLM):
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise ValueError(f"a continuation of {longest} tokens does not fit into max_length={self.max_length}")
+        for texts, context, continuation in requests:
+            if not context or not continuation:
+                raise ValueError(f"the tokenizer gives no token to context or continuation of {texts!r:.200}")
         pairs = [
             (context[max(0, len(context) + len(continuation) - self.max_length - 1) :], continuation)
             for _, context, continuation in requests
