@@ -85,7 +85,7 @@ BENCHMARKS = {
         ),
         Benchmark(
             "mmmlu",
-            "MMLU's 14,042 questions of four choices, in fourteen languages (openai/MMMLU) and English (arXiv 2009.03300)",
+            "MMLU's 14,042 questions of four choices in fourteen languages and English (arXiv 2009.03300)",
             "mmlu_*.csv of https://huggingface.co/datasets/openai/MMMLU",
             mmmlu.read_mmmlu,
             judged=False,
