@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shutil
 
 import jax
 import ml_collections
@@ -224,6 +225,41 @@ def test_what_the_judges_endpoints_were_asked_is_kept_per_evaluation(config, tmp
     for name in ("a", "b"):
         evaluation.run(params, tmp_path / name)
         assert metrics.read_json_lines(tmp_path / name / "judge_usage.jsonl") == [{"model": "m", "requests": 44}]
+
+
+def test_questions_of_four_choices_are_scored_and_not_generated(config, tmp_path):
+    words = {"en": WORDS[:4], "sw": WORDS[9:13]}
+    config.eval.benchmarks, config.eval.mmmlu.path = ("mmmlu",), str(tmp_path / "mmmlu")
+    config.eval.languages = ("en", "sw")
+    (tmp_path / "mmmlu").mkdir()
+    for name, options in (("mmlu_EN-US", words["en"]), ("mmlu_SW-KE", words["sw"])):
+        lines = [",Question,A,B,C,D,Answer,Subject"]
+        lines += [f"{i},{options[i]} ?,{','.join(options)},{'ABCD'[i]},tests" for i in range(4)]
+        (tmp_path / "mmmlu" / f"{name}.csv").write_text("\n".join(lines))
+    config.model.path = str(with_letters(tmp_path, config.model.path))
+    evaluation, params = make(config)
+    summary = evaluation.run(params, tmp_path / "out")
+    assert list(summary) == ["queries", "mmmlu"]
+    rows = [r for r in metrics.read_json_lines(tmp_path / "out" / "responses.jsonl") if r["benchmark"] == "mmmlu"]
+    assert len(rows) == 8 and {r["pass"] for r in rows} == {"likelihood"} and {r["verdict"] for r in rows} == {None}
+    for code in ("en", "sw"):
+        its = [r for r in rows if r["language"] == code]
+        assert all(r["response"] == "ABCD"[int(np.argmax(r["log_likelihoods"]))] for r in its)
+        assert summary["mmmlu"]["languages"][code]["accuracy"] == sum(r["correct"] for r in its) / 4
+    assert "asr" not in summary["mmmlu"]["languages"]["sw"]
+
+
+def with_letters(tmp_path, model):
+    """The tiny model with the words that a multiple choice needs."""
+    directory = tmp_path / "letters"
+    shutil.copytree(model, directory)
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    for word in ("Answer:", "A", "B", "C", "D"):
+        vocabulary[word] = len(vocabulary)
+    path.write_text(json.dumps(tokenizer))
+    return directory
 
 
 def row(name, verdict, harmful, match=None):
