@@ -21,6 +21,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 FLAGS = (
     "--config.mesh.data=2",
     "--config.mesh.fsdp=2",
+    "--config.data.harmful_share=0.5",
     "--config.train.steps=4",
     "--config.train.checkpoint_every=2",
     "--config.train.completions_every=2",

@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -154,6 +155,146 @@ def test_weights_are_shared_out_among_the_languages_that_a_record_has_left():
     assert scipy.stats.binomtest(counts[1, "sw"], 1000, 0.75).pvalue > 1e-3
     # Without jv, one half has nothing to give.
     assert {int(id[1:]) % 2 for id, _ in stream(encoded, 4, 100, sw=1.0, jv=0.0)} == {1}
+
+
+def make_mixed(**sizes: int) -> pipeline.Encoded:
+    """Sources of so many queries, by name; every third query is harmful."""
+    records = []
+    for number, (name, count) in enumerate(sizes.items()):
+        for i, record in enumerate(make_encoded(count, seed=number).records):
+            changes = {"query_id": f"{name}/{i}", "harmful": i % 3 == 0}
+            records.append(tuple(dataclasses.replace(example, **changes) for example in record))
+    return dataclasses.replace(make_encoded(1), records=tuple(records))
+
+
+def mixed(encoded, batch_size=8, seed=0, window=4, weights=None, **mix):
+    weights = weights or {"sw": 2.0, "jv": 1.0, "bn": 1.0}
+    return pipeline.batches(encoded, weights, batch_size, seed, PAD, window, **mix)
+
+
+def examples(batches, count: int) -> list[prompts.Example]:
+    return list(itertools.islice(itertools.chain.from_iterable(batch.examples for batch in batches), count))
+
+
+def test_sources_have_their_shares_whatever_their_size():
+    encoded = make_mixed(a=60, b=200, c=100)
+    rows = examples(mixed(encoded, window=1, source_weights={"a": 5.0, "b": 2.5, "c": 2.5}), 2000)
+    names = np.array([row.query_id[0] for row in rows])
+    for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25)):
+        # Not by chance: of any number of successive queries, rounded.
+        count = np.cumsum(names == name)
+        assert np.abs(count - share * np.arange(1, 2001)).max() < 2
+        # Each source has epochs of its own.
+        ids = [row.query_id for row in rows if row.query_id[0] == name]
+        size = len({record[0].query_id for record in encoded.records if record[0].query_id[0] == name})
+        epochs = [ids[first : first + size] for first in range(0, len(ids) - size, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 1
+    languages = collections.Counter(row.language for row in rows)
+    assert scipy.stats.chisquare([languages[code] for code in ("sw", "jv", "bn")], [1000, 500, 500]).pvalue > 1e-3
+
+
+def test_harmful_and_harmless_have_their_shares_and_sources_share_them_out():
+    encoded = make_mixed(a=200, b=300)
+    harmless_alone = tuple(
+        record for record in encoded.records if record[0].query_id[0] == "a" or not record[0].harmful
+    )
+    encoded = dataclasses.replace(encoded, records=harmless_alone)  # b has harmless queries alone
+    rows = examples(mixed(encoded, source_weights={"a": 3.0, "b": 1.0}, harmful_share=0.2), 1000)
+    counts = collections.Counter((row.query_id[0], row.harmful) for row in rows)
+    # The share of each label holds; a and b share out the harmless part alone, 3 to 1.
+    expected = {("a", True): 200, ("a", False): 600, ("b", False): 200}
+    assert set(counts) == set(expected) and all(abs(counts[part] - n) < 2 for part, n in expected.items())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_a_share_of_harmful_queries_of_one_source(share):
+    rows = examples(mixed(make_encoded_with_labels(), window=1, harmful_share=share), 600)
+    harmful = np.cumsum([row.harmful for row in rows])
+    assert np.abs(harmful - share * np.arange(1, 601)).max() <= 1.01
+
+
+def make_encoded_with_labels() -> pipeline.Encoded:
+    encoded = make_encoded(200)
+    records = [tuple(dataclasses.replace(x, harmful=i < 150) for x in r) for i, r in enumerate(encoded.records)]
+    return dataclasses.replace(encoded, records=tuple(records))
+
+
+def test_a_source_of_weight_0_is_left_out_and_the_others_stay_as_they_were():
+    with_c, without = (
+        examples(mixed(make_mixed(a=60, b=60, c=60), window=1, source_weights={"a": 1.0, "b": 1.0, "c": c}), 360)
+        for c in (1.0, 0.0)
+    )
+    assert {row.query_id[0] for row in without} == {"a", "b"}
+    for name in "ab":
+        orders = [[row.query_id for row in rows if row.query_id[0] == name] for rows in (with_c, without)]
+        assert orders[0] == orders[1][: len(orders[0])]
+    orders = [[row.query_id[2:] for row in without if row.query_id[0] == name] for name in "ab"]
+    assert orders[0] != orders[1]  # sources of one size are not shuffled alike
+
+
+MIX = {"source_weights": {"a": 3.0, "b": 1.0}, "harmful_share": 0.4}
+
+
+def test_a_mixed_stream_is_a_function_of_the_seed_and_not_of_the_batch_size():
+    encoded = make_mixed(a=60, b=99)
+    name = lambda rows: [(row.query_id, row.language) for row in rows]  # noqa: E731
+    streams = [name(examples(mixed(encoded, size, window=1, **MIX), 256)) for size in (1, 7, 8, 64)]
+    assert all(rows == streams[0] for rows in streams)
+    assert name(examples(mixed(encoded, 8, seed=1, window=1, **MIX), 256)) != streams[0]
+    windowed = name(examples(mixed(encoded, 8, window=4, **MIX), 256))
+    for first in range(0, 256, 32):  # a window moves queries within itself alone
+        assert sorted(windowed[first : first + 32]) == sorted(streams[0][first : first + 32])
+
+
+@pytest.mark.parametrize("taken", [1, 6, 100_003])
+def test_a_mixed_stream_goes_on_from_one_integer(taken):
+    encoded = make_mixed(a=60, b=99)
+    iterator = iter(mixed(encoded, **MIX))
+    if taken < 100:
+        for _ in range(taken):
+            next(iterator)
+        assert iterator.get_state() == {"next_index": taken}
+    else:
+        iterator.set_state({"next_index": taken})
+    expected = [next(iterator) for _ in range(6)]
+    fresh = iter(mixed(make_mixed(a=60, b=99), **MIX))
+    fresh.set_state(json.loads(json.dumps({"next_index": taken})))
+    assert all(same(a, b) for a, b in zip(expected, fresh))
+
+
+def test_another_host_builds_the_same_mixed_batches():
+    """Four real processes train on a mix in distributed_test.py; here, the order of sets and dicts must not matter."""
+    code = (
+        "import itertools, json; from tests import pipeline_test as t\n"
+        "batches = itertools.islice(t.mixed(t.make_mixed(a=60, b=99), **t.MIX), 10)\n"
+        "print(json.dumps([[b.query_hash_B.tolist(), b.teacher_prompt_BxP.tolist()] for b in batches]))"
+    )
+    root, environment = pathlib.Path(__file__).parents[1], os.environ | {"PYTHONHASHSEED": "7"}
+    arguments = [sys.executable, "-c", code]
+    output = subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
+    batches = itertools.islice(mixed(make_mixed(a=60, b=99), **MIX), 10)
+    expected = [[batch.query_hash_B.tolist(), batch.teacher_prompt_BxP.tolist()] for batch in batches]
+    assert json.loads(output.splitlines()[-1]) == expected
+
+
+@pytest.mark.parametrize(
+    "mix, message",
+    [
+        ({"source_weights": {"a": 1.0, "b": 1.0, "z": 1.0}}, r"sources\.z: none of its queries is left"),
+        ({"harmful_share": 0.5}, r"harmful_share=0\.5: 1 queries say neither .*\(first: id 'a/1'\)"),
+    ],
+)
+def test_mixes_that_cannot_be(mix, message):
+    encoded = make_mixed(a=3, b=3)
+    records = [list(record) for record in encoded.records]
+    records[1] = [dataclasses.replace(example, harmful=None) for example in records[1]]
+    encoded = dataclasses.replace(encoded, records=tuple(map(tuple, records)))
+    with pytest.raises(ValueError, match=r"config\.data\." + message):
+        mixed(encoded, **mix)
+    harmless = tuple(record for record in encoded.records if record[0].harmful is False)
+    with pytest.raises(ValueError, match="there are no harmful queries to draw"):
+        mixed(dataclasses.replace(encoded, records=harmless), harmful_share=0.5)
+    assert examples(mixed(dataclasses.replace(encoded, records=harmless), harmful_share=0.0), 10)
 
 
 @pytest.mark.parametrize("window", [1, 3])

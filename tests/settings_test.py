@@ -93,3 +93,44 @@ def test_stored_responses_need_a_frozen_teacher(config, policy, kind):
         settings.check(config)
     config.rollout.reuse_teacher_responses = False
     settings.check(config)
+
+
+@pytest.mark.parametrize(
+    "sources, message",
+    [
+        ({"a": {"path": "x.csv"}, "b": {"tfds": "parallel_queries", "split": "test", "weight": 2}}, None),
+        ({"a": {"path": "x.csv", "weigth": 1.0}}, r"sources\.a\.weigth is not a known key; known here are: path, tfds"),
+        ({"a": {"path": "x.csv", "weight": "1"}}, r"sources\.a\.weight='1' must be of type float"),
+        ({"a": {"path": "x.csv", "weight": -1.0}}, r"sources\.a\.weight=-1\.0: a sampling weight must be"),
+        ({"a": {"path": "x.csv", "weight": float("nan")}}, r"sources\.a\.weight=nan"),
+        ({"a": {"path": "x.csv", "weight": 0.0}}, r"sources: at least one sampling weight must be positive"),
+        ({"a": {"path": "x.csv", "harmful": "yes"}}, r"sources\.a\.harmful='yes': choose one of file, true, false"),
+        ({"a": {"path": "x.csv", "tfds": "x"}}, r"sources\.a: set either path or tfds"),
+        ({"a": {"weight": 1.0}}, r"sources\.a: set either path or tfds"),
+        ({"a/b": {"path": "x.csv"}}, r"sources\.a/b: a source's name has letters, digits, _ and - alone"),
+        ({"a": "x.csv"}, r"sources\.a='x\.csv' must be a section with the keys path, tfds"),
+    ],
+)
+def test_sources(config, sources, message):
+    with config.unlocked(), config.ignore_type():
+        config.data.sources = sources
+    if message is None:
+        settings.check(config)
+        config.data.path = "y.csv"
+        message = r"sources beside config\.data\.path: make that one a source too"
+    with pytest.raises(ValueError, match=r"config\.data\." + message):
+        settings.check(config)
+
+
+def test_one_source_and_a_share(config):
+    config.data.path = config.data.tfds = "x"
+    with pytest.raises(ValueError, match=r"config\.data\.tfds='x' and config\.data\.path='x': set one of them"):
+        settings.check(config)
+    config.data.tfds = ""
+    for share in (-1.0, 0.0, 0.5, 1.0):
+        config.data.harmful_share = share
+        settings.check(config)
+    for share in (-0.5, 1.5, float("nan")):
+        config.data.harmful_share = share
+        with pytest.raises(ValueError, match=r"config\.data\.harmful_share=.* must be from 0 to 1, or -1"):
+            settings.check(config)

@@ -1,9 +1,15 @@
+import dataclasses
+import hashlib
 import json
 import pathlib
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from msd_jax import queries
+from msd_jax.queries import parallel_queries
+from tests.queries.conftest import OWNER_NAME
 
 MULTIJAIL = pathlib.Path(__file__).parents[3] / "shared/data/multijail/MultiJail_dev.csv"
 
@@ -231,3 +237,98 @@ def test_language_name(code, name):
 def test_language_name_refuses_what_is_no_language(code):
     with pytest.raises(ValueError, match="is not the code of a known language"):
         queries.language_name(code)
+
+
+# Tables in Parquet, several files, and other places.
+
+RECORDS = (
+    queries.Query("1", True, "", {"en": "What?", "id": "Apa?"}, {"en": "bread"}),
+    queries.Query("2", None, "food", {"en": "Who?", "id": "Siapa?"}),
+    queries.Query("3", False, "food", {"en": "Where?", "id": "Di mana?"}, {"id": "sana"}),
+)
+
+
+def wide(records=RECORDS) -> pyarrow.Table:
+    """As `datasets` writes a table with one column a language: numbers as ids, nulls for what is missing."""
+    columns = {
+        "id": [int(query.id) for query in records],
+        "harmful": [query.harmful for query in records],
+        "tags": [query.category or None for query in records],
+        "source": ["somebody" for _ in records],
+        "en": [query.texts["en"] for query in records],
+        "text:id": [query.texts["id"] for query in records],
+        "answer:en": [query.answers.get("en") for query in records],
+        "answer:id": [query.answers.get("id") for query in records],
+    }
+    return pyarrow.table(columns)
+
+
+def test_parquet_with_a_column_a_language(tmp_path):
+    pyarrow.parquet.write_table(wide(), tmp_path / "queries.parquet")
+    assert queries.read(tmp_path / "queries.parquet") == RECORDS
+
+
+@pytest.mark.parametrize("kind", ["struct", "map"])
+def test_parquet_with_the_fields_of_jsonl(tmp_path, kind):
+    records = [*RECORDS, queries.Query("4", None, "", {"en": "No Indonesian"})]
+    rows = [dataclasses.asdict(query) for query in records]
+    schema = None
+    if kind == "map":
+        texts = pyarrow.map_(pyarrow.string(), pyarrow.string())
+        schema = pyarrow.schema(
+            {"id": pyarrow.string(), "harmful": pyarrow.bool_(), "category": pyarrow.string()}
+            | {"texts": texts, "answers": texts}
+        )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), tmp_path / "queries.parquet")
+    assert queries.read(tmp_path / "queries.parquet") == tuple(records)
+
+
+def test_parquet_faults(tmp_path):
+    path = write(tmp_path / "queries.parquet", b"PAR1 no")
+    with pytest.raises(ValueError, match=r"queries\.parquet: not readable as Parquet"):
+        queries.read(path)
+    pyarrow.parquet.write_table(pyarrow.table({"id": ["1", "2"], "en": ["x", None]}), path)
+    with pytest.raises(ValueError, match=r"queries\.parquet, line 2 \(id '2'\): the text in 'en' is empty"):
+        queries.read(path)
+
+
+def test_a_folder_holds_one_file_or_the_parts_of_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no query file \(\.jsonl, \.csv or \.parquet\) in this folder"):
+        queries.read(tmp_path)
+    (tmp_path / "README.md").write_text("x")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in (1, 0, 2):
+        suffix = "-0123456789abcdef" if i == 1 else ""
+        pyarrow.parquet.write_table(wide(RECORDS[i : i + 1]), folder / f"train-0000{i}-of-00003{suffix}.parquet")
+    assert queries.read(tmp_path) == RECORDS
+    pyarrow.parquet.write_table(wide(RECORDS[:1]), folder / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"4 query files are in this folder \(data/test-.*\); name one, or use \*"):
+        queries.read(tmp_path)
+    assert queries.read(folder / "train-*.parquet") == RECORDS
+    with pytest.raises(ValueError, match=r"train.*: id '1' is already on line 1 of .*test-00000.*; give each"):
+        queries.read(folder / "*.parquet")
+    with pytest.raises(FileNotFoundError, match="no such query file"):
+        queries.read(folder / "dev-*.parquet")
+
+
+def test_a_set_of_the_hub(tmp_path, hub):
+    queries.write_jsonl(tmp_path / "queries.jsonl", RECORDS)
+    hub.files = {"data/queries.jsonl": (tmp_path / "queries.jsonl").read_bytes(), "README.md": b"", "big.xlsx": b"x"}
+    assert queries.read(f"hf://{OWNER_NAME}") == RECORDS
+    assert not any("big.xlsx" in path for path in hub.requests)  # nothing to read a table of queries from
+    assert queries.read(f"hf://{OWNER_NAME}/data/*.jsonl") == RECORDS
+
+
+def test_the_real_multijail_file_comes_the_same_by_every_way(tmp_path, hub):
+    if not MULTIJAIL.is_file():
+        pytest.skip("MultiJail_dev.csv is not beside this repository")
+    records = queries.read(MULTIJAIL, harmful="true")
+    hub.files = {"MultiJail.csv": MULTIJAIL.read_bytes(), "README.md": b"#"}
+    assert queries.read(f"hf://{OWNER_NAME}", harmful="true") == records
+    key = lambda query: query.id  # noqa: E731
+    for version, source in (("1.0.0", str(MULTIJAIL)), ("1.0.1", f"hf://{OWNER_NAME}")):
+        built = parallel_queries.build(source, f"parallel_queries:{version}", str(tmp_path), harmful="true")
+        assert built.metadata["sha256"] == hashlib.sha256(MULTIJAIL.read_bytes()).hexdigest()
+        uri = f"tfds://parallel_queries:{version}/train+test?data_dir={tmp_path}"
+        assert sorted(queries.read(uri), key=key) == sorted(records, key=key)
