@@ -40,7 +40,10 @@ def compare(directories: Sequence[pathlib.Path], out: pathlib.Path | None = None
     """The table of several runs, printed and, where `out` is given, written as comparison.md and comparison.json."""
     compared = runs.settings(directories)
     table = runs.table(compared)
-    tables.show(table)
+    for rate in runs.RATES:  # all of them are too wide for a terminal
+        part = runs.table(compared, (rate,))
+        if len(part.columns) > 2:
+            tables.show(part)
     if out and distributed.is_first():
         out.mkdir(parents=True, exist_ok=True)
         metrics.replace_text(out / "comparison.md", tables.markdown(table))

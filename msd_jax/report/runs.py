@@ -17,7 +17,7 @@ from msd_jax.summary import GROUPS, Summary
 
 # What neither makes two runs different nor belongs in a name: the seed, and where and how a run is carried out.
 _NOT_IN_NAME = ("seed", "launch.", "mesh.", "train.checkpoint", "train.log_every", "train.completions", "train.export")
-_RATES = ("asr", "over_refusal", "exact_match", "accuracy")
+RATES = ("asr", "over_refusal", "exact_match", "accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +66,11 @@ def _counts(key: str) -> bool:
     return not key.startswith(_NOT_IN_NAME)
 
 
-def table(compared: Sequence[Setting]) -> tables.Table:
+def table(compared: Sequence[Setting], rates: Sequence[str] = RATES) -> tables.Table:
     """A row a setting and, first, what they all started from where it is the same; columns are rates by group."""
     columns = [
         (rate, benchmark, group)
-        for rate in _RATES
+        for rate in rates
         for benchmark in dict.fromkeys(name for setting in compared for name in setting.runs[0].after.summary)
         for group in GROUPS
         if any(_rate(run.after.summary, benchmark, group, rate) is not None for s in compared for run in s.runs)
