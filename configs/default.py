@@ -131,6 +131,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.passes = ("greedy",)  # greedy, t1 (sampled at temperature 1)
     config.eval.limit = 0  # use at most so many records of each; 0 for all
     config.eval.sample = "spread"  # which they are: spread (evenly over the file) | first
+    config.eval.prompt_limit = 0  # tokens, longer prompts are dropped and counted; 0 for prompts.student_limit
     config.eval.batch_size = 32
     config.eval.max_new_tokens = 256
     # Each benchmark's file or directory, or hf://OWNER/NAME; its languages and its limit, where they are not eval's.

@@ -1,7 +1,10 @@
 """What: SmolLM2-135M-Instruct aligned towards Swahili and Italian on MultiJail's queries, on a laptop's CPU.
 
-Command:  python -m msd_jax.main --config configs/smollm2.py --workdir runs/smollm2 \
-              --config.data.path=MultiJail.csv [--config.model.path=LOCAL_DIRECTORY]
+Command:  python -m msd_jax.main --config configs/smollm2.py --workdir runs/smollm2 --config.data.path=MultiJail.csv
+          Before and after, to a report (each path may be left out where there is a network):
+              --config.eval.benchmarks="('multijail','xstest','mgsm')" --config.eval.multijail.path=MultiJail.csv \
+              --config.eval.xstest.path=xstest_prompts.csv --config.eval.mgsm.path=DIRECTORY_OF_MGSM
+          Without the hub: --config.model.path=LOCAL_DIRECTORY
 
 A check of the whole path on real weights, not a recipe for a safe model: 30 steps, harmful queries alone (which teach
 refusing everything; mix in harmless ones), and a model that speaks little Swahili.
@@ -27,4 +30,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.checkpoint_every = 15
     config.train.completions_every = 10
     config.train.checkpoints_kept = 1
+    config.eval.languages = ("en", "it", "sw")
+    config.eval.sample = "first"
+    config.eval.xstest.limit = 100
+    config.eval.mgsm.limit, config.eval.mgsm.languages = 50, ("sw",)
+    config.eval.prompt_limit = 512  # problems in Swahili take many tokens of a tokenizer that was made for English
+    config.eval.max_new_tokens = 64
     return config

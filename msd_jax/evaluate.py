@@ -66,6 +66,13 @@ class Prompt:
         return self.benchmark.name, self.query.id, self.language
 
 
+def prompt_limit(config: ml_collections.ConfigDict, role: str = "student") -> tuple[int, str]:
+    """(the most tokens of a prompt, the key that says so)."""
+    if role == "student" and config.eval.prompt_limit:
+        return config.eval.prompt_limit, "config.eval.prompt_limit"
+    return config.prompts[f"{role}_limit"], f"config.prompts.{role}_limit"
+
+
 def wanted(config: ml_collections.ConfigDict) -> bool:
     """Whether the config asks for an evaluation."""
     return bool(config.eval.path or config.eval.benchmarks)
@@ -82,7 +89,7 @@ class Evaluation:
         Raises ValueError or OSError with one clear message where a query file or a language is not fit.
         """
         self.config, self.model, self.mesh, self.role = config, model, mesh, role
-        self.limit = config.prompts[f"{role}_limit"]
+        self.limit, key = prompt_limit(config, role)
         self.prompts: list[Prompt] = []
         self.dropped: collections.Counter[tuple[str, str]] = collections.Counter()
         for loaded in benchmarks.load(config.eval):
@@ -93,10 +100,11 @@ class Evaluation:
         if not self.prompts:
             raise ValueError(
                 f"{config.eval.path or config.eval.benchmarks}: every prompt is longer than "
-                f"config.prompts.{role}_limit={self.limit} tokens"
+                f"{key}={self.limit} tokens"
+                + (", or its query has no text in config.data.source_language" if role == "teacher" else "")
             )
         for (name, language), count in self.dropped.items():
-            say(f"{name}: {count} prompts in {language} dropped, longer than config.prompts.{role}_limit")
+            say(f"{name}: {count} prompts in {language} dropped, longer than {key}")
         self._judge = judges.make(config.judge, mesh, self._translator)
         self._rows = sharding.batch_rows(mesh, config.eval.batch_size)
         self._chooser = None

@@ -210,7 +210,7 @@ def tasks(config: ml_collections.ConfigDict, model: pretrained.Architecture, mes
         yield Task("teacher rollout", run, held, length - 1)
     if evaluate.wanted(config):
         B, R = sharding.batch_rows(mesh, config.eval.batch_size), config.eval.max_new_tokens
-        yield Task("evaluation", functools.partial(generate, B, prompts.student_limit, R), held, R - 1)
+        yield Task("evaluation", functools.partial(generate, B, evaluate.prompt_limit(config)[0], R), held, R - 1)
 
 
 # --- Compiling and reading what comes out -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import ml_collections
 import rich.table
 from jax.sharding import Mesh
 
-from msd_jax import distributed, evaluate, metrics, queries, rollout, sharding
+from msd_jax import benchmarks, distributed, evaluate, metrics, queries, rollout, sharding
 from msd_jax.console import console, say
 from msd_jax.judges import Verdict
 from msd_jax.models import pretrained
@@ -50,9 +50,10 @@ def run(
 
 
 def _both_roles(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
-    """What is evaluated: config.eval, greedily; the training queries where it names nothing."""
+    """What is evaluated: what of config.eval is judged, greedily; the training queries where that is nothing."""
     config = ml_collections.ConfigDict(config.to_dict())
     config.eval.passes = ("greedy",)
+    config.eval.benchmarks = tuple(name for name in config.eval.benchmarks if benchmarks.BENCHMARKS[name].judged)
     if not evaluate.wanted(config):
         config.eval.path, config.eval.harmful = queries.as_path(config.data), config.data.harmful
         config.eval.languages = (config.data.source_language, *config.data.languages)

@@ -82,6 +82,7 @@ _RANGES = {
     "train.completions_every": (1, None),
     "train.completions_kept": (0, None),
     "eval.limit": (0, None),
+    "eval.prompt_limit": (0, None),
     "eval.batch_size": (1, None),
     "eval.max_new_tokens": (1, None),
     "judge.translation_tokens": (1, None),

@@ -185,6 +185,26 @@ def test_the_judge_is_that_of_the_config(config, tmp_path, monkeypatch):
     assert [member.name for member in evaluation._judge.members] == ["rules", "openai"]
 
 
+def test_an_ensemble_may_have_the_model_itself_translate(config, tmp_path, monkeypatch):
+    """Which weights translate, and so the judge's version, is known only once the evaluation runs."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    config.judge.kind, config.judge.members, config.judge.translate = "ensemble", ("rules", "openai"), "model"
+    config.judge.openai.update(model="m", url="http://127.0.0.1:9/v1", addresses="private", retries=0, timeout=1.0)
+    config.eval.passes, config.judge.translation_tokens = ("greedy",), 4
+    evaluation, params = make(config)
+    summary = evaluation.run(params, tmp_path / "out")
+    assert summary["queries"]["languages"]["sw"]["n"] == 11 and "+openai-" in evaluation._judge.version
+
+
+def test_evaluation_prompts_have_a_limit_of_their_own(config, capsys):
+    config.prompts.student_limit, config.eval.prompt_limit = 3, 64
+    evaluation, _ = make(config)
+    assert len(evaluation.prompts) == 22 and not evaluation.dropped
+    config.eval.prompt_limit = 8
+    make(config)
+    assert "queries: 11 prompts in en dropped, longer than config.eval.prompt_limit" in capsys.readouterr().out
+
+
 def test_what_is_unjudged_is_told_beside_the_rates(config, tmp_path, monkeypatch, capsys):
     """Else a judge that fails on everything would show an ASR of 0%."""
 

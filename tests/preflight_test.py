@@ -87,6 +87,13 @@ def test_without_an_evaluation_the_training_queries_are_asked(tmp_path):
         assert result[code]["student_asr"] == 1 and result[code]["teacher_asr"] == 0 and result[code]["go"]
 
 
+def test_benchmarks_that_nobody_judges_are_not_asked(tmp_path):
+    config = quickstart.get_config()
+    config.eval.path, config.eval.benchmarks = "", ("mgsm",)  # whose files are not here
+    config = preflight._both_roles(config)
+    assert not config.eval.benchmarks and config.eval.path == config.data.path
+
+
 def test_training_reaches_the_asr_that_preflight_predicts(tmp_path):
     """On the testbed, in processes of their own, as a user runs them."""
 

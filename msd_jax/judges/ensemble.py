@@ -20,9 +20,12 @@ class EnsembleJudge:
     def __init__(self, members: Sequence[Judge]):
         self.members = tuple(members)
         self.endpoints = tuple(endpoint for member in self.members for endpoint in member.endpoints)
+
+    @property
+    def version(self) -> str:  # a member's may be known only once there is something to judge
         names = [f"{member.name} {member.version}" for member in self.members]
         digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
-        self.version = "+".join(member.name for member in self.members) + "-" + digest
+        return "+".join(member.name for member in self.members) + "-" + digest
 
     def judge(self, responses: Sequence[Response], keep: Keep = ignore) -> list[Judgement]:
         by_member = [member.judge(responses) for member in self.members]
