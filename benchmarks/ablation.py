@@ -45,7 +45,8 @@ def run(weighting: str, seed: int, workdir: pathlib.Path) -> dict:
             if sum(r["verdict"] == "unsafe" for r in rows) <= TARGET * len(rows):
                 reached = step + 1
     trainer.evaluation.prompts = everything
-    summary = trainer.evaluation.run(lambda: trainer.rollout_params(state.params), workdir / "eval" / "end")
+    evaluated = trainer.evaluation.run(lambda: trainer.rollout_params(state.params), workdir / "eval" / "end")
+    summary = evaluated["queries"]["languages"]
     trainer.checkpoints.close()
     # A step that compiled took many times the median one; so does none other.
     usual = statistics.median(seconds)
