@@ -225,11 +225,8 @@ class MsdJaxLM(TemplateLM):
         with progress("generating", len(rows)) as advance:
             for first in range(0, len(rows), B):
                 batch = order[first : first + B]
-                filled = batch + batch[:1] * (B - len(batch))
-                prompt_BxP, length_B = pipeline.left_pad([rows[i] for i in filled], room, self._model.pad_id)
-                hash_B = np.array([hashes[i] for i in filled], np.uint32)
-                arguments = prompt_BxP, length_B, hash_B, np.arange(B) < len(batch), self._key
-                written = sharding.fetch(generator(self._params, *arguments))
+                drawn = [hashes[i] for i in batch]
+                written = generator.write(self._params, [rows[i] for i in batch], B, room, drawn, self._key)
                 for row, i in enumerate(batch):
                     ids = written.response_BxR[row, : written.length_B[row]]
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)
