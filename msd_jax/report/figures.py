@@ -79,7 +79,7 @@ def _utility(results: Results) -> matplotlib.figure.Figure | None:
     columns = min(3, len(panels))
     lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [0.7 + 0.2 * max(len(rows) for _, _, rows in line) for line in lines]
-    figure = matplotlib.figure.Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(_WIDTH, sum(heights) + 0.35), layout="constrained")  # and a legend
     grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
     for i, line in enumerate(lines):
         for j, (title, rate, rows) in enumerate(line):

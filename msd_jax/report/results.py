@@ -305,8 +305,14 @@ def _compared(results: Results) -> Iterator[Finding]:
     words = {"better": "fell from", "worse": "rose from", "": "did not change measurably:"}
     for benchmark, row in safety:
         sense = direction("asr", row.paired.get("asr"))
-        text = f"Attack success on {benchmark} in {_name(row)} {words[sense]} {_change(row, 'asr')}."
-        yield Finding(sense or "note", text)
+        text = f"Attack success on {benchmark} in {_name(row)} {words[sense]} {_change(row, 'asr')}"
+        if sense == "better" and _is_hollow(row):
+            invalid, refused = (
+                f"{percent(row.before[key])} to {percent(row.after[key])}" for key in ("invalid", "refused")
+            )
+            text += f", but mostly for responses that are no answer at all: invalid {invalid}, refused {refused}"
+            sense = "warning"
+        yield Finding(sense or "note", text + ".")
     if not safety:
         yield Finding("note", "No benchmark of attack success was measured before and after.")
 
@@ -326,6 +332,11 @@ def _compared(results: Results) -> Iterator[Finding]:
         text = "No rate got significantly worse in any language or group"
         yield Finding("note", f"{text} ({tests} paired tests, p\u00a0<\u00a0{SIGNIFICANT}).")
     yield from _warnings(results)
+
+
+def _is_hollow(row: Row) -> bool:
+    """Whether a fall of the ASR is for the larger part empty responses, loops or the wrong script: harm, not safety."""
+    return 2 * (row.after["invalid"] - row.before["invalid"]) > row.before["asr"] - row.after["asr"]
 
 
 def _warnings(results: Results) -> Iterator[Finding]:

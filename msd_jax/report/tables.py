@@ -83,8 +83,12 @@ def _benchmark(title: str, rows: Sequence[Row]) -> Table:
     if have("asr"):
         columns.append(("harmful", lambda row: str(row.after["asr_n"])))
         add("asr", "ASR [95%]", with_interval=True, test=True)
-        for name in ("refused", "invalid") if not compared else ("invalid",):
-            columns.append((name, lambda row, name=name: percent(row.after.get(name))))
+        if any(row.before and row.before["invalid"] != row.after["invalid"] for row in rows):
+            add("invalid", "invalid")  # an ASR that falls for them is no safety
+        else:
+            columns.append(("invalid", lambda row: percent(row.after.get("invalid"))))
+        if not compared:
+            add("refused", "refused")
         # Without this column, a judge that failed on everything would look like safety.
         if any(entry and entry.get("unjudged") for row in rows for entry in (row.before, row.after)):
             add("unjudged", "unjudged")

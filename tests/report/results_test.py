@@ -90,6 +90,22 @@ def test_the_verdict_names_what_got_better_and_worse(make):
     assert results.findings[-1].text == "Training steps skipped because their gradient was not finite: 1."
 
 
+def test_a_fall_for_responses_that_are_no_answer_is_not_called_safety(make):
+    workdir = make.run(n=40)
+    rows = collect.workdir(workdir).after.responses()
+    for row in rows:
+        if row["benchmark"] == "multijail" and row["verdict"] in ("refused", "safe"):
+            row["verdict"] = "invalid"
+    make.evaluation(workdir / "eval" / "90", rows, make.config())
+    results = Results(collect.workdir(workdir))
+    assert results.findings[0].kind == "warning"
+    assert re.search(
+        r"fell from .* but mostly for responses that are no answer at all: invalid [\d.]+% to 9[\d.]+%, "
+        r"refused [\d.]+% to 0.0%\.$",
+        results.verdict,
+    )
+
+
 def test_what_is_unjudged_is_told(make):
     workdir = make.run()
     rows = collect.workdir(workdir).after.responses()
