@@ -5,6 +5,7 @@
 
 from msd_jax.losses import (
     DIVERGENCES,
+    cross_entropy,
     dpsw_loss,
     dpsw_weights,
     forward_kl,
@@ -18,6 +19,7 @@ from msd_jax.losses import (
 
 __all__ = [
     "DIVERGENCES",
+    "cross_entropy",
     "dpsw_loss",
     "dpsw_weights",
     "forward_kl",

@@ -49,7 +49,7 @@ def fused_dpsw_loss(
       student_head_DxV: float `[D, V]`.
       teacher_hidden_NxD: float `[N, D']`, held constant.
       teacher_head_DxV: float `[D', V]`, held constant.
-      response_N: int `[N]`, the response tokens; None will do for student_token = "teacher_argmax".
+      response_N: int `[N]`, the response tokens; None as in :func:`losses.dpsw_loss`.
       mask_N: bool or 0/1 `[N]`, true at response tokens; what is elsewhere reaches neither results nor gradients.
       chunk: static; tokens whose logits are held at a time, on each device.
       dtype: static; operands of the matrix products are cast to it (sums are float32), inside, so that gradients come

@@ -185,6 +185,36 @@ def jsd(
     return beta * _kl(log_teacher, log_mixture) + (1 - beta) * _kl(log_student, log_mixture)
 
 
+def cross_entropy(student_logits: jax.Array, tokens: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+    r"""Cross-entropy of given tokens, -log p_S(y), per token: supervised fine-tuning on them.
+
+    No divergence between student and teacher, but the baseline that distillation is compared with: with responses of
+    the teacher it learns from what the teacher wrote, and not from what else the teacher might have written. It is
+    KL(y || student) of the distribution that is certain of y.
+
+    Args:
+      student_logits: float `[..., V]`, any float dtype; carries the gradient.
+      tokens: int `[...]`, y.
+      temperature: static, > 0; of the student's row.
+
+    Returns:
+      -log p_S(y) in nats, float32 `[...]`; infinite where the student excludes y (logit `-inf`).
+
+    Raises:
+      ValueError: for shapes, dtypes or a temperature other than the above.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> print(f"{losses.cross_entropy(jnp.log(jnp.array([0.25, 0.75])), jnp.array(0)):.4f}")  # log 4
+      1.3863
+    """
+    _check_logits("student_logits", student_logits)
+    _check_tokens("tokens", tokens, student_logits.shape[:-1])
+    log_p = _log_softmax(student_logits, temperature)
+    return -jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+
+
 DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
@@ -192,6 +222,9 @@ DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
 }
 
 # --- DPSW weights -----------------------------------------------------------------------------------------------
+
+# What `divergence` may be in the functions below.
+OBJECTIVES = (*DIVERGENCES, "cross_entropy")
 
 WEIGHTINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "dpsw": lambda w_T, w_S: w_T * w_S,
@@ -354,8 +387,8 @@ def token_diagnostics(
     Args:
       student_logits: float `[..., V]`, any float dtype.
       teacher_logits: float `[..., V]`, the same shape; held constant.
-      response_tokens: int `[...]`; needed for student_token = "sampled" alone.
-      divergence: static; "reverse_kl", "forward_kl" or "jsd".
+      response_tokens: int `[...]`; needed for student_token = "sampled" and divergence = "cross_entropy" alone.
+      divergence: static; "reverse_kl", "forward_kl", "jsd", or "cross_entropy" of the response tokens.
       beta: static; of :func:`jsd`, unused by the others.
       top_k: static; of the divergence: None, or the teacher's K most probable tokens and TAIL.
       weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
@@ -365,7 +398,8 @@ def token_diagnostics(
 
     Returns:
       A dict of float32 `[...]`; only `kl` carries a gradient:
-        kl: the divergence, unweighted, in nats (for "jsd", the Jensen-Shannon divergence).
+        kl: the divergence, unweighted, in nats (for "jsd", the Jensen-Shannon divergence; for "cross_entropy",
+          that).
         weight: the weight by `weighting`, not rescaled.
         w_T, w_S: the two perspectives of DPSW, whatever the weighting.
         teacher_entropy, student_entropy: over the full vocabulary, in nats.
@@ -386,10 +420,14 @@ def token_diagnostics(
       teacher_entropy 0.0012
       student_entropy 0.6931
     """
-    _check_choice("divergence", divergence, DIVERGENCES)
+    _check_choice("divergence", divergence, OBJECTIVES)
     _check_choice("weighting", weighting, WEIGHTINGS)
-    options = {"beta": beta} if divergence == "jsd" else {}
-    kl = DIVERGENCES[divergence](student_logits, teacher_logits, temperature=temperature, top_k=top_k, **options)
+    if divergence == "cross_entropy":
+        _check_cross_entropy(response_tokens, top_k)
+        kl = cross_entropy(student_logits, response_tokens, temperature=temperature)
+    else:
+        options = {"beta": beta} if divergence == "jsd" else {}
+        kl = DIVERGENCES[divergence](student_logits, teacher_logits, temperature=temperature, top_k=top_k, **options)
     _check_top_k("weight_top_k", weight_top_k, 2, teacher_logits.shape[-1])
     w_T, w_S = _perspectives(student_logits, teacher_logits, response_tokens, weight_top_k, student_token, temperature)
     return {
@@ -435,10 +473,11 @@ def dpsw_loss(
       student_logits_BxRxV: float `[B, R, V]`, or any `[..., V]`; row t is the distribution that response token t
         was drawn from. Any float dtype. The gradient flows through these alone.
       teacher_logits_BxRxV: float, the same shape: the teacher at the SAME response tokens. Held constant.
-      response_BxR: int `[B, R]`, the response tokens; None will do for student_token = "teacher_argmax".
+      response_BxR: int `[B, R]`, the response tokens; None will do for student_token = "teacher_argmax" and a
+        divergence.
       mask_BxR: bool or 0/1 `[B, R]`, true at response tokens. What the logits hold where it is false, NaN and
         infinities included, reaches neither the results nor the gradients.
-      divergence: static; "reverse_kl", "forward_kl" or "jsd".
+      divergence: static; "reverse_kl", "forward_kl", "jsd", or "cross_entropy" of the response tokens.
       beta: static; of :func:`jsd`, unused by the others.
       top_k: static; of the divergence: None, or the teacher's K most probable tokens and TAIL.
       weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
@@ -670,3 +709,10 @@ def _check_top_k(name: str, top_k: int, lowest: int, vocabulary: int) -> None:
 def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_cross_entropy(response_tokens: jax.Array | None, top_k: int | None) -> None:
+    if response_tokens is None:
+        raise ValueError("divergence='cross_entropy' needs the response tokens, got None")
+    if top_k is not None:
+        raise ValueError(f"divergence='cross_entropy' has no top_k, got {top_k!r}")

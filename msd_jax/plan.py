@@ -31,7 +31,7 @@ import rich.table
 from absl import flags
 from jax.sharding import Mesh
 
-from msd_jax import chips, cli, cost, evaluate, optimizer, rollout, settings, sharding, topology, train
+from msd_jax import chips, cli, cost, evaluate, optimizer, rollout, settings, sharding, topology, update
 from msd_jax.console import console, say
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, pretrained
@@ -179,10 +179,10 @@ def tasks(config: ml_collections.ConfigDict, model: pretrained.Architecture, mes
     Raises:
       ValueError: the batch does not divide over the mesh, or a parameter does not.
     """
-    train.check_batch(config, mesh)
+    update.check_batch(config, mesh)
     prompts, length, batch_size = config.prompts, config.rollout.max_new_tokens, config.data.batch_size
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    state, frozen = train.abstract_state(model, mesh, optimize, config.teacher.kind)
+    state, frozen = update.abstract_state(model, mesh, optimize, config.teacher.kind)
     held = bytes_a_chip((state, frozen))
     weights = decoder.join(frozen, state.params)
     relaid = rollout_params(model, mesh)
@@ -192,8 +192,8 @@ def tasks(config: ml_collections.ConfigDict, model: pretrained.Architecture, mes
 
     def step() -> jax.stages.Traced:
         B, P, Q = batch_size, prompts.student_limit, prompts.teacher_limit
-        batch = train.TrainBatch(rows(B, P), rows(B), rows(B, Q), rows(B), rows(B, length), rows(B))
-        return train.jit_train_step(config, model, mesh, optimize).trace(state, frozen, batch)
+        batch = update.TrainBatch(rows(B, P), rows(B), rows(B, Q), rows(B), rows(B, length), rows(B))
+        return update.jit_train_step(config, model, mesh, optimize).trace(state, frozen, batch)
 
     def generate(B: int, P: int, R: int) -> jax.stages.Traced:
         sampling = {key: config.rollout[key] for key in ("temperature", "top_k", "top_p")}
@@ -366,7 +366,7 @@ def describe(config: ml_collections.ConfigDict, model: pretrained.Architecture, 
 def remedies(config: ml_collections.ConfigDict, pod: Pod, programs: dict[str, Program], model: Any) -> Iterator[str]:
     """For what does not fit, the settings that take most off it."""
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    state, frozen = train.abstract_state(model, pod.mesh, optimize, config.teacher.kind)
+    state, frozen = update.abstract_state(model, pod.mesh, optimize, config.teacher.kind)
     held, mesh = bytes_a_chip((state, frozen)), pod.mesh.shape
     too_big = [name for name, program in programs.items() if not program.fits]
     if held > pod.chip.hbm / 2 and not model.lora:
@@ -485,7 +485,7 @@ def search(config: ml_collections.ConfigDict, sizes: Any, pod: Pod) -> Candidate
             setting = with_values(config, **{"train.micro_batches": micro_batches, "model.remat": "full"})
             try:
                 mesh = sharding.make_mesh(data, fsdp, tensor, devices=devices)
-                train.check_batch(setting, mesh)
+                update.check_batch(setting, mesh)
                 model = build(setting, sizes, mesh)
                 model.shardings(mesh, sharding.TRAIN)
             except ValueError:  # an axis that does not divide

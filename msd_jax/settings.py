@@ -34,7 +34,7 @@ _CHOICES = {
     "prompts.cot": ("instruction", "generated", "none"),
     "teacher.kind": ("frozen", "live", "ema", "periodic"),
     "rollout.policy": ("on_policy", "off_policy", "mixed"),
-    "loss.divergence": ("auto", "reverse_kl", "forward_kl", "jsd"),
+    "loss.divergence": ("auto", "reverse_kl", "forward_kl", "jsd", "cross_entropy"),
     "loss.weighting": ("dpsw", "teacher", "student", "uniform"),
     "loss.student_token": ("teacher_argmax", "sampled"),
     "loss.normalize": ("mean", "none"),

@@ -1,21 +1,16 @@
-"""Training: what is set up once, the jitted train_step, and the loop."""
+"""Training: what is set up once, and the loop."""
 
 import collections
-import dataclasses
 import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
-from flax import nnx
-from jax.sharding import Mesh
 
 from msd_jax import (
     analyses,
@@ -23,8 +18,6 @@ from msd_jax import (
     distributed,
     evaluate,
     export,
-    forward,
-    fused_losses,
     losses,
     metrics,
     optimizer,
@@ -35,193 +28,11 @@ from msd_jax import (
     rollout,
     settings,
     sharding,
+    update,
 )
 from msd_jax.console import progress, say
 from msd_jax.models import decoder, pretrained
 from msd_jax.queries import near_duplicates, sources
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that changes from step to step.
-
-    Attributes:
-      step: int32 number of finished steps, those skipped among them.
-      params: those of the student's weights that are trained: all, or adapters, or all but the embeddings.
-      teacher: the same part of the teacher's weights; None for a live teacher, which is the student itself.
-      opt_state: of the optax chain.
-      skipped: int32 number of steps whose gradient was not finite.
-    """
-
-    step: jax.Array
-    params: decoder.Params
-    teacher: decoder.Params | None
-    opt_state: Any
-    skipped: jax.Array
-
-
-class TrainBatch(NamedTuple):
-    """One batch of responses under both prompts, int32; prompts left-padded, responses right-padded."""
-
-    student_prompt_BxP: jax.Array
-    student_length_B: jax.Array
-    teacher_prompt_BxP: jax.Array
-    teacher_length_B: jax.Array
-    response_BxR: jax.Array
-    response_length_B: jax.Array
-
-
-def both_roles(
-    run: Callable, graphdef: nnx.GraphDef, student: decoder.Params, teacher: decoder.Params, batch: TrainBatch
-) -> tuple[Any, Any]:
-    """What a function of forward.py gives for student and teacher over the same response tokens."""
-    response = (batch.response_BxR, batch.response_length_B)
-    return (
-        run(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response),
-        run(graphdef, teacher, batch.teacher_prompt_BxP, batch.teacher_length_B, *response),
-    )
-
-
-both_logits = functools.partial(both_roles, forward.response_logits)
-
-
-def train_step(
-    state: TrainState,
-    frozen: decoder.Params,
-    batch: TrainBatch,
-    *,
-    graphdef: nnx.GraphDef,
-    optimize: optax.GradientTransformation,
-    loss: functools.partial,
-    teacher: ml_collections.ConfigDict,
-    micro_batches: int,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. Gradients of the summed loss are added over micro-batches and divided once, by one denominator.
-
-    Args:
-      state: donated.
-      frozen: the weights that are not trained, which student and teacher share; {} where all are.
-      batch: B rows, divisible by `micro_batches`.
-      graphdef, optimize, loss, teacher, micro_batches: static; `loss` is fused_losses.fused_dpsw_loss with its
-        settings, `teacher` is config.teacher.
-    """
-    teacher_params = state.params if state.teacher is None else state.teacher
-
-    def loss_sum(params, micro):
-        both = (decoder.join(frozen, trained) for trained in (params, teacher_params))
-        student, teacher = both_roles(forward.response_hidden_and_head, graphdef, *both, micro)
-        mask_BxR = forward.response_mask(micro.response_length_B, micro.response_BxR.shape[1])
-        total, normaliser, aux = loss(*student, *teacher, micro.response_BxR.ravel(), mask_BxR.ravel())
-        return total, (normaliser, aux)
-
-    # Every device keeps its own rows: micro-batch i holds rows i, i + M, i + 2M, ...
-    micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
-    gradient = jax.value_and_grad(loss_sum, has_aux=True)
-    nothing = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micros))
-    ((total, (normaliser, aux)), grads), _ = jax.lax.scan(
-        lambda sums, micro: (jax.tree.map(jnp.add, sums, gradient(state.params, micro)), None),
-        optax.tree.zeros_like(nothing),
-        micros,
-    )
-    grads = optax.tree.scale(losses.mean_loss(jnp.ones(()), normaliser), grads)
-
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(total)
-
-    def update(params, opt_state):
-        updates, opt_state = optimize.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    # A step that is not finite leaves the weights, the optimizer and the teacher as they were.
-    params, opt_state = jax.lax.cond(finite, update, lambda *old: old, state.params, state.opt_state)
-    step = state.step + 1
-    new_state = TrainState(
-        step, params, next_teacher(teacher, step, state.teacher, params), opt_state, state.skipped + ~finite
-    )
-    means = {name: value / jnp.maximum(aux["tokens"], 1) for name, value in aux.items() if name != "tokens"}
-    loss_mean = losses.mean_loss(total, normaliser)
-    return new_state, means | {
-        "loss": loss_mean,
-        "tokens": aux["tokens"],
-        "grad_norm": norm,
-        "skipped": new_state.skipped,
-    }
-
-
-def next_teacher(
-    teacher: ml_collections.ConfigDict, step: jax.Array, old: decoder.Params | None, student: decoder.Params
-) -> decoder.Params | None:
-    """The teacher's weights after `step` finished steps."""
-    if teacher.kind == "ema":
-        return optax.incremental_update(student, old, 1 - teacher.ema_decay)
-    if teacher.kind == "periodic":
-        return jax.tree.map(functools.partial(jnp.where, step % teacher.period == 0), student, old)
-    return old  # frozen, or None: live
-
-
-def loss_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of losses.dpsw_loss that config.loss asks for."""
-    divergence = config.loss.divergence
-    if divergence == "auto":
-        divergence = "forward_kl" if config.rollout.policy == "off_policy" else "reverse_kl"
-    return dict(config.loss) | {"divergence": divergence, "top_k": config.loss.top_k or None}
-
-
-def jit_train_step(
-    config: ml_collections.ConfigDict,
-    model: pretrained.Architecture,
-    mesh: Mesh,
-    optimize: optax.GradientTransformation,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The program of a step: train_step(state, frozen, batch) with all that is static bound; the state is donated."""
-    loss = functools.partial(
-        fused_losses.fused_dpsw_loss,
-        chunk=config.train.loss_chunk,
-        dtype=model.dtype,
-        logit_softcap=model.config.logit_softcap,
-        mesh=mesh,
-        **loss_settings(config),
-    )
-    step = functools.partial(
-        train_step,
-        graphdef=model.graphdef,
-        optimize=optimize,
-        loss=loss,
-        teacher=config.teacher,
-        micro_batches=config.train.micro_batches,
-    )
-    arguments = abstract_state(model, mesh, optimize, config.teacher.kind)
-    state, frozen = jax.tree.map(lambda leaf: leaf.sharding, arguments)
-    return jax.jit(
-        step,
-        in_shardings=(state, frozen, sharding.batch_sharding(mesh)),
-        out_shardings=(state, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-
-
-def abstract_state(
-    model: pretrained.Architecture, mesh: Mesh, optimize: optax.GradientTransformation, teacher_kind: str
-) -> tuple[TrainState, decoder.Params]:
-    """(state, frozen) of a run as ShapeDtypeStructs in the training layout.
-
-    The optimizer's moments and the teacher follow the sharding of the weights; counts are replicated.
-    """
-    params, frozen = model.split(model.target(mesh))
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    opt_state = optimizer.state_shardings(optimize, params)
-    return TrainState(scalar, params, None if teacher_kind == "live" else params, opt_state, scalar), frozen
-
-
-def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises ValueError where the rows of a micro-batch do not divide over the devices."""
-    rows, shards = config.data.batch_size // config.train.micro_batches, sharding.batch_shards(mesh)
-    if rows % shards:
-        raise ValueError(
-            f"config.data.batch_size={config.data.batch_size} over {config.train.micro_batches} "
-            f"micro-batches gives {rows} rows, which do not divide over {shards} devices (data x fsdp)"
-        )
 
 
 class Trainer:
@@ -237,7 +48,7 @@ class Trainer:
         distributed.require_same("config", lambda: checkpoint.without_paths(config))
         self.config, self.workdir = config, workdir
         self.mesh = sharding.make_mesh(**config.mesh)
-        check_batch(config, self.mesh)
+        update.check_batch(config, self.mesh)
         self.model = pretrained.load(**config.model, mesh=self.mesh)
         for key in ("top_k", "weight_top_k"):
             if config.loss[key] > self.model.config.vocab_size:
@@ -268,9 +79,9 @@ class Trainer:
         if config.rollout.policy != "on_policy" and config.rollout.reuse_teacher_responses:
             store = self._store("teacher_responses.jsonl")
         self.respond = responses.Responder(config, self.generator, store)
-        self.loss = loss_settings(config)
+        self.loss = update.loss_settings(config)
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # each costs one compilation
-        self.train_step = jit_train_step(config, self.model, self.mesh, self.optimize)
+        self.train_step = update.jit_train_step(config, self.model, self.mesh, self.optimize)
 
     def _make_batches(self, encoded: pipeline.Encoded) -> Any:
         data = self.config.data
@@ -311,7 +122,7 @@ class Trainer:
         """What the frozen teacher wrote once, in the workdir."""
         return responses.Store(self.workdir / name, responses.fingerprint(self.config, self.model.directory))
 
-    def _analyse(self, initial: TrainState) -> None:
+    def _analyse(self, initial: update.TrainState) -> None:
         """Has the teacher write its analyses, where it has not yet, and makes the batches with them."""
         weights = lambda: self.rollout_params(initial.params)  # noqa: E731
         store, model = self._store("analyses.jsonl"), self.model
@@ -332,16 +143,16 @@ class Trainer:
         prompts = self.evaluation.prompts if self.evaluation else ()
         distributed.require_same("config.eval", lambda: [[*p.key, p.ids.tolist()] for p in prompts])
 
-    def initial_state(self) -> TrainState:
-        """Weights as they come, in the layout of abstract_state. Also sets `frozen`."""
+    def initial_state(self) -> update.TrainState:
+        """Weights as they come, in the layout of update.abstract_state. Also sets `frozen`."""
         params, self.frozen = self.model.split(self.model.params(self.mesh, seed=self.config.seed))
-        target, _ = abstract_state(self.model, self.mesh, self.optimize, self.config.teacher.kind)
+        target, _ = update.abstract_state(self.model, self.mesh, self.optimize, self.config.teacher.kind)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target.opt_state)
         opt_state = jax.jit(self.optimize.init, out_shardings=shardings)(params)
         zero = jax.device_put(jnp.zeros((), jnp.int32), target.step.sharding)
         # A copy: params are donated to every step, and the teacher must outlive them.
         teacher = None if target.teacher is None else jax.tree.map(jnp.copy, params)
-        return TrainState(zero, params, teacher, opt_state, jnp.copy(zero))
+        return update.TrainState(zero, params, teacher, opt_state, jnp.copy(zero))
 
     def train(self) -> None:
         """Runs, or goes on with, the whole job: evaluation, training, evaluation, export, report."""
@@ -381,7 +192,9 @@ class Trainer:
             self.evaluation.run(lambda: self.rollout_params(state.params), self.workdir / "eval" / str(step))
         report.write(self.workdir)
 
-    def step(self, step: int, state: TrainState, writer: metrics.Metrics) -> tuple[TrainState, dict[str, float]]:
+    def step(
+        self, step: int, state: update.TrainState, writer: metrics.Metrics
+    ) -> tuple[update.TrainState, dict[str, float]]:
         """Responses for the next batch, then one train_step; returns the new state and the step's scalars."""
         batch = next(self.batches)
         teacher = state.params if state.teacher is None else state.teacher
@@ -393,7 +206,7 @@ class Trainer:
 
         start = time.perf_counter()
         R = pipeline.bucket(max(int(written.length_B.max()), 1), self.config.rollout.max_new_tokens)
-        train_batch = TrainBatch(
+        train_batch = update.TrainBatch(
             batch.student_prompt_BxP,
             batch.student_lengths_B,
             batch.teacher_prompt_BxP,
@@ -430,7 +243,7 @@ class Trainer:
     def rollout_params(self, trained: decoder.Params) -> decoder.Params:
         return rollout.relayout(decoder.join(self.frozen, trained), self.model.dtype, self.rollout_shardings)
 
-    def export(self, state: TrainState) -> None:
+    def export(self, state: update.TrainState) -> None:
         """Writes WORKDIR/model, and the adapters alone to WORKDIR/adapter where they are what was trained."""
         export.save(
             self.workdir / "model",
@@ -444,11 +257,15 @@ class Trainer:
             say(f"its adapter: {self.workdir / 'adapter'}")
 
     def completions(
-        self, state: TrainState, batch: pipeline.Batch, written: responses.Responses, train_batch: TrainBatch
+        self,
+        state: update.TrainState,
+        batch: pipeline.Batch,
+        written: responses.Responses,
+        train_batch: update.TrainBatch,
     ) -> list[dict[str, Any]]:
         """For a few rows: both prompts, the response, and each token's divergence and weights before the update."""
         rows = sharding.batch_rows(self.mesh, self.config.train.completions_kept)
-        train_batch = sharding.put_batch(self.mesh, TrainBatch(*(array[:rows] for array in train_batch)))
+        train_batch = sharding.put_batch(self.mesh, update.TrainBatch(*(array[:rows] for array in train_batch)))
         teacher = state.params if state.teacher is None else state.teacher
         both = (decoder.join(self.frozen, trained) for trained in (state.params, teacher))
         tokens = sharding.fetch(self._token_diagnostics(*both, train_batch))
@@ -477,7 +294,7 @@ class Trainer:
         keywords = {k: v for k, v in self.loss.items() if k != "normalize"}
 
         def run(student, teacher, batch):
-            logits = both_logits(self.model.graphdef, student, teacher, batch)
+            logits = update.both_logits(self.model.graphdef, student, teacher, batch)
             return losses.token_diagnostics(*logits, batch.response_BxR, **keywords)
 
         return jax.jit(run)

@@ -55,6 +55,7 @@ def error(actual, expected):
         {"divergence": "reverse_kl", "top_k": 7, "normalize": "none", "weighting": "uniform"},
         {"divergence": "forward_kl", "top_k": 7, "logit_softcap": 8.0, "temperature": 1.3},
         {"divergence": "jsd", "logit_softcap": 5.0},
+        {"divergence": "cross_entropy", "weighting": "uniform", "temperature": 0.7},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

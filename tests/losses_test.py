@@ -48,6 +48,11 @@ def reference_divergence(name, student_logits, teacher_logits, *, beta=0.5, temp
     return beta * reference_kl(p_T, m) + (1 - beta) * reference_kl(p_S, m)
 
 
+def reference_cross_entropy(student_logits, tokens, temperature):
+    p_S = reference_softmax(student_logits, temperature)
+    return -np.log(np.take_along_axis(p_S, np.asarray(tokens)[..., None], -1)[..., 0])
+
+
 def reference_gradient(function, logits, step=1e-5):
     """Central differences in float64; function maps [..., V] to [...], each row on its own."""
     logits = np.asarray(logits, np.float64)
@@ -440,6 +445,8 @@ def loss_and_gradient(batch, **options):
         ("jsd", None, "teacher", "mean"),
         ("reverse_kl", 6, "student", "none"),
         ("forward_kl", None, "uniform", "mean"),
+        ("cross_entropy", None, "uniform", "mean"),
+        ("cross_entropy", None, "dpsw", "none"),
     ],
 )
 def test_loss_equals_float64_reference(rng, name, top_k, weighting, normalize):
@@ -455,7 +462,10 @@ def test_loss_equals_float64_reference(rng, name, top_k, weighting, normalize):
         normalize=normalize,
         temperature=0.8,
     )
-    divergence = reference_divergence(name, student, teacher, beta=0.3, top_k=top_k, temperature=0.8)
+    if name == "cross_entropy":
+        divergence = reference_cross_entropy(student, response, 0.8)
+    else:
+        divergence = reference_divergence(name, student, teacher, beta=0.3, top_k=top_k, temperature=0.8)
     w_T, w_S = reference_weights(student, teacher, np.asarray(response), 5, 0.8)
     weight = {"dpsw": w_T * w_S, "teacher": w_T, "student": w_S, "uniform": np.ones_like(w_T)}[weighting]
     per_token = {
@@ -614,6 +624,22 @@ def test_uniform_weighting_is_the_plain_masked_mean(rng, name):
         np.testing.assert_allclose(losses.mean_loss(loss_sum, normaliser), plain, rtol=1e-6)
 
 
+def test_cross_entropy_is_supervised_fine_tuning_on_the_response(rng):
+    """Value and gradient of the tokens' mean negative log-likelihood; the teacher changes neither."""
+    student, teacher, response, mask = random_batch(rng)
+    for other in (teacher, -2 * teacher):
+        (loss_sum, normaliser, _), gradient = loss_and_gradient(
+            (student, other, response, mask), divergence="cross_entropy", weighting="uniform", temperature=0.8
+        )
+        expected = reference_cross_entropy(student, response, 0.8)[mask].sum()
+        np.testing.assert_allclose(loss_sum, expected, rtol=1e-6)
+        assert normaliser == mask.sum()
+        # (p - y) / temperature, in float64
+        p = reference_softmax(student, 0.8)
+        y = np.eye(p.shape[-1])[np.asarray(response)]
+        np.testing.assert_allclose(gradient, np.where(mask[..., None], (p - y) / 0.8, 0), rtol=1e-5, atol=1e-7)
+
+
 def test_token_diagnostics_are_the_terms_of_the_loss(rng):
     student, teacher, response, mask = random_batch(rng)
     options = {"divergence": "jsd", "beta": 0.3, "student_token": "sampled", "temperature": 0.9}
@@ -712,7 +738,15 @@ LOGITS, TOKENS, MASK = jnp.zeros((2, 3, 24)), jnp.zeros((2, 3), int), jnp.ones((
         (lambda: losses.dpsw_weights(LOGITS, LOGITS, student_token="sampled"), "needs the response tokens"),
         (
             lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, divergence="kl"),
-            "divergence must be one of 'reverse_kl', 'forward_kl', 'jsd', got 'kl'",
+            "divergence must be one of 'reverse_kl', 'forward_kl', 'jsd', 'cross_entropy', got 'kl'",
+        ),
+        (
+            lambda: losses.dpsw_loss(LOGITS, LOGITS, None, MASK, divergence="cross_entropy"),
+            "cross_entropy' needs the response tokens",
+        ),
+        (
+            lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, divergence="cross_entropy", top_k=3),
+            "has no top_k, got 3",
         ),
         (
             lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, normalize="sum"),

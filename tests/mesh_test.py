@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from msd_jax import optimizer, rollout, sharding, train
+from msd_jax import optimizer, rollout, sharding, update
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, pretrained
 from msd_jax.testbed import tiny
@@ -44,21 +44,21 @@ def computed(name, shape):
     _, other = decoder.init(model.config, jax.random.key(1))
     teacher = jax.tree.map(lambda a, b: a + 0.3 * b, params, other)
     zero = jnp.zeros((), jnp.int32)
-    state = train.TrainState(zero, params, teacher, optimize.init(params), zero)
-    abstract, _ = train.abstract_state(model, mesh, optimize, "frozen")
+    state = update.TrainState(zero, params, teacher, optimize.init(params), zero)
+    abstract, _ = update.abstract_state(model, mesh, optimize, "frozen")
     state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), jax.device_get(state), abstract)
 
     rng = np.random.default_rng(0)
     lengths = [rng.integers(1, size + 1, B) for size in (P, Q, R)]
     prompt, teacher_prompt, response = (rng.integers(0, model.config.vocab_size, (B, size)) for size in (P, Q, R))
     arrays = (prompt, lengths[0], teacher_prompt, lengths[1], response, lengths[2])
-    batch = sharding.put_batch(mesh, train.TrainBatch(*(x.astype(np.int32) for x in arrays)))
+    batch = sharding.put_batch(mesh, update.TrainBatch(*(x.astype(np.int32) for x in arrays)))
     layout = model.shardings(mesh, sharding.ROLLOUT)
     greedy = rollout.Generator(model.graphdef, mesh, rollout.Sampling(R, temperature=0.0), (3,), 0)
     hashes, active = np.arange(B, dtype=np.uint32), np.ones(B, bool)
     laid = rollout.relayout(state.teacher, model.dtype, layout)
     written = greedy(laid, prompt.astype(np.int32), lengths[0].astype(np.int32), hashes, active, jax.random.key(0))
-    state, scalars = train.jit_train_step(config, model, mesh, optimize)(state, {}, batch)
+    state, scalars = update.jit_train_step(config, model, mesh, optimize)(state, {}, batch)
     return jax.device_get((state, scalars, written))
 
 

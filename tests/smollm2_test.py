@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from msd_jax import export, forward, losses, pipeline, prompts, rollout, sharding, train
+from msd_jax import export, forward, losses, pipeline, prompts, rollout, sharding, update
 from msd_jax.models import decoder, pretrained
 
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
@@ -119,13 +119,13 @@ def test_bfloat16_is_close_to_float32(model, params):
     hash_B, active_B = np.arange(len(rows), dtype=np.uint32), np.ones(len(rows), bool)
     written = greedy(params, student, student_length, hash_B, active_B, jax.random.key(0))
     mask = np.asarray(forward.response_mask(written.length_B, 24))
-    batch = train.TrainBatch(
+    batch = update.TrainBatch(
         student, student_length, teacher, teacher_length, np.asarray(written.response_BxR), np.asarray(written.length_B)
     )
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(graphdef, params):
-        student, teacher = train.both_logits(graphdef, params, params, batch)
+        student, teacher = update.both_logits(graphdef, params, params, batch)
         total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask)
         return jax.nn.log_softmax(student), losses.mean_loss(total, normaliser)
 
