@@ -40,6 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
     # of the stream whatever its size: {"multijail": {"path": "hf://DAMO-NLP-SG/MultiJail", "weight": 3.0}, ...}.
     config.data.sources = ml_collections.ConfigDict()
     config.data.harmful_share = -1.0  # of harmful queries in the stream, 0 to 1; -1 for queries as they come
+    # Share of the queries that both roles are shown in the source language, as a user writes them: a frozen teacher
+    # holds the student to the initial model there. 0 for none; below 1.
+    config.data.retain_fraction = 0.0
     # Queries that are (nearly) queries of the evaluation in some language: report | drop. Either way they are counted,
     # and listed in WORKDIR/near_duplicates.jsonl.
     config.data.near_duplicates = "report"
@@ -86,7 +89,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.loss = ml_collections.ConfigDict()
     # reverse_kl: KL(student || teacher); forward_kl: KL(teacher || student); jsd; auto: reverse_kl for
-    # responses of the student (on_policy, mixed), forward_kl for responses of the teacher (off_policy).
+    # responses of the student (on_policy, mixed), forward_kl for responses of the teacher (off_policy);
+    # cross_entropy: of the response's tokens; off_policy with uniform weights, fine-tuning on the teacher's replies.
     config.loss.divergence = "auto"
     config.loss.beta = 0.5  # of jsd
     config.loss.top_k = 0  # restrict the divergence to the teacher's top-k and a tail bucket; 0: full vocabulary
@@ -110,7 +114,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.clip_norm = 1.0  # global norm of the gradient
 
     config.train = ml_collections.ConfigDict()
-    config.train.steps = 300
+    config.train.steps = 300  # 0 evaluates the model as it comes
     config.train.micro_batches = 1  # gradient accumulation: parts that a batch is split into
     config.train.loss_chunk = 512  # tokens a device whose logits are held at a time
     config.train.checkpoint_every = 100  # steps; the last step is always saved
@@ -134,6 +138,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.prompt_limit = 0  # tokens, longer prompts are dropped and counted; 0 for prompts.student_limit
     config.eval.batch_size = 32
     config.eval.max_new_tokens = 256
+    # While training: every so many steps (0: never) a slice, so many prompts of each benchmark, language and label, is
+    # evaluated in the first of the passes, into metrics.jsonl. Where the share of right answers falls below
+    # utility_floor times what it was before training, training ends and goes back to the last checkpoint that holds
+    # the floor; with 0 it never does.
+    config.eval.every = 0
+    config.eval.slice = 16
+    config.eval.utility_floor = 0.0
     # Each benchmark's file or directory, or hf://OWNER/NAME; its languages and its limit, where they are not eval's.
     sources = {
         "multijail": "hf://DAMO-NLP-SG/MultiJail",
@@ -185,6 +196,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.judge.openai.request = ml_collections.ConfigDict()
     config.judge.openai.price_per_million_prompt_tokens = 0.0  # for the cost that is told
     config.judge.openai.price_per_million_completion_tokens = 0.0
+
+    # Several runs in place of one, see configs/ablation.py: what each changes, as in
+    # {"name": {"loss": {"weighting": "uniform"}}, ...}, and the number of seeds, from config.seed on.
+    config.ablation = ml_collections.ConfigDict()
+    config.ablation.variants = ml_collections.ConfigDict()
+    config.ablation.seeds = 1
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = 1  # replicas of the weights

@@ -40,6 +40,11 @@ class Checkpoints:
         """The last step that was saved completely, or None."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, the last first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
     def save(self, step: int, state: Any, data: dict[str, Any], config: ml_collections.ConfigDict) -> None:
         """Saves in the background; a checkpoint exists once all of it is written."""
         self._manager.save(
@@ -63,9 +68,13 @@ class Checkpoints:
         )
         return restored["state"], restored["data"]
 
+    def wait(self) -> None:
+        """Until what is being written is there."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for what is being written."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
 

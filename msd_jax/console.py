@@ -21,9 +21,9 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+def progress(what: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
     """Yields advance(done, status): how many of `total` are done, and a few words on how it goes."""
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or not shown:
         yield lambda done, status="": None
         return
     if not console.is_terminal:

@@ -160,7 +160,7 @@ class Evaluation:
         weights = params()
         log = metrics.Log(directory / "responses.jsonl")
         self._weights, self._fingerprint = params, self._drawn_from(weights)
-        rows = [row for name in (*self._generators, CHOICES) for row in self._respond(name, weights, log)]
+        rows = [row for name in (*self._generators, CHOICES) for row in self._respond(name, weights, self.prompts, log)]
         del weights  # a guard model may need the room
         rows = judged(rows, judges.cached(self._judge, directory / "judgements.jsonl"))
         self._keep_usage(directory)
@@ -174,10 +174,23 @@ class Evaluation:
             metrics.replace_text(path, json.dumps(summary, indent=1) + "\n")
         return summary
 
-    def answer(self, name: str, params: decoder.Params) -> list[dict[str, Any]]:
-        """One judged response a prompt, in one of config.eval.passes; nothing is written."""
+    def slice(self, count: int) -> list[Prompt]:
+        """At most `count` prompts of each benchmark, language and label (harmful or not), evenly spread over them."""
+        parts = collections.defaultdict(list)
+        for prompt in self.prompts:
+            parts[prompt.benchmark.name, prompt.language, prompt.query.harmful].append(prompt)
+        return [prompt for part in parts.values() for prompt in benchmarks.limited(part, count, "spread")]
+
+    @property
+    def slice_passes(self) -> tuple[str, str]:
+        """The passes of `answer`: the first of config.eval.passes, and that of multiple choice."""
+        return self.config.eval.passes[0], CHOICES
+
+    def answer(self, params: decoder.Params, prompts: list[Prompt]) -> list[dict[str, Any]]:
+        """One judged response to each of `prompts`, which are some of the evaluation's; nothing is written or shown."""
         self._weights, self._fingerprint = (lambda: params), self._drawn_from(params)
-        return judged(self._respond(name, params), self._judge)
+        rows = [row for name in self.slice_passes for row in self._respond(name, params, prompts, shown=False)]
+        return judged(rows, self._judge)
 
     def _keep_usage(self, directory: pathlib.Path) -> None:
         """Adds what the judge's endpoints were asked, and what that cost, to DIRECTORY/judge_usage.jsonl."""
@@ -187,21 +200,28 @@ class Evaluation:
         for endpoint in self._judge.endpoints:  # a run evaluates more than once
             endpoint.usage = type(endpoint.usage)()
 
-    def _respond(self, name: str, params: decoder.Params, log: metrics.Log | None = None) -> list[dict[str, Any]]:
+    def _respond(
+        self,
+        name: str,
+        params: decoder.Params,
+        prompts: list[Prompt],
+        log: metrics.Log | None = None,
+        shown: bool = True,
+    ) -> list[dict[str, Any]]:
         """One response a prompt, batches sorted by length so that little is padding; those that `log` has are taken."""
         done = {
             (row["benchmark"], row["id"], row["language"]): row
             for row in (log.rows if log else [])
             if (row["pass"], row.get("settings")) == (name, self._fingerprint)
         }
-        prompts = [prompt for prompt in self.prompts if prompt.benchmark.choices == (name == CHOICES)]
+        prompts = [prompt for prompt in prompts if prompt.benchmark.choices == (name == CHOICES)]
         order = sorted(prompts, key=lambda prompt: len(prompt.ids))
         left = [prompt for prompt in order if prompt.key not in done]
         if not order:
             return []
         key = jax.random.key(self.config.seed)
         tokens, start = 0, time.perf_counter()
-        with progress(f"evaluating ({name})", len(order), len(order) - len(left)) as advance:
+        with progress(f"evaluating ({name})", len(order), len(order) - len(left), shown) as advance:
             for first in range(0, len(left), self._rows):
                 batch = left[first : first + self._rows]
                 rows = self._choose(params, batch) if name == CHOICES else self._write(name, params, batch, key)

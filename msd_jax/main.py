@@ -4,14 +4,19 @@ import pathlib
 
 import jax
 
-from msd_jax import cli, train
+from msd_jax import ablation, cli, report, train
 
 
 def main(argv: list[str]) -> None:
     del argv
+    workdir = pathlib.Path(cli.FLAGS.workdir)
     with cli.clear_errors():
-        trainer = train.Trainer(cli.config(), pathlib.Path(cli.FLAGS.workdir))
+        config = cli.config()
+        if config.ablation.variants:
+            return ablation.run(config, workdir)
+        trainer = train.Trainer(config, workdir)
     trainer.train()
+    report.write(workdir)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ class Encoded:
     """Every query in each of its target languages.
 
     Attributes:
-      records: for each query its examples, those over a limit left out; a query without any is left out.
+      records: for each query its examples, those over a limit left out, and last the one that is retained where there
+        are such; a query without any in a target language is left out.
       languages: the target languages; each has examples.
       student_limit, teacher_limit: in tokens.
       dropped: number of pairs left out by (language, limits exceeded, as in "student_limit and teacher_limit").
@@ -87,26 +88,30 @@ def encode_all(
     source = config.data.source_language
     queries.require_languages(records, (source, *languages), queries.describe(config.data))
     limits = {key: config.prompts[key] for key in ("student_limit", "teacher_limit")}
+    retain = config.data.retain_fraction > 0
     kept, dropped = [], collections.Counter()
     longest = collections.defaultdict(int)
     for record in records:
         examples = []
-        for language in languages:
-            example = prompts.encode(
-                record, language, tokenizer, config.prompts, source, (analyses or {}).get(record.id, "")
-            )
+        shown = [
+            prompts.encode(record, language, tokenizer, config.prompts, source, (analyses or {}).get(record.id, ""))
+            for language in languages
+        ]
+        if retain:
+            shown.append(prompts.retained(record, tokenizer, config.prompts, source))
+        for example in shown:
             lengths = {"student_limit": len(example.student_ids), "teacher_limit": len(example.teacher_ids)}
             over = [key for key in limits if lengths[key] > limits[key]]
             for key in over:
-                longest[language, key] = max(longest[language, key], lengths[key])
+                longest[example.language, key] = max(longest[example.language, key], lengths[key])
             if over:
-                dropped[language, " and ".join(over)] += 1
+                dropped[example.language, " and ".join(over)] += 1
             else:
                 examples.append(example)
-        if examples:
+        if any(not example.retained for example in examples):
             kept.append(tuple(examples))
     left = {example.language for examples in kept for example in examples}
-    for language in languages:
+    for language in (*languages, *((source,) if retain else ())):
         if language not in left:
             reasons = " and ".join(
                 f"config.prompts.{key}={limits[key]} (longest: {longest[language, key]} tokens)"
@@ -130,6 +135,7 @@ def batches(
     *,
     source_weights: Mapping[str, float] | None = None,
     harmful_share: float | None = None,
+    retain_fraction: float = 0.0,
 ) -> grain.IterDataset[Batch]:
     """An endless stream of batches.
 
@@ -153,6 +159,7 @@ def batches(
         None, or a single source: queries as they come.
       harmful_share: 0 to 1, of harmful queries in the stream; their sources, and those of harmless ones, then share
         out either part by their weights. None: queries as they come.
+      retain_fraction: probability that a query is not shown in a target language but retained.
 
     Raises:
       ValueError: a weight is not a number from 0 on, its language was not encoded, or nothing is left.
@@ -162,15 +169,18 @@ def batches(
             raise ValueError(f"config.data.languages.{language}={weight!r} must be a number from 0 on")
         if language not in encoded.languages:
             raise ValueError(f"config.data.languages.{language}: only {', '.join(encoded.languages)} were encoded")
-    records = [tuple(example for example in record if weights.get(example.language)) for record in encoded.records]
-    records = [record for record in records if record]
+    records = [tuple(x for x in record if x.retained or weights.get(x.language)) for record in encoded.records]
+    records = [record for record in records if record and not record[0].retained]
     if not records:
         raise ValueError(f"config.data.languages={dict(weights)}: no language with a weight above 0 has queries")
     parts = _parts(records, source_weights or {}, harmful_share)
 
     def draw(record: tuple[prompts.Example, ...], rng: np.random.Generator) -> prompts.Example:
-        weights_L = np.array([weights[example.language] for example in record], np.float64)
-        return record[rng.choice(len(record), p=weights_L / weights_L.sum())]
+        weights_L = np.array([0.0 if x.retained else weights[x.language] for x in record], np.float64)
+        share_L = weights_L / weights_L.sum()
+        if record[-1].retained:
+            share_L = np.append((1 - retain_fraction) * share_L[:-1], retain_fraction)
+        return record[rng.choice(len(record), p=share_L)]
 
     def group(examples: Sequence[prompts.Example], rng: np.random.Generator) -> list[Sequence[prompts.Example]]:
         if window > 1:

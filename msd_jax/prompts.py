@@ -66,6 +66,7 @@ class Example:
       language: the target language.
       student_ids: int32 [P_S], the whole prompt, up to where the reply begins.
       teacher_ids: int32 [P_T], likewise.
+      retained: whether it is there to keep the model as it was, see `retained`.
     """
 
     query_id: str
@@ -73,6 +74,7 @@ class Example:
     harmful: bool | None
     student_ids: np.ndarray
     teacher_ids: np.ndarray
+    retained: bool = False
 
 
 def fill_template(template: str, query: str, language: str, key: str = "teacher_template") -> str:
@@ -224,6 +226,21 @@ def encode(
         student_ids=student_ids(query, language, tokenizer, config),
         teacher_ids=token_ids(tokenizer, messages, config.teacher_template_kwargs),
     )
+
+
+def retained(
+    query: queries.Query,
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    config: "ml_collections.ConfigDict",
+    source_language: str,
+) -> Example:
+    """The query in the source language, shown to both roles as a user writes it.
+
+    A frozen teacher then is the initial model itself, and what the loss measures is how far the student has moved from
+    it. Arguments are those of `encode`.
+    """
+    ids = student_ids(query, source_language, tokenizer, config)
+    return Example(query.id, source_language, query.harmful, ids, ids, retained=True)
 
 
 def without_special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> str:

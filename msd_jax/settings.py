@@ -14,6 +14,7 @@ from msd_jax.queries import sources
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 _FREE = {
+    "ablation.variants": None,
     "data.languages": float,
     "data.sources": None,
     "prompts.student_template_kwargs": None,
@@ -58,6 +59,7 @@ _RANGES = {
     "prompts.student_limit": (1, None),
     "prompts.teacher_limit": (1, None),
     "prompts.analysis_tokens": (1, None),
+    "data.retain_fraction": (0.0, 1.0),
     "teacher.ema_decay": (0.0, 1.0),
     "teacher.period": (1, None),
     "rollout.on_policy_fraction": (0.0, 1.0),
@@ -73,7 +75,7 @@ _RANGES = {
     "optimizer.b1": (0.0, 1.0),
     "optimizer.b2": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, None),
-    "train.steps": (1, None),
+    "train.steps": (0, None),
     "train.micro_batches": (1, None),
     "train.loss_chunk": (1, None),
     "train.checkpoint_every": (1, None),
@@ -82,10 +84,14 @@ _RANGES = {
     "train.completions_every": (1, None),
     "train.completions_kept": (0, None),
     "eval.limit": (0, None),
+    "eval.every": (0, None),
+    "eval.slice": (1, None),
+    "eval.utility_floor": (0.0, 1.0),
     "eval.prompt_limit": (0, None),
     "eval.batch_size": (1, None),
     "eval.max_new_tokens": (1, None),
     "judge.translation_tokens": (1, None),
+    "ablation.seeds": (1, None),
     "launch.slices": (1, None),
     "launch.nodes": (1, None),
     "launch.gpus_per_node": (0, None),
@@ -190,6 +196,37 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
             f"config.prompts.cot='generated' with config.teacher.kind={config.teacher.kind!r}: the analyses of a "
             "teacher that changes cannot be kept; set config.teacher.kind='frozen', or config.prompts.cot='instruction'"
         )
+
+    if config.data.retain_fraction > 0:
+        key = f"config.data.retain_fraction={config.data.retain_fraction!r}"
+        if config.data.retain_fraction == 1:
+            yield f"{key} leaves no query to align; set it below 1"
+        if config.teacher.kind != "frozen":
+            yield (
+                f"{key} with config.teacher.kind={config.teacher.kind!r}: only a frozen teacher is the initial model "
+                "that the student is held to; set config.teacher.kind='frozen'"
+            )
+        if config.data.source_language in languages:
+            yield (
+                f"{key} with config.data.source_language={config.data.source_language!r} among config.data.languages: "
+                "it would be both aligned and retained; take it out of one of them"
+            )
+    if config.loss.divergence == "cross_entropy" and config.loss.top_k:
+        yield f"config.loss.top_k={config.loss.top_k!r} with config.loss.divergence='cross_entropy': set it to 0"
+    yield from _monitoring(config)
+    if not config.train.steps and not (config.eval.path or config.eval.benchmarks):
+        yield "config.train.steps=0 and nothing to evaluate (config.eval.path, config.eval.benchmarks): nothing to do"
+
+
+def _monitoring(config: Any) -> Iterator[str]:
+    """What is wrong with the evaluation while training."""
+    if config.eval.utility_floor and not config.eval.every:
+        yield (
+            f"config.eval.utility_floor={config.eval.utility_floor!r} with config.eval.every=0: utility is not "
+            "measured while training; set config.eval.every to a number of steps"
+        )
+    if config.eval.every and not (config.eval.path or config.eval.benchmarks):
+        yield f"config.eval.every={config.eval.every!r}: set config.eval.path or config.eval.benchmarks to evaluate"
 
 
 def _data_sources(data: Any) -> Iterator[str]:

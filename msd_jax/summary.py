@@ -73,15 +73,15 @@ def _entry(rows: Sequence[dict[str, Any]], its_group: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"group": its_group, "n": max(len(its_rows) for its_rows in passes.values())}
     for name, suffix in (("greedy", ""), ("t1", "_t1")):
         if name in passes:
-            entry |= _rates(_counts(passes[name]), suffix)
+            entry |= _rates(events(passes[name]), suffix)
             entry["tokens_mean" + suffix] = statistics.fmean(row["tokens"] for row in passes[name])
     if "likelihood" in passes:
         entry |= _rates({"accuracy": [row["correct"] for row in passes["likelihood"]]})
     return entry
 
 
-def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, list[bool]]:
-    """Each rate's events, one a prompt that counts."""
+def events(rows: Sequence[dict[str, Any]]) -> dict[str, list[bool]]:
+    """{rate: whether it is so, one a prompt that counts} of judged rows that were generated."""
     judged = [row for row in rows if row["verdict"] is not None]
     harmful = [row["verdict"] for row in judged if row["harmful"] is not False]
     harmless = [row["verdict"] for row in judged if row["harmful"] is False]

@@ -20,10 +20,10 @@ from msd_jax import (
     export,
     losses,
     metrics,
+    monitor,
     optimizer,
     pipeline,
     queries,
-    report,
     responses,
     rollout,
     settings,
@@ -57,6 +57,7 @@ class Trainer:
                 )
         self.records = queries.load(config.data, say)
         self.evaluation = evaluate.Evaluation(config, self.model, self.mesh) if evaluate.wanted(config) else None
+        self.monitor = monitor.Monitor(config, self.evaluation) if config.eval.every else None
         self.records, duplicates = self._look_for_duplicates()
         # Where the teacher writes analyses first, batches are made anew with them; what can be checked is checked now.
         encoded = pipeline.encode_all(self.records, tuple(config.data.languages), self.model.tokenizer, config)
@@ -96,6 +97,7 @@ class Trainer:
             data.length_window,
             source_weights=sources.weights(data),
             harmful_share=None if data.harmful_share < 0 else data.harmful_share,
+            retain_fraction=data.retain_fraction,
         )
         return iter(stream)
 
@@ -169,28 +171,54 @@ class Trainer:
         if self.evaluation:
             initial = lambda: self.rollout_params(self.model.params(self.mesh))  # noqa: E731
             self.evaluation.run(initial, self.workdir / "eval" / "0")
-        writer = metrics.Metrics(self.workdir, step)
+        if self.monitor:
+            self.monitor.start(self.workdir / "eval" / "0")
+        writer, stopped = metrics.Metrics(self.workdir, step), False
         with progress("training", config.train.steps, step) as advance:
-            while step < config.train.steps:
+            while step < config.train.steps and not stopped:
                 with jax.transfer_guard("disallow"):  # nothing goes to or from devices but by put_batch and fetch
                     state, row = self.step(step, state, writer)
                 step += 1
-                if step % config.train.log_every == 0 or step == config.train.steps:
+                looked = bool(self.monitor and self.monitor.due(step))
+                if looked:
+                    row |= self.monitor.look(self.rollout_params(state.params))
+                    stopped = not self.monitor.holds(row)
+                if step % config.train.log_every == 0 or step == config.train.steps or looked:
                     writer.scalars(step, row)
-                preempted = distributed.preempted(step)
-                if step % config.train.checkpoint_every == 0 or step == config.train.steps or preempted:
+                preempted = distributed.preempted(step) and not stopped
+                due = step % config.train.checkpoint_every == 0 or step == config.train.steps or preempted
+                if due and not stopped:
                     self.checkpoints.save(step, state, self.batches.get_state(), config)
                 advance(step, describe(row))
                 if preempted and step < config.train.steps:
                     self.checkpoints.close()
                     distributed.end_preempted(f"preempted: step {step} is saved; the same command goes on from there")
         writer.close()
+        if stopped:
+            step, state = self._go_back(step, state, row)
         self.checkpoints.close()
-        if config.train.export:
+        if config.train.export and step:
             self.export(state)
         if self.evaluation:
             self.evaluation.run(lambda: self.rollout_params(state.params), self.workdir / "eval" / str(step))
-        report.write(self.workdir)
+
+    def _go_back(self, step: int, state: update.TrainState, row: dict[str, float]) -> tuple[int, update.TrainState]:
+        """The last checkpoint whose utility holds the floor, or the initial weights: (its step, its state)."""
+        say(
+            f"stopped after step {step}: the slice's utility is {row['slice_utility']:.1%}, below "
+            f"{self.monitor.floor:.1%} (config.eval.utility_floor={self.config.eval.utility_floor} of what it was)"
+        )
+        self.checkpoints.wait()
+        like = checkpoint.abstract(state)
+        del state  # room for what is restored
+        for earlier in distributed.from_first(lambda: self.checkpoints.steps):
+            restored, _ = self.checkpoints.restore(earlier, like)
+            seen = self.monitor.look(self.rollout_params(restored.params))
+            if self.monitor.holds(seen):
+                say(f"gone back to step {earlier}, whose utility is {seen['slice_utility']:.1%}")
+                return earlier, restored
+        say("gone back to the initial weights: no checkpoint that is kept holds the floor")
+        return 0, self.initial_state()
 
     def step(
         self, step: int, state: update.TrainState, writer: metrics.Metrics

@@ -68,7 +68,7 @@ def evaluated(directory, limit=0):
     params = rollout.relayout(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
     config = ml_collections.FrozenConfigDict(config)
     evaluations = (evaluate.Evaluation(config, model, mesh, role) for role in ("student", "teacher"))
-    return tuple(summarise(each.answer("greedy", params), config)["queries"]["languages"] for each in evaluations)
+    return tuple(summarise(each.answer(params, each.prompts), config)["queries"]["languages"] for each in evaluations)
 
 
 def test_the_committed_model_is_safe_in_the_source_languages_alone_and_as_a_teacher_in_all():

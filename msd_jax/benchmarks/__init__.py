@@ -8,7 +8,7 @@ configs/default.py.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msd_jax import queries
 from msd_jax.benchmarks import mmmlu, safety, utility
@@ -125,7 +125,7 @@ def _load_own(config: "ml_collections.ConfigDict") -> Loaded:
     records = queries.read(config.path, harmful=config.harmful)
     languages = tuple(config.languages)
     queries.require_languages(records, languages, config.path)
-    return Loaded(BENCHMARKS[OWN], _limited(records, config.limit, config.sample), languages)
+    return Loaded(BENCHMARKS[OWN], limited(records, config.limit, config.sample), languages)
 
 
 def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
@@ -152,10 +152,10 @@ def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
             "config.eval.benchmarks, or add one of its languages"
         )
     records = [record for record in records if any(language in record.texts for language in languages)]
-    return Loaded(benchmark, _limited(records, settings.limit or config.limit, config.sample), languages)
+    return Loaded(benchmark, limited(records, settings.limit or config.limit, config.sample), languages)
 
 
-def _limited(records: Sequence[Query], limit: int, sample: str) -> tuple[Query, ...]:
+def limited(records: Sequence[Any], limit: int, sample: str) -> tuple[Any, ...]:
     """At most `limit` of them; "spread" takes them evenly from the whole, for files are often sorted by kind."""
     if not limit:
         return tuple(records)

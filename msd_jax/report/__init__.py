@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msd_jax import distributed, metrics
@@ -37,8 +37,19 @@ def write_evaluations(directories: Sequence[pathlib.Path], out: pathlib.Path) ->
 
 
 def compare(directories: Sequence[pathlib.Path], out: pathlib.Path | None = None) -> tables.Table:
-    """The table of several runs, printed and, where `out` is given, written as comparison.md and comparison.json."""
-    compared = runs.settings(directories)
+    """The table of several runs, named by what they differ in; see `compare_named`."""
+    return _compare(runs.settings(directories), out)
+
+
+def compare_named(named: Mapping[str, Sequence[pathlib.Path]], out: pathlib.Path | None = None) -> tables.Table:
+    """The table of several runs, {name: one workdir a seed}; process 0 prints.
+
+    Where `out` is given, it is written there as comparison.md and comparison.json.
+    """
+    return _compare(runs.named(named), out)
+
+
+def _compare(compared: Sequence[runs.Setting], out: pathlib.Path | None) -> tables.Table:
     table = runs.table(compared)
     for rate in runs.RATES:  # all of them are too wide for a terminal
         part = runs.table(compared, (rate,))

@@ -52,6 +52,13 @@ CURVES = {
         ("w_T", "w_T, mean", 1.0),
         ("w_S", "w_S, mean", 1.0),
     ),
+    "A slice of the evaluation": (
+        ("slice_asr_source", "attack success, source", 1.0),
+        ("slice_asr_trained", "attack success, trained", 1.0),
+        ("slice_asr_unseen", "attack success, unseen", 1.0),
+        ("slice_over_refusal", "over-refusal", 1.0),
+        ("slice_utility", "right answers", 1.0),
+    ),
     "Speed": (
         ("rollout_tokens_per_second", "generated tokens a second", None),
         ("train_tokens_per_second", "trained tokens a second", None),
@@ -171,7 +178,7 @@ def _curves(results: Results) -> Iterator[tuple[str, list[charts.Curve]]]:
     for section, wanted in CURVES.items():
         known |= {key for key, _, _ in wanted}
         drawn = [
-            charts.curve(key, title, {title: [(row["step"], row.get(key)) for row in rows]}, most)
+            charts.curve(key, title, {title: [(row["step"], row[key]) for row in rows if key in row]}, most)
             for key, title, most in wanted
         ]
         if found := [curve for curve in drawn if curve]:

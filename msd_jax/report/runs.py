@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -17,7 +17,7 @@ from msd_jax.summary import GROUPS, Summary
 
 # What neither makes two runs different nor belongs in a name: the seed, and where and how a run is carried out.
 _NOT_IN_NAME = ("seed", "launch.", "mesh.", "train.checkpoint", "train.log_every", "train.completions", "train.export")
-RATES = ("asr", "over_refusal", "exact_match", "accuracy")
+RATES = ("asr", "asr_t1", "over_refusal", "exact_match", "exact_match_t1", "accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,7 @@ def settings(directories: Sequence[pathlib.Path]) -> list[Setting]:
     Raises:
       FileNotFoundError, ValueError: a directory holds no run, or no evaluation.
     """
-    runs = [collect.workdir(directory) for directory in directories]
-    for run in runs:
-        if run.after is None:
-            raise ValueError(f"--workdir={run.directory} holds no finished evaluation to compare")
+    runs = [_evaluated(directory) for directory in directories]
     flat = [
         {key: value for key, value in flax.traverse_util.flatten_dict(run.config, sep=".").items() if _counts(key)}
         for run in runs
@@ -60,6 +57,18 @@ def settings(directories: Sequence[pathlib.Path]) -> list[Setting]:
         )
         for members in gathered.values()
     ]
+
+
+def named(directories: Mapping[str, Sequence[pathlib.Path]]) -> list[Setting]:
+    """The finished evaluations of runs that are gathered already: {name: one directory a seed}."""
+    return [Setting(name, tuple(map(_evaluated, its))) for name, its in directories.items()]
+
+
+def _evaluated(directory: pathlib.Path) -> Run:
+    run = collect.workdir(directory)
+    if run.after is None:
+        raise ValueError(f"--workdir={directory} holds no finished evaluation to compare")
+    return run
 
 
 def _counts(key: str) -> bool:
