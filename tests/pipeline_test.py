@@ -25,7 +25,7 @@ def tokenizer(tmp_path_factory):
 
 
 def make_config(**changes) -> ml_collections.ConfigDict:
-    data = {"path": "queries.jsonl", "source_language": "en"}
+    data = {"path": "queries.jsonl", "source_language": "en", "retain_fraction": 0.0}
     return ml_collections.ConfigDict({"data": data, "prompts": prompts_config(**changes)})
 
 
@@ -393,6 +393,64 @@ def test_prompts_at_the_limit_stay_and_longer_ones_are_counted(tokenizer):
     assert len(encoded.describe_dropped()) == 4
     assert (encoded.records[0][0].student_ids.size, encoded.languages) == (60, ("sw", "jv"))
     assert {id for id, _ in stream(encoded, 4, 30)} == {"all", "no sw", "nothing for jv"}
+
+
+def test_retained_queries_are_shown_to_both_roles_as_a_user_writes_them(tokenizer):
+    config = make_config(student_limit=60, teacher_limit=60, teacher_template="Mind: {query}")
+    config.data.retain_fraction = 0.25
+    config.prompts.student_system = "s"
+    records = [make_query(f"q{i}", en=1 + i, sw=2, jv=3) for i in range(8)]
+    encoded = pipeline.encode_all(records, ("sw", "jv"), tokenizer, config)
+    for record, examples in zip(records, encoded.records):
+        *targets, kept = examples
+        assert [x.language for x in targets] == ["sw", "jv"] and not any(x.retained for x in targets)
+        assert kept.retained and kept.language == "en" and kept.query_id == record.id
+        expected = prompts.student_ids(record, "en", tokenizer, config.prompts)
+        np.testing.assert_array_equal(kept.student_ids, expected)
+        np.testing.assert_array_equal(kept.teacher_ids, expected)
+
+    def shown(fraction, count=4000, **weights):
+        stream = pipeline.batches(encoded, weights, 8, 0, PAD, retain_fraction=fraction)
+        rows = itertools.chain.from_iterable(batch.examples for batch in stream)
+        return [(x.language, x.retained) for x in itertools.islice(rows, count)]
+
+    seen = collections.Counter(shown(0.25, sw=2.0, jv=1.0))
+    expected = {("en", True): 0.25, ("sw", False): 0.5, ("jv", False): 0.25}
+    assert seen.keys() == expected.keys()
+    for key, share in expected.items():
+        assert abs(seen[key] / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5, key
+    assert not any(retained for _, retained in shown(0.0, 200, sw=1.0, jv=1.0))
+    assert {language for language, _ in shown(0.25, 200, jv=1.0)} == {"en", "jv"}
+
+
+def test_without_retained_queries_the_stream_is_what_it_was(tokenizer):
+    records = [make_query(f"q{i}", en=1, sw=1 + i, jv=20 - i) for i in range(9)]
+    plain, retaining = make_config(), make_config()
+    retaining.data.retain_fraction = 0.5
+    a, b = (pipeline.encode_all(records, ("sw", "jv"), tokenizer, config) for config in (plain, retaining))
+    assert stream(a, 4, 40, sw=1.0, jv=2.0) == stream(b, 4, 40, sw=1.0, jv=2.0)
+
+
+def test_a_query_without_a_target_is_not_retained_either_and_long_ones_are_counted(tokenizer):
+    config = make_config(student_limit=60, teacher_limit=400)
+    config.data.retain_fraction = 0.5
+    frame = len(prompts.student_ids(make_query("q", en=1, sw=1), "sw", tokenizer, config.prompts)) - 1
+    long = 61 - frame
+    records = [
+        make_query("fits", en=1, sw=1),
+        make_query("no target", en=1, sw=long),
+        make_query("only", en=long, sw=1),
+    ]
+    encoded = pipeline.encode_all(records, ("sw",), tokenizer, config)
+    kept = [[(x.query_id, x.language) for x in record] for record in encoded.records]
+    assert kept == [[("fits", "sw"), ("fits", "en")], [("only", "sw")]]
+    assert encoded.dropped == {("sw", "student_limit"): 1, ("en", "student_limit"): 1}
+    drawn = pipeline.batches(encoded, {"sw": 1.0}, 4, 0, PAD, retain_fraction=0.9)
+    rows = itertools.chain.from_iterable(batch.examples for batch in drawn)
+    languages = {(x.query_id, x.language) for x in itertools.islice(rows, 80)}
+    assert languages == {("fits", "sw"), ("fits", "en"), ("only", "sw")}
+    with pytest.raises(ValueError, match=r"all 1 prompts in 'en' are longer than config\.prompts\.student_limit=60"):
+        pipeline.encode_all(records[2:], ("sw",), tokenizer, config)
 
 
 def test_all_prompts_too_long_is_an_error(tokenizer):

@@ -134,3 +134,21 @@ def test_one_source_and_a_share(config):
         config.data.harmful_share = share
         with pytest.raises(ValueError, match=r"config\.data\.harmful_share=.* must be from 0 to 1, or -1"):
             settings.check(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.retain_fraction": 1.0}, r"retain_fraction=1\.0 leaves no query to align"),
+        ({"teacher.kind": "ema"}, r"retain_fraction=0\.2 with config\.teacher\.kind='ema': only a frozen teacher"),
+        ({"data.source_language": "sw"}, r"retain_fraction=0\.2 with config\.data\.source_language='sw' among"),
+        ({"loss.divergence": "cross_entropy", "loss.top_k": 5}, r"loss\.top_k=5 with .*'cross_entropy': set it to 0"),
+        ({"train.steps": 0}, r"train\.steps=0 and nothing to evaluate"),
+    ],
+)
+def test_baselines_that_contradict_themselves(config, changes, message):
+    config.data.retain_fraction = 0.2
+    settings.check(config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        settings.check(config)

@@ -10,7 +10,7 @@ import pytest
 from msd_jax.configs import default
 from safetensors.numpy import load_file
 
-from msd_jax import checkpoint, metrics, sharding, train
+from msd_jax import checkpoint, metrics, report, sharding, train
 from msd_jax.models import pretrained
 from tests.conftest import WORDS
 
@@ -121,6 +121,30 @@ def test_completions_tell_what_each_role_saw(config, tmp_path):
     assert "answer in" in entry["teacher_prompt"] and "kikombe" not in entry["teacher_prompt"]
     for name in ("kl", "weight", "w_T", "w_S"):
         assert len(entry[name]) == len(entry["tokens"]) > 0
+
+
+@pytest.mark.parametrize("policy", ["on_policy", "off_policy"])
+def test_a_retained_query_costs_nothing_while_the_student_is_the_initial_model(config, tmp_path, policy):
+    """Both roles see the same prompt, and the same weights give the same row: a divergence of exactly 0."""
+    config.data.retain_fraction, config.rollout.policy = 0.5, policy
+    config.train.steps, config.train.completions_every, config.train.completions_kept = 1, 1, 8
+    run(config, tmp_path / "run")
+    kl = {True: [], False: []}
+    for row in metrics.read_json_lines(tmp_path / "run" / "completions.jsonl"):
+        assert (row["student_prompt"] == row["teacher_prompt"]) == (row["language"] == "en")
+        kl[row["language"] == "en"] += row["kl"]
+    assert kl[True] and set(kl[True]) == {0.0} and min(kl[False]) > 0
+
+
+def test_no_steps_evaluate_the_model_as_it_comes(config, tmp_path):
+    config.train.steps, config.train.export = 0, True
+    config.eval.path, config.eval.max_new_tokens = config.data.path, 6
+    trainer = train.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+    trainer.train()
+    report.write(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "eval").iterdir()] == ["0"]
+    assert not (tmp_path / "run" / "model").exists()  # nothing was trained
+    assert "before training" in (tmp_path / "run" / "report" / "summary.md").read_text()
 
 
 def test_training_moves_the_student_towards_the_teacher(config, tmp_path):
