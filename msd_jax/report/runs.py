@@ -13,6 +13,7 @@ from msd_jax import comparison
 from msd_jax.report import collect, tables
 from msd_jax.report.collect import Run
 from msd_jax.report.results import RATE, percent
+from msd_jax.statistics import OverSeeds
 from msd_jax.summary import GROUPS, Summary
 
 # What neither makes two runs different nor belongs in a name: the seed, and where and how a run is carried out.
@@ -84,27 +85,30 @@ def table(compared: Sequence[Setting], rates: Sequence[str] = RATES) -> tables.T
         for group in GROUPS
         if any(_rate(run.after.summary, benchmark, group, rate) is not None for s in compared for run in s.runs)
     ]
-    starts = {
-        tuple(percent(_rate(run.before.summary, benchmark, group, rate)) for rate, benchmark, group in columns)
-        for setting in compared
-        for run in setting.runs
-        if run.before
-    }
-    rows = [("before training", "", *start) for start in starts] if len(starts) == 1 else []
-    for setting in compared:
-        seeds = comparison.over_seeds([run.after.summary for run in setting.runs])
-        cells = []
-        for rate, benchmark, group in columns:
-            value = seeds.get(benchmark, {}).get("groups", {}).get(group, {}).get(rate)
-            several = value is not None and value.n > 1
-            cells.append(
-                "-" if value is None else percent(value.mean) + (f" ± {100 * value.deviation:.1f}" if several else "")
-            )
-        rows.append((setting.name, str(len(setting.runs)), *cells))
+
+    def cells(summaries: Sequence[Summary]) -> tuple[str, ...]:
+        seeds = comparison.over_seeds(summaries)
+        values = [
+            seeds.get(benchmark, {}).get("groups", {}).get(group, {}).get(rate) for rate, benchmark, group in columns
+        ]
+        return tuple("-" if value is None else _over_seeds(value) for value in values)
+
+    rows = []
+    begun = [setting.runs for setting in compared if all(run.before for run in setting.runs)]
+    if begun:
+        first = {run.config.get("seed"): run.before.summary for run in begun[0]}
+        others = [run for runs in begun[1:] for run in runs if run.config.get("seed") in first]
+        if all(cells([run.before.summary]) == cells([first[run.config.get("seed")]]) for run in others):
+            rows.append(("before training", str(len(first)), *cells(list(first.values()))))
+    rows += [(s.name, str(len(s.runs)), *cells([run.after.summary for run in s.runs])) for s in compared]
     heads = [f"{RATE[rate].title}, {benchmark}, {group}" for rate, benchmark, group in columns]
     return tables.Table(
         "After training; ± one standard deviation over seeds", ("run", "seeds", *heads), tuple(rows), names=1
     )
+
+
+def _over_seeds(value: OverSeeds) -> str:
+    return percent(value.mean) + (f" ± {100 * value.deviation:.1f}" if value.n > 1 else "")
 
 
 def _rate(summary: Summary, benchmark: str, group: str, rate: str) -> float | None:
