@@ -10,6 +10,8 @@ import shutil
 
 import ml_collections
 
+from msd_jax.configs import default
+
 from msd_jax import distributed, report, settings, train
 from msd_jax.console import say
 
@@ -42,7 +44,7 @@ def configs(config: ml_collections.ConfigDict) -> dict[tuple[str, int], ml_colle
     for seed in range(config.seed, config.seed + config.ablation.seeds):
         for name, changes in config.ablation.variants.items():
             one = ml_collections.ConfigDict(config.to_dict())
-            one.ablation.variants = ml_collections.ConfigDict()
+            one.ablation = default.get_config().ablation  # so that a grid can be made larger
             try:
                 one.update(changes)
                 one.seed = seed

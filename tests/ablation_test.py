@@ -65,7 +65,11 @@ def test_a_grid_is_its_runs_in_one_table(tmp_path, monkeypatch):
     )
     assert not set(first) & set(careful)
 
-    # What is finished is not done again.
+    # What is finished is not done again, and a grid may grow.
+    larger = small()
+    larger.ablation.variants["as_it_comes"] = ml_collections.ConfigDict({"train": {"steps": 0}})
+    larger.ablation.seeds = 1
+    ablation.run(ml_collections.FrozenConfigDict(larger), tmp_path)
     monkeypatch.setattr(train, "Trainer", None)
     ablation.run(config, tmp_path)
 
