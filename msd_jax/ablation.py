@@ -10,9 +10,8 @@ import shutil
 
 import ml_collections
 
-from msd_jax.configs import default
-
 from msd_jax import distributed, report, settings, train
+from msd_jax.configs import default
 from msd_jax.console import say
 
 
