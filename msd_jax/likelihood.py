@@ -111,9 +111,8 @@ class Scorer:
 
     def __init__(self, model: pretrained.Pretrained, mesh: Mesh, batch_size: int, limit: int):
         """`limit`: the most tokens of a context and its continuation together; `batch_size`: rows at a time."""
-        shards = sharding.batch_shards(mesh)
         self._mesh, self._pad_id, self._limit = mesh, model.pad_id, limit
-        self._rows, self.compilations = -(-batch_size // shards) * shards, 0
+        self._rows, self.compilations = sharding.batch_rows(mesh, batch_size), 0
 
         def run(params, tokens_BxT, length_B, first_B, last_BxM):
             self.compilations += 1  # runs while tracing

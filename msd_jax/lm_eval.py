@@ -98,9 +98,8 @@ class MsdJaxLM(TemplateLM):
         config = transformers.AutoConfig.from_pretrained(self._model.directory, trust_remote_code=False)
         self.max_length = int(max_length or resolve_max_length(config, self.tokenizer))
         self.max_gen_toks, self._key = int(max_gen_toks), jax.random.key(int(seed))
-        shards = sharding.batch_shards(self._mesh)
         rows = _AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
-        self.batch_size = -(-rows // shards) * shards
+        self.batch_size = sharding.batch_rows(self._mesh, rows)
         # As the harness counts, the model reads all but the last token.
         self._scorer = likelihood.Scorer(self._model, self._mesh, self.batch_size, self.max_length + 1)
         self._generators: dict[rollout.Sampling, rollout.Generator] = {}

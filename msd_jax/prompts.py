@@ -251,6 +251,11 @@ def without_special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase", te
     return text
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether `path` has the form OWNER/NAME of a model on the Hugging Face hub."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path))
+
+
 def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face directory or hub id. Code that a model brings along is never run.
 
@@ -262,7 +267,7 @@ def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
     if not path:
         raise ValueError("config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)")
     local = os.path.isdir(path)
-    if not local and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
+    if not local and not is_hub_id(path):
         raise FileNotFoundError(f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)")
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)

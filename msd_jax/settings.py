@@ -113,6 +113,13 @@ _POSITIVE = (
 )
 
 
+def divergence(named: str, policy: str) -> str:
+    """What config.loss.divergence stands for with a config.rollout.policy: "auto" goes by who writes the response."""
+    if named != "auto":
+        return named
+    return "forward_kl" if policy == "off_policy" else "reverse_kl"
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError with one line a fault, each naming the key, its value and what would do."""
     faults = list(_faults(config))

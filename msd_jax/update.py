@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from msd_jax import forward, fused_losses, losses, optimizer, sharding
+from msd_jax import forward, fused_losses, losses, optimizer, settings, sharding
 from msd_jax.models import decoder, pretrained
 
 
@@ -137,9 +137,7 @@ def next_teacher(
 
 def loss_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The keyword arguments of losses.dpsw_loss that config.loss asks for."""
-    divergence = config.loss.divergence
-    if divergence == "auto":
-        divergence = "forward_kl" if config.rollout.policy == "off_policy" else "reverse_kl"
+    divergence = settings.divergence(config.loss.divergence, config.rollout.policy)
     return dict(config.loss) | {"divergence": divergence, "top_k": config.loss.top_k or None}
 
 

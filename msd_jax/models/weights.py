@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from msd_jax import prompts
 from msd_jax.models import decoder
 from msd_jax.models.config import DecoderConfig
 
@@ -33,7 +34,7 @@ def resolve(path: str) -> pathlib.Path:
     directory = pathlib.Path(path).expanduser()
     if path and directory.is_dir():
         return directory
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
+    if not prompts.is_hub_id(path):
         raise FileNotFoundError(
             f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)"
             if path

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from msd_jax import comparison, queries
+from msd_jax import comparison, queries, settings
 from msd_jax.judges import Verdict
 from msd_jax.report import untrusted
 from msd_jax.report.collect import Run
@@ -362,7 +362,8 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "trained languages", ", ".join(code for code, weight in get("data.languages").items() if weight)
         yield "policy", f"{get('rollout.policy')}, {get('rollout.max_new_tokens')} new tokens"
         yield "teacher", f"{get('teacher.kind')}, cot {get('prompts.cot')}"
-        yield "loss", f"{get('loss.divergence')} divergence, {get('loss.weighting')} weights"
+        divergence = settings.divergence(get("loss.divergence"), get("rollout.policy"))
+        yield "loss", f"{divergence}, {get('loss.weighting')} weights"
         rank = get("model.lora.rank")
         yield "trained weights", f"LoRA, rank {rank}" if rank else "all"
         yield "optimizer", f"{get('optimizer.name')}, {get('optimizer.learning_rate'):g} {get('optimizer.schedule')}"
