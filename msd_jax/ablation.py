@@ -15,23 +15,38 @@ from msd_jax.configs import default
 from msd_jax.console import say
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Trains, or goes on with, every variant with every seed, then writes WORKDIR/report/comparison.md and .json.
+class Grid:
+    """Every variant with every seed: made with every check done, then `train()`, then `report()`."""
 
-    Raises ValueError or OSError where a variant is not fit, each of them checked before the first is trained.
-    """
-    grid = configs(config)
-    directories = {key: workdir / key[0] / str(key[1]) for key in grid}
-    for key, one in grid.items():
-        train.claim(directories[key], one)
-    for number, ((name, seed), one) in enumerate(grid.items(), start=1):
-        if distributed.from_first((directories[name, seed] / "eval" / str(one.train.steps) / "summary.json").exists):
-            continue
-        say(f"run {number} of {len(grid)}: {name}, seed {seed}")
-        _take_responses(directories[next(iter(grid))[0], seed] / "eval" / "0", directories[name, seed] / "eval" / "0")
-        train.Trainer(one, directories[name, seed]).train()
-    by_name = {name: [directories[name, seed] for other, seed in grid if other == name] for name, _ in grid}
-    report.compare_named(by_name, workdir / "report")
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+        """Raises ValueError or OSError where a variant is not fit, or a run in `workdir` had other settings."""
+        self.workdir, self.configs = workdir, configs(config)
+        self.directories = {(name, seed): workdir / name / str(seed) for name, seed in self.configs}
+        self._left = [run for run in self.configs if not self._finished(run)]
+        # What is wrong with the model, the queries or the machine is wrong with the first run already.
+        self._next = train.Trainer(self.configs[self._left[0]], self.directories[self._left[0]]) if self._left else None
+        for run, one in self.configs.items():
+            train.claim(self.directories[run], one)
+
+    def _finished(self, run: tuple[str, int]) -> bool:
+        last = self.directories[run] / "eval" / str(self.configs[run].train.steps) / "summary.json"
+        return distributed.from_first(last.exists)
+
+    def train(self) -> None:
+        """Trains, or goes on with, the runs that are not finished."""
+        first = next(iter(self.configs))[0]
+        for name, seed in self._left:
+            say(f"run {list(self.configs).index((name, seed)) + 1} of {len(self.configs)}: {name}, seed {seed}")
+            directory = self.directories[name, seed]
+            _take_responses(self.directories[first, seed] / "eval" / "0", directory / "eval" / "0")
+            trainer, self._next = self._next or train.Trainer(self.configs[name, seed], directory), None
+            trainer.train()
+
+    def report(self) -> None:
+        """Shows the table, and writes WORKDIR/report/comparison.md and comparison.json."""
+        names = dict.fromkeys(name for name, _ in self.configs)
+        gathered = {name: [self.directories[run] for run in self.configs if run[0] == name] for name in names}
+        report.compare_named(gathered, self.workdir / "report")
 
 
 def configs(config: ml_collections.ConfigDict) -> dict[tuple[str, int], ml_collections.FrozenConfigDict]:

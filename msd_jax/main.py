@@ -4,7 +4,7 @@ import pathlib
 
 import jax
 
-from msd_jax import ablation, cli, report, train
+from msd_jax import ablation, cli, train
 
 
 def main(argv: list[str]) -> None:
@@ -12,11 +12,9 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(cli.FLAGS.workdir)
     with cli.clear_errors():
         config = cli.config()
-        if config.ablation.variants:
-            return ablation.run(config, workdir)
-        trainer = train.Trainer(config, workdir)
-    trainer.train()
-    report.write(workdir)
+        job = (ablation.Grid if config.ablation.variants else train.Trainer)(config, workdir)
+    job.train()
+    job.report()
 
 
 if __name__ == "__main__":

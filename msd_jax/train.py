@@ -24,6 +24,7 @@ from msd_jax import (
     optimizer,
     pipeline,
     queries,
+    report,
     responses,
     rollout,
     settings,
@@ -157,7 +158,7 @@ class Trainer:
         return update.TrainState(zero, params, teacher, opt_state, jnp.copy(zero))
 
     def train(self) -> None:
-        """Runs, or goes on with, the whole job: evaluation, training, evaluation, export, report."""
+        """Runs, or goes on with, the whole job: evaluation, training, export, evaluation."""
         config = self.config
         state = self.initial_state()
         if config.prompts.cot == "generated":
@@ -201,6 +202,10 @@ class Trainer:
             self.export(state)
         if self.evaluation:
             self.evaluation.run(lambda: self.rollout_params(state.params), self.workdir / "eval" / str(step))
+
+    def report(self) -> None:
+        """Shows the table, and writes WORKDIR/report."""
+        report.write(self.workdir)
 
     def _go_back(self, step: int, state: update.TrainState, row: dict[str, float]) -> tuple[int, update.TrainState]:
         """The last checkpoint whose utility holds the floor, or the initial weights: (its step, its state)."""

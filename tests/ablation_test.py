@@ -30,9 +30,15 @@ def small():
     return config
 
 
+def run(config, workdir):
+    grid = ablation.Grid(ml_collections.FrozenConfigDict(config), workdir)
+    grid.train()
+    grid.report()
+
+
 def test_a_grid_is_its_runs_in_one_table(tmp_path, monkeypatch):
     config = ml_collections.FrozenConfigDict(small())
-    ablation.run(config, tmp_path)
+    run(config, tmp_path)
     compared = json.loads((tmp_path / "report" / "comparison.json").read_text())
     assert list(compared) == ["careful", "msd", "sft"]
     for name, steps in (("msd", 2), ("sft", 2), ("careful", 0)):
@@ -69,22 +75,22 @@ def test_a_grid_is_its_runs_in_one_table(tmp_path, monkeypatch):
     larger = small()
     larger.ablation.variants["as_it_comes"] = ml_collections.ConfigDict({"train": {"steps": 0}})
     larger.ablation.seeds = 1
-    ablation.run(ml_collections.FrozenConfigDict(larger), tmp_path)
+    run(larger, tmp_path)
     monkeypatch.setattr(train, "Trainer", None)
-    ablation.run(config, tmp_path)
+    run(config, tmp_path)
 
 
 def test_the_responses_before_training_are_taken_over_and_not_written_again(tmp_path):
     config = small()
     config.ablation.variants = ml_collections.ConfigDict({"msd": {}, "uniform": {"loss": {"weighting": "uniform"}}})
     config.ablation.seeds = 1
-    ablation.run(ml_collections.FrozenConfigDict(config), tmp_path)
+    run(config, tmp_path)
     (tmp_path / "uniform" / "0").rename(tmp_path / "old")
     path = tmp_path / "msd" / "0" / "eval" / "0" / "responses.jsonl"
     rows = metrics.read_json_lines(path)
     rows[0]["tokens"] = 1234  # a mark
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ablation.run(ml_collections.FrozenConfigDict(config), tmp_path)
+    run(config, tmp_path)
     again = metrics.read_json_lines(tmp_path / "uniform" / "0" / "eval" / "0" / "responses.jsonl")
     assert [row["tokens"] for row in again] == [row["tokens"] for row in rows]
 
@@ -105,7 +111,7 @@ def test_a_variant_that_is_not_fit_is_named_before_any_is_trained(changes, messa
     config = small()
     config.ablation.variants = ml_collections.ConfigDict({"msd": {}, "bad": changes})
     with pytest.raises(ValueError, match=message):
-        ablation.run(ml_collections.FrozenConfigDict(config), tmp_path / "grid")
+        run(config, tmp_path / "grid")
     assert not (tmp_path / "grid").exists()
 
 
@@ -117,7 +123,7 @@ def test_a_workdir_of_other_settings_is_refused_before_any_is_trained(tmp_path):
         train.claim(tmp_path / key[0] / str(key[1]), one)
     config.ablation.variants.b = ml_collections.ConfigDict({"loss": {"weighting": "uniform"}})
     with pytest.raises(ValueError, match=r"b/0 holds a run with another config[\s\S]*loss\.weighting"):
-        ablation.run(ml_collections.FrozenConfigDict(config), tmp_path)
+        run(config, tmp_path)
     assert not list(tmp_path.glob("*/*/eval"))
 
 

@@ -10,7 +10,7 @@ import pytest
 from msd_jax.configs import default
 from safetensors.numpy import load_file
 
-from msd_jax import checkpoint, metrics, report, sharding, train
+from msd_jax import checkpoint, metrics, sharding, train
 from msd_jax.models import pretrained
 from tests.conftest import WORDS
 
@@ -141,7 +141,7 @@ def test_no_steps_evaluate_the_model_as_it_comes(config, tmp_path):
     config.eval.path, config.eval.max_new_tokens = config.data.path, 6
     trainer = train.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
     trainer.train()
-    report.write(tmp_path / "run")
+    trainer.report()
     assert [path.name for path in (tmp_path / "run" / "eval").iterdir()] == ["0"]
     assert not (tmp_path / "run" / "model").exists()  # nothing was trained
     assert "before training" in (tmp_path / "run" / "report" / "summary.md").read_text()
