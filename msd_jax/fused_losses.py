@@ -36,6 +36,7 @@ def fused_dpsw_loss(
     chunk: int = 512,
     dtype: jnp.dtype | None = None,
     logit_softcap: float | None = None,
+    tied: bool = False,
     mesh: Mesh | None = None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
@@ -55,6 +56,8 @@ def fused_dpsw_loss(
       dtype: static; operands of the matrix products are cast to it (sums are float32), inside, so that gradients come
         back in the precision of the arguments. None leaves them.
       logit_softcap: static; logits become c * tanh(logits / c), as in Gemma 2. None: none.
+      tied: static; the heads are transposed embedding tables. Products are then taken with the tables as they lie, and
+        the gradient is summed as one: XLA's CPU backend would hold a transposed copy of each.
       mesh: static; a mesh with the axes `data`, `fsdp` and `tensor`. Tokens are split over the first two, rows of the
         heads over `fsdp` (gathered once, in `dtype`; their gradient is scattered once, in float32), and the vocabulary
         over `tensor`. None: one device, or whatever XLA makes of the arguments' sharding.
@@ -89,6 +92,7 @@ def fused_dpsw_loss(
         chunk=chunk,
         dtype=dtype,
         softcap=logit_softcap,
+        tied=tied,
         mesh=mesh,
     )
     data = (teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N)
@@ -113,21 +117,27 @@ def fused_dpsw_loss(
 
 
 def _losses_and_gradients(
-    hidden, head, teacher_hidden, teacher_head, response, mask, *, loss, chunk, dtype, softcap, mesh, wanted
+    hidden, head, teacher_hidden, teacher_head, response, mask, *, loss, chunk, dtype, softcap, tied, mesh, wanted
 ):
     """((loss_sum, normaliser, aux), (gradient of hidden or None, of head or None)) on all devices of the mesh."""
-    local = functools.partial(_local, loss=loss, chunk=chunk, softcap=softcap, wanted=wanted)
+    local = functools.partial(_local, loss=loss, chunk=chunk, softcap=softcap, tied=tied, wanted=wanted)
     dtypes = (hidden.dtype, head.dtype)
 
     def cast(x):
         return x if dtype is None else x.astype(dtype)
 
-    def returned(gradients):
+    def as_it_lies(x):  # a head, or the two mesh axes of one; its own inverse
+        return (x[::-1] if isinstance(x, tuple) else x.T) if tied else x
+
+    def returned(d_hidden, d_head):
+        gradients = (d_hidden, None if d_head is None else as_it_lies(d_head))
         return tuple(None if g is None else g.astype(d) for g, d in zip(gradients, dtypes))
 
+    hidden, teacher_hidden, head, teacher_head = map(cast, (hidden, teacher_hidden, head, teacher_head))
+    head, teacher_head = as_it_lies(head), as_it_lies(teacher_head)
     if mesh is None:
-        sums, gradients = local(*map(cast, (hidden, head, teacher_hidden, teacher_head)), response, mask)
-        return sums, returned(gradients)
+        sums, gradients = local(hidden, head, teacher_hidden, teacher_head, response, mask)
+        return sums, returned(*gradients)
 
     def constrain(x, *spec):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
@@ -138,7 +148,8 @@ def _losses_and_gradients(
 
     # Heads are gathered here, not inside: there XLA would gather their vocabulary as well. For the same reason the
     # devices' gradients of the head come out side by side, and are added under their final sharding.
-    head, teacher_head = (constrain(cast(w), None, HEAD_AXES[1]) for w in (head, teacher_head))
+    gathered = as_it_lies((None, HEAD_AXES[1]))
+    head, teacher_head = (constrain(w, *gathered) for w in (head, teacher_head))
     tokens, whole = PartitionSpec(TOKEN_AXES), PartitionSpec()
     sums, (d_hidden, d_head) = jax.shard_map(
         of_one_device,
@@ -147,16 +158,19 @@ def _losses_and_gradients(
         out_specs=(whole, (tokens, tokens)),
         axis_names=set(TOKEN_AXES),  # the vocabulary's split over `tensor` is left to XLA
         check_vma=False,
-    )(cast(hidden), head, cast(teacher_hidden), teacher_head, response, mask)
+    )(hidden, head, teacher_hidden, teacher_head, response, mask)
     if d_head is not None:
-        d_head = constrain(jnp.sum(constrain(d_head, TOKEN_AXES, None, HEAD_AXES[1]), axis=0), *HEAD_AXES)
-    return sums, returned((d_hidden, d_head))
+        d_head = constrain(jnp.sum(constrain(d_head, TOKEN_AXES, *gathered), axis=0), *as_it_lies(HEAD_AXES))
+    return sums, returned(d_hidden, d_head)
 
 
 def _local(
-    hidden_NxD, head_DxV, teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N, *, loss, chunk, softcap, wanted
+    hidden_NxD, head, teacher_hidden_NxD, teacher_head, response_N, mask_N, *, loss, chunk, softcap, tied, wanted
 ):
-    """The sums, and float32 gradients of loss_sum where `wanted`, over the tokens given, `chunk` at a time."""
+    """The sums, and float32 gradients of loss_sum where `wanted`, over the tokens given, `chunk` at a time.
+
+    The heads, and the gradient of one, are [V, D] where they are `tied`, and else [D, V].
+    """
     N = len(mask_N)
     chunks = -(-N // chunk)
     size = -(-N // chunks)
@@ -167,6 +181,8 @@ def _local(
     def of_chunk(d_head, tokens):
         hidden, teacher_hidden, response, mask = tokens
         hidden = jnp.where(mask[:, None], hidden, 0)  # what is masked out may be NaN, and 0 * NaN is not 0
+        # Transposed here, within the loop, where a product takes its operands either way.
+        head_DxV, teacher_head_DxV = (w.T if tied else w for w in (head, teacher_head))
         teacher_logits = _capped(_matmul(teacher_hidden, teacher_head_DxV), softcap)
 
         def loss_of(product):
@@ -179,10 +195,10 @@ def _local(
         (gradient,) = pullback(jnp.ones((), jnp.float32))
         d_hidden = _matmul(gradient, head_DxV.T) if wanted[0] else None
         if wanted[1]:
-            d_head += _matmul(hidden.T, gradient)
+            d_head += _matmul(gradient.T, hidden) if tied else _matmul(hidden.T, gradient)
         return d_head, (sums, d_hidden)
 
-    start = jnp.zeros(head_DxV.shape, jnp.promote_types(head_DxV.dtype, jnp.float32)) if wanted[1] else None
+    start = jnp.zeros(head.shape, jnp.promote_types(head.dtype, jnp.float32)) if wanted[1] else None
     tokens = jax.tree.map(split, (hidden_NxD, teacher_hidden_NxD, response_N, mask_N))
     d_head, (sums, d_hidden) = jax.lax.scan(of_chunk, start, tokens)
     if d_hidden is not None:

@@ -154,6 +154,7 @@ def jit_train_step(
         dtype=model.dtype,
         logit_softcap=model.config.logit_softcap,
         mesh=mesh,
+        tied=model.config.tied_embeddings,
         **loss_settings(config),
     )
     step = functools.partial(
