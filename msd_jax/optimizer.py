@@ -42,13 +42,17 @@ def make_optimizer(
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm as one factor for all, which XLA fuses into the moments; optax's division it stores."""
+    """optax.clip_by_global_norm as one factor for all, which XLA fuses into the moments; optax's division it stores.
 
-    def update(grads: Any, params: Any) -> Any:
+    `update` takes the norm of the gradients as an argument of its own, `norm`, and computes it where it is not given.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any) -> Any:
         del params
-        return optax.tree.scale(max_norm / jnp.maximum(optax.tree.norm(grads), max_norm), grads)
+        norm = optax.tree.norm(grads) if norm is None else norm
+        return optax.tree.scale(max_norm / jnp.maximum(norm, max_norm), grads), state
 
-    return optax.stateless(update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def kept_in(dtype: jnp.dtype, rule: optax.GradientTransformation) -> optax.GradientTransformation:

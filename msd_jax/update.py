@@ -99,13 +99,14 @@ def train_step(
         optax.tree.zeros_like(nothing),
         micros,
     )
-    grads = optax.tree.scale(losses.mean_loss(jnp.ones(()), normaliser), grads)
-
-    norm = optax.tree.norm(grads)
+    mean = losses.mean_loss(jnp.ones(()), normaliser)
+    norm = mean * optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(total)
 
     def update(params, opt_state):
-        updates, opt_state = optimize.update(grads, opt_state, params)
+        # Scaled here, where the factor is fused into the moments: scaled outside, all gradients are held twice.
+        rule, mean_grads = optax.with_extra_args_support(optimize), optax.tree.scale(mean, grads)
+        updates, opt_state = rule.update(mean_grads, opt_state, params, norm=norm)
         return optax.apply_updates(params, updates), opt_state
 
     # A step that is not finite leaves the weights, the optimizer and the teacher as they were.

@@ -38,6 +38,19 @@ def test_the_clip_is_by_global_norm(config):
     np.testing.assert_allclose(updates["embedding"], -0.5 * clipped / (clipped + 1), rtol=1e-5)
 
 
+def test_the_clip_takes_a_norm_that_is_known(config):
+    optimize, _ = optimizer.make_optimizer(config, 10)
+    rule, state = optax.with_extra_args_support(optimize), optimize.init(PARAMS)
+    grads = jax.tree.map(lambda p: 3 * jnp.ones_like(p), PARAMS)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        rule.update(grads, state, PARAMS, norm=optax.tree.norm(grads)),
+        optimize.update(grads, state, PARAMS),
+    )
+    _, (_, (other, *_)) = rule.update(grads, state, PARAMS, norm=30.0)  # to a thirtieth
+    np.testing.assert_allclose(other.mu["embedding"], 0.1 * 3 / 30, rtol=1e-6)
+
+
 def test_decay_spares_norms(config):
     config.weight_decay, config.warmup_steps = 0.1, 0
     optimize, _ = optimizer.make_optimizer(config, 10)
