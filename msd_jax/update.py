@@ -154,8 +154,8 @@ def jit_train_step(
         chunk=config.train.loss_chunk,
         dtype=model.dtype,
         logit_softcap=model.config.logit_softcap,
-        mesh=mesh,
         tied=model.config.tied_embeddings,
+        mesh=mesh,
         **loss_settings(config),
     )
     step = functools.partial(
@@ -168,11 +168,15 @@ def jit_train_step(
     )
     arguments = abstract_state(model, mesh, optimize, config.teacher.kind)
     state, frozen = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+    # By default XLA's CPU backend runs early what can be run early: the zeros that the backward pass adds to, which are
+    # as large as the weights, before the forward pass.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(
         step,
         in_shardings=(state, frozen, sharding.batch_sharding(mesh)),
         out_shardings=(state, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else None,
     )
 
 

@@ -9,10 +9,11 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from msd_jax.configs import default
 
-from msd_jax import forward, fused_losses, losses, sharding, update
+from msd_jax import forward, fused_losses, losses, optimizer, sharding, update
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder
+from msd_jax.models import decoder, pretrained
 from tests.conftest import LLAMA
 
 CONFIG = model_config.from_dict(LLAMA)
@@ -171,3 +172,32 @@ def test_a_batch_without_response_tokens_is_no_update(rng):
     new, scalars = make_step(SGD)(state, batch)
     assert scalars["loss"] == 0 and scalars["tokens"] == 0 and new.skipped == 0
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
+
+
+def test_a_step_holds_little_beside_the_state_and_one_gradient():
+    """A second copy of the gradients, of the moments or of a table would show; so would zeros made before their time."""
+    sizes = {
+        "vocab_size": 8192,
+        "width": 256,
+        "ffw": 1024,
+        "layers": 8,
+        "windows": (0,) * 8,
+        "ropes": CONFIG.ropes[:1] * 8,
+    }
+    config = default.get_config()
+    config.train.loss_chunk = 8
+    config = ml_collections.FrozenConfigDict(config)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    options = {"dtype": "float32", "param_dtype": "float32", "remat": "full", "mesh": mesh}
+    model = pretrained.architecture(dataclasses.replace(CONFIG, **sizes), **options)
+    optimize, _ = optimizer.make_optimizer(config.optimizer, 10)
+    state, frozen = update.abstract_state(model, mesh, optimize, "frozen")
+    rows = lambda *shape: jax.ShapeDtypeStruct((8, *shape), jnp.int32, sharding=sharding.batch_sharding(mesh))  # noqa: E731
+    batch = update.TrainBatch(rows(4), rows(), rows(4), rows(), rows(4), rows())
+    memory = (
+        update.jit_train_step(config, model, mesh, optimize).lower(state, frozen, batch).compile().memory_analysis()
+    )
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    assert memory.argument_size_in_bytes < 4.01 * weights  # they, the teacher and two moments
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * weights
+    assert memory.temp_size_in_bytes < 1.22 * weights
