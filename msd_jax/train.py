@@ -18,6 +18,7 @@ from msd_jax import (
     distributed,
     evaluate,
     export,
+    host_memory,
     losses,
     metrics,
     monitor,
@@ -46,6 +47,7 @@ class Trainer:
           ValueError, OSError: one clear message for what is wrong with the config, a file or the workdir.
         """
         settings.check(config)
+        host_memory.give_back_after_compilations()
         distributed.require_same("config", lambda: checkpoint.without_paths(config))
         self.config, self.workdir = config, workdir
         self.mesh = sharding.make_mesh(**config.mesh)
