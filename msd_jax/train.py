@@ -154,10 +154,13 @@ class Trainer:
         target, _ = update.abstract_state(self.model, self.mesh, self.optimize, self.config.teacher.kind)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target.opt_state)
         opt_state = jax.jit(self.optimize.init, out_shardings=shardings)(params)
-        zero = jax.device_put(jnp.zeros((), jnp.int32), target.step.sharding)
-        # A copy: params are donated to every step, and the teacher must outlive them.
-        teacher = None if target.teacher is None else jax.tree.map(jnp.copy, params)
-        return update.TrainState(zero, params, teacher, opt_state, jnp.copy(zero))
+        step, skipped = (sharding.put_replicated(self.mesh, np.zeros((), np.int32)) for _ in range(2))
+        teacher = None
+        if target.teacher is not None:  # a copy: params are donated to every step, and the teacher must outlive them
+            copy = lambda p, leaf: jnp.array(p, leaf.dtype, copy=True)  # noqa: E731
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, target.teacher)
+            teacher = jax.jit(lambda p: jax.tree.map(copy, p, target.teacher), out_shardings=shardings)(params)
+        return update.TrainState(step, params, teacher, opt_state, skipped)
 
     def train(self) -> None:
         """Runs, or goes on with, the whole job: evaluation, training, export, evaluation."""

@@ -185,12 +185,14 @@ def abstract_state(
 ) -> tuple[TrainState, decoder.Params]:
     """(state, frozen) of a run as ShapeDtypeStructs in the training layout.
 
-    The optimizer's moments and the teacher follow the sharding of the weights; counts are replicated.
+    The optimizer's moments and the teacher follow the sharding of the weights; counts are replicated. A teacher that
+    stays frozen is in the dtypes of model.frozen_teacher.
     """
     params, frozen = model.split(model.target(mesh))
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     opt_state = optimizer.state_shardings(optimize, params)
-    return TrainState(scalar, params, None if teacher_kind == "live" else params, opt_state, scalar), frozen
+    teacher = None if teacher_kind == "live" else model.frozen_teacher(params) if teacher_kind == "frozen" else params
+    return TrainState(scalar, params, teacher, opt_state, scalar), frozen
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

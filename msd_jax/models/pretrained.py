@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ class Architecture:
       dtype: of matrix products and of generation.
       lora: settings of the adapters, which alone are trained; None where there are none.
       freeze_embeddings: embeddings, and with them a tied head, are not trained.
+      stored: what weights.dtypes says of the checkpoint; {} where there is none yet.
     """
 
     config: model_config.DecoderConfig
@@ -34,6 +36,7 @@ class Architecture:
     dtype: jnp.dtype
     lora: Lora | None
     freeze_embeddings: bool
+    stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def split(self, params: Any) -> tuple[Any, Any]:
         """(what is trained, what is frozen) of a tree like params; decoder.join puts them together."""
@@ -51,6 +54,28 @@ class Architecture:
             self.abstract,
             self.shardings(mesh, sharding.TRAIN),
         )
+
+    def frozen_teacher(self, trained: decoder.Params) -> decoder.Params:
+        """ShapeDtypeStructs of the teacher that stays as the student began, in dtypes that change none of its numbers.
+
+        A weight that the checkpoint has in bfloat16 is widened where it is used, a layer at a time, which is exact; one
+        that the decoder casts to `dtype` before each use is held in it.
+
+        Args:
+          trained: ShapeDtypeStructs of the student's weights that are trained, the first part of `split`.
+        """
+
+        def held(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            name = ".".join(key.key for key in path)
+            exact = [leaf.dtype]
+            if self.stored.get(name) == "BF16":
+                exact.append(jnp.dtype(jnp.bfloat16))
+            if name != "embedding" and "norm" not in name:  # those two go into the float32 residual stream as they are
+                exact.append(self.dtype)
+            within = (dtype for dtype in exact if jnp.promote_types(dtype, leaf.dtype) == leaf.dtype)
+            return leaf.update(dtype=min(within, key=lambda dtype: dtype.itemsize))
+
+        return jax.tree.map_with_path(held, trained)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +168,7 @@ def load(path: str, **options: Any) -> Pretrained:
     """
     directory = weights.resolve(path)
     config = model_config.read(directory)
-    weights.check(directory, config)
+    files = weights.check(directory, config)
     tokenizer = prompts.load_tokenizer(str(directory))
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -151,7 +176,7 @@ def load(path: str, **options: Any) -> Pretrained:
         )
     stop_ids = prompts.stop_token_ids(tokenizer, str(directory))
     return Pretrained(
-        **vars(architecture(config, **options)),
+        **vars(architecture(config, **options)) | {"stored": weights.dtypes(files, config)},
         directory=directory,
         tokenizer=tokenizer,
         stop_ids=tuple(stop_ids),

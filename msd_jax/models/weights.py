@@ -193,6 +193,20 @@ def write(
     params: decoder.Params,
     config: DecoderConfig,
     dtype: Any,
+def dtypes(files: dict[str, Any], config: DecoderConfig) -> dict[str, str]:
+    """The dtype of each parameter in its files, as safetensors writes it ("F32", "BF16"); "mixed" where layers differ.
+
+    Args:
+      files: what `check` returned.
+    """
+    found = {}
+    for name, (tensor, _) in layout(config).items():
+        layers = {tensor.format(layer) for layer in range(config.layers)}
+        first, *others = {files[name].get_slice(name).get_dtype() for name in layers}
+        found[name] = "mixed" if others else first
+    return found
+
+
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes params as model.safetensors, or as several files and an index above `max_shard_bytes`.

@@ -1,0 +1,154 @@
+"""The frozen teacher in narrow dtypes: not one bit of what is computed changes, and half of its memory is free."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from msd_jax import checkpoint, forward, optimizer, sharding, update
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder, pretrained, weights
+from msd_jax.testbed import tiny
+from tests.conftest import write_model
+from tests.recipes_test import RECIPES
+
+# XLA may otherwise leave out a cast to bfloat16, which makes results differ by what should have been rounded away.
+EXACTLY = {"xla_allow_excess_precision": False}
+
+
+@pytest.fixture(scope="module")
+def bfloat16_dir(tmp_path_factory):
+    """A model whose tensors are bfloat16, as most are published."""
+    directory = write_model(tmp_path_factory.mktemp("models") / "bfloat16")
+    file = directory / "model.safetensors"
+    save_file({name: value.astype(jnp.bfloat16) for name, value in load_file(file).items()}, file)
+    return directory
+
+
+def load(directory, **options):
+    return pretrained.load(str(directory), **{"dtype": "float32", "param_dtype": "float32", "remat": "full"} | options)
+
+
+def dtypes(tree):
+    return {".".join(k.key for k in path): leaf.dtype.name for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def rolled(graphdef, params):
+    """Final hidden states and logits of some tokens, from a program that rounds where the model says so."""
+    tokens = jnp.arange(24).reshape(2, 12) % 17
+    batch = (tokens[:, :7], jnp.array([7, 4]), tokens[:, 7:], jnp.array([5, 3]))
+
+    def run(params):
+        hidden, head = forward.response_hidden_and_head(graphdef, params, *batch)
+        return hidden, head.astype(jnp.bfloat16), forward.response_logits(graphdef, params, *batch)
+
+    return jax.device_get(jax.jit(run, compiler_options=EXACTLY)(params))
+
+
+def narrowed(model, params):
+    held = model.frozen_teacher(model.split(model.abstract)[0])
+    return jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, held)
+
+
+def test_follows_the_checkpoint_and_what_the_decoder_casts(model_dir, bfloat16_dir):
+    def held(directory, **options):
+        model = load(directory, **options)
+        return dtypes(model.frozen_teacher(model.split(model.abstract)[0]))
+
+    assert set(held(model_dir).values()) == {"float32"}
+    assert set(held(bfloat16_dir).values()) == {"bfloat16"}
+    assert set(held(bfloat16_dir, dtype="bfloat16", param_dtype="bfloat16").values()) == {"bfloat16"}
+    assert set(held(bfloat16_dir, param_dtype="float16").values()) == {"float16"}  # which bfloat16 does not fit in
+    cast = held(model_dir, dtype="bfloat16")
+    kept = {"embedding", "final_norm", "layers.attention_norm", "layers.ffw_norm"}
+    assert {name for name, dtype in cast.items() if dtype == "float32"} == kept
+    assert {dtype for name, dtype in cast.items() if name not in kept} == {"bfloat16"}
+
+
+def test_dtypes_of_a_checkpoint_whose_layers_differ(bfloat16_dir, tmp_path):
+    config = model_config.read(bfloat16_dir)
+    tensors = load_file(bfloat16_dir / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].astype(np.float32)}, tmp_path / "model.safetensors")
+    found = weights.dtypes(weights.check(tmp_path, config), config)
+    assert found.pop("layers.up") == "mixed" and set(found.values()) == {"BF16"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_teacher_in_the_compute_dtype_is_the_same_function(name):
+    """Of every family: biases, norms of queries and keys, Gemma's scaled embeddings."""
+    options = {"dtype": "bfloat16", "param_dtype": "float32", "remat": "full"}
+    model = pretrained.architecture(model_config.read(tiny.model(name)), **options)
+    _, params = decoder.init(model.config, jax.random.key(0))
+    # Norms of 1 and biases of 0 would be exact in any dtype.
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
+    teacher = narrowed(model, params)
+    assert sum(x.nbytes for x in jax.tree.leaves(teacher)) < 0.9 * sum(x.nbytes for x in jax.tree.leaves(params))
+    jax.tree.map(np.testing.assert_array_equal, rolled(model.graphdef, teacher), rolled(model.graphdef, params))
+    # It would tell: norms and embeddings may not be rounded.
+    rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    assert np.any(rolled(model.graphdef, rounded)[0] != rolled(model.graphdef, params)[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_teacher_of_a_bfloat16_checkpoint_is_the_same_function(bfloat16_dir, dtype):
+    model, mesh = load(bfloat16_dir, dtype=dtype), sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    params = model.params(mesh)
+    teacher = narrowed(model, params)
+    assert sum(x.nbytes for x in jax.tree.leaves(teacher)) == sum(x.nbytes for x in jax.tree.leaves(params)) / 2
+    jax.tree.map(np.testing.assert_array_equal, rolled(model.graphdef, teacher), rolled(model.graphdef, params))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_a_step_with_the_teacher_of_a_bfloat16_checkpoint(bfloat16_dir, shape, rng):
+    """Up to the order of float32 sums, which XLA chooses for each program: a teacher that is rounded is far off."""
+    config = importlib.import_module("msd_jax.configs.default").get_config()
+    config.loss.weight_top_k, config.optimizer.warmup_steps = 5, 0
+    config = ml_collections.FrozenConfigDict(config)
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    model = load(bfloat16_dir, mesh=mesh)
+    optimize, _ = optimizer.make_optimizer(config.optimizer, 10)
+    abstract, _ = update.abstract_state(model, mesh, optimize, "frozen")
+    assert set(dtypes(abstract.teacher).values()) == {"bfloat16"}
+    step = update.jit_train_step(config, model, mesh, optimize)
+    lengths = [rng.integers(1, size + 1, 8) for size in (6, 9, 5)]
+    tokens = [rng.integers(0, 17, (8, size)) for size in (6, 9, 5)]
+    arrays = (array.astype(np.int32) for pair in zip(tokens, lengths) for array in pair)
+    batch = sharding.put_batch(mesh, update.TrainBatch(*arrays))
+
+    def stepped(teacher_like, off=0.0):
+        params = model.params(mesh)
+        teacher = jax.tree.map(lambda p, leaf: (p * (1 + off)).astype(leaf.dtype), params, teacher_like)
+        student = jax.tree.map(lambda p: p + 0.05, params)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract)
+        state, scalars = step(dataclasses.replace(zeros, params=student, teacher=teacher), {}, batch)
+        return jax.device_get((state.opt_state[1][0].mu, scalars["loss"]))
+
+    def distance(one, other):
+        return max(
+            np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other))
+        )
+
+    wide = stepped(abstract.params)
+    assert distance(stepped(abstract.teacher), wide) < 1e-5
+    assert distance(stepped(abstract.params, off=1e-3), wide) > 1e-4  # less than half a unit in bfloat16's last place
+
+
+def test_a_checkpoint_with_a_float32_teacher_goes_on(bfloat16_dir, tmp_path):
+    """That of a run which began before teachers were held in their checkpoint's dtype."""
+    model, mesh = load(bfloat16_dir), sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    params = model.params(mesh)
+    held = functools.partial(narrowed, model)
+    config = ml_collections.FrozenConfigDict({"seed": 0})
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, {"teacher": params}, {}, config)
+    checkpoints.close()
+    state, _ = checkpoint.Checkpoints(tmp_path).restore(1, checkpoint.abstract({"teacher": held(params)}))
+    assert set(dtypes(state["teacher"]).values()) == {"bfloat16"}
+    jax.tree.map(np.testing.assert_array_equal, state["teacher"], held(params))
