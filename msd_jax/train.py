@@ -73,7 +73,7 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(workdir, config.train.checkpoints_kept)
 
         self.optimize, schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
-        self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.train.steps)))
+        self.learning_rates = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(config.train.steps)))
         self.rollout_shardings = self.model.shardings(self.mesh, sharding.ROLLOUT)
         sampling = {key: config.rollout[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
         self.generator = rollout.Generator(

@@ -121,13 +121,18 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
         if "{}" not in tensor:
             return put(tensor, pattern, leaf.shape, leaf.dtype, sharding)
         # Stacked on the devices, so that the host never holds more than one layer of a parameter.
-        stack = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
+        stack = _making_zeros(leaf.shape, leaf.dtype, sharding)()
         for layer in range(config.layers):
             one = put(tensor.format(layer), pattern, leaf.shape[1:], leaf.dtype, _without_layers(sharding))
             stack = _write_layer(stack, one, layer)
         return stack
 
     return jax.tree.map_with_path(load, target)
+
+
+@functools.cache
+def _making_zeros(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -188,11 +193,6 @@ def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
     return {tensor: files[path] for tensor, path in found.items()}
 
 
-def write(
-    directory: pathlib.Path | None,
-    params: decoder.Params,
-    config: DecoderConfig,
-    dtype: Any,
 def dtypes(files: dict[str, Any], config: DecoderConfig) -> dict[str, str]:
     """The dtype of each parameter in its files, as safetensors writes it ("F32", "BF16"); "mixed" where layers differ.
 
@@ -207,6 +207,11 @@ def dtypes(files: dict[str, Any], config: DecoderConfig) -> dict[str, str]:
     return found
 
 
+def write(
+    directory: pathlib.Path | None,
+    params: decoder.Params,
+    config: DecoderConfig,
+    dtype: Any,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes params as model.safetensors, or as several files and an index above `max_shard_bytes`.
