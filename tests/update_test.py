@@ -175,7 +175,7 @@ def test_a_batch_without_response_tokens_is_no_update(rng):
 
 
 def test_a_step_holds_little_beside_the_state_and_one_gradient():
-    """A second copy of the gradients, of the moments or of a table would show; so would zeros made before their time."""
+    """A second copy of gradients, moments or a table would show, and so would zeros made before their time."""
     sizes = {
         "vocab_size": 8192,
         "width": 256,
