@@ -6,8 +6,8 @@ Both take the same model in float32, the same batches of queries with the same p
 at temperature 1 and descend the reverse KL over the whole vocabulary to a frozen copy of the initial model, with AdamW;
 ours with DPSW's weights. Each round runs one process of each. A step's seconds are the median over its rounds, steps in
 which a program was compiled (ours) and the first step (both) left out. Peak memory is the process's largest resident
-set, everything included; ours is measured as where torch is not installed, which it does not need (elsewhere transformers
-and tensorboardX load it: 0.2 GB).
+set, everything included. Ours is measured as where torch is not installed, which it does not need: transformers and
+tensorboardX load it where it is, 0.2 GB.
 """
 
 import argparse
