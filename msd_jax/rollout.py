@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from msd_jax import forward, pipeline, sharding
-from msd_jax.models import decoder
+from msd_jax.models import attention, decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,17 @@ class Rollout(NamedTuple):
     log_prob_BxR: jax.Array
 
 
+def argmax(x_BxV: jax.Array) -> jax.Array:
+    """jnp.argmax(x_BxV, axis=-1) of numbers without NaN, int32; unlike that one, XLA vectorises this on CPU."""
+    V = x_BxV.shape[-1]
+    highest_BxV = x_BxV == jnp.max(x_BxV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(highest_BxV, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
+
+
 def sample(logits_BxV: jax.Array, key_B: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """Draws one token a row: (token_B int32, log_prob_B float32); each row has its own key."""
     if sampling.temperature == 0:
-        token_B = jnp.argmax(logits_BxV, axis=-1)
+        token_B = argmax(logits_BxV)
         log_prob_BxV = jax.nn.log_softmax(logits_BxV)
     else:
         log_prob_BxV = jax.nn.log_softmax(logits_BxV / sampling.temperature)
@@ -71,8 +78,9 @@ def sample(logits_BxV: jax.Array, key_B: jax.Array, sampling: Sampling) -> tuple
             last_B = jnp.sum(before_BxV < sampling.top_p, axis=-1) - 1
             lowest_Bx1 = jnp.take_along_axis(sorted_BxV, jnp.maximum(last_B, 0)[:, None], axis=-1)
             kept_BxV = jnp.where(kept_BxV >= lowest_Bx1, kept_BxV, -jnp.inf)
-        token_B = jax.vmap(jax.random.categorical)(key_B, kept_BxV)
-    return token_B.astype(jnp.int32), jnp.take_along_axis(log_prob_BxV, token_B[:, None], axis=-1)[:, 0]
+        noise_BxV = jax.vmap(lambda key: jax.random.gumbel(key, kept_BxV.shape[1:], kept_BxV.dtype))(key_B)
+        token_B = argmax(noise_BxV + kept_BxV)  # as jax.random.categorical draws
+    return token_B, jnp.take_along_axis(log_prob_BxV, token_B[:, None], axis=-1)[:, 0]
 
 
 def row_keys(key: jax.Array, query_hash_B: jax.Array) -> jax.Array:
@@ -109,6 +117,7 @@ def generate(
     valid_BxS = jnp.concatenate([valid_BxP, jnp.ones((B, R), bool)], axis=1)  # later slots are masked as future
     cache = decoder.init_cache(model.config, B, P + R, model.dtype, model.mesh)
     hidden_BxPxD, cache = model(prompt_BxP, position_BxP, valid_BxS, cache)
+    layers, cache = model.apart(cache) if attention.platform(model.mesh) == "cpu" else (None, cache)
 
     def emit(t, hidden_Bx1xD, done_B, rollout):
         """Samples token t of the rows that are not done."""
@@ -131,7 +140,7 @@ def generate(
     def decode(carry):
         t, token_B, done_B, cache, rollout = carry
         position_Bx1 = (prompt_length_B + t - 1)[:, None]
-        hidden_Bx1xD, cache = model(token_B[:, None], position_Bx1, valid_BxS, cache, P + t - 1)
+        hidden_Bx1xD, cache = model(token_B[:, None], position_Bx1, valid_BxS, cache, P + t - 1, layers)
         token_B, done_B, rollout = emit(t, hidden_Bx1xD, done_B, rollout)
         return t + 1, token_B, done_B, cache, rollout
 

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from msd_jax import forward, rollout, sharding
+from msd_jax.models import attention, decoder
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder
 from tests.conftest import LLAMA
 
 STOP = (3, 7)
@@ -110,6 +110,35 @@ def test_compiles_once_a_prompt_shape(model, mesh, rng):
         arrays = np.ones((2, P), np.int32), np.full(2, P, np.int32), np.zeros(2, np.uint32), np.ones(2, bool)
         generator(model[1], *arrays, jax.random.key(P))
     assert generator.compilations == 2
+
+
+def test_layers_apart_and_scanned_generate_the_same(model, mesh, rng, monkeypatch):
+    """The loop of CPUs, which slices no layers, and that of the other platforms, here on a CPU."""
+    prompt, length = prompts(rng)
+    loops = []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(attention, "platform", lambda mesh, platform=platform: platform)
+        generator = rollout.Generator(model[0], mesh, rollout.Sampling(12), (-1,), pad_id=0)
+        arrays = prompt.astype(np.int32), length.astype(np.int32), np.arange(6, dtype=np.uint32), np.ones(6, bool)
+        loops.append((jax.device_get(generator(model[1], *arrays, jax.random.key(0))), generator.trace(model[1], 6, 9)))
+    (apart, apart_trace), (scanned, scanned_trace) = loops
+    np.testing.assert_array_equal(apart.response_BxR, scanned.response_BxR)
+    np.testing.assert_allclose(apart.log_prob_BxR, scanned.log_prob_BxR, atol=1e-5)
+    assert [str(trace.jaxpr).count("= scan[") for trace in (apart_trace, scanned_trace)] == [1, 2]  # prefill; both
+
+
+def test_argmax_is_that_of_jax(rng):
+    """Of equals the first, beside infinities, and where all are minus infinity."""
+    x = rng.integers(0, 5, (50, 30)).astype(np.float32)
+    x[rng.random(x.shape) < 0.3] = -np.inf
+    x[0], x[1, 3] = -np.inf, np.inf
+    np.testing.assert_array_equal(rollout.argmax(jnp.array(x)), np.argmax(x, axis=-1))
+
+
+def test_draws_are_those_of_jax(rng):
+    logits, keys = jnp.asarray(rng.normal(size=(64, 30)), jnp.float32), jax.random.split(jax.random.key(5), 64)
+    token, _ = rollout.sample(logits, keys, rollout.Sampling(1))
+    np.testing.assert_array_equal(token, jax.vmap(jax.random.categorical)(keys, jax.nn.log_softmax(logits)))
 
 
 def draws(logits, n=20_000, **sampling):

@@ -31,8 +31,8 @@ class Scores(NamedTuple):
 
 def attention(
     query_BxTxNxH: jax.Array,
-    key_BxSxKxH: jax.Array,
-    value_BxSxKxH: jax.Array,
+    key_BxKxSxH: jax.Array,
+    value_BxKxSxH: jax.Array,
     valid_BxS: jax.Array,
     slot: jax.Array | int,
     window: jax.Array,
@@ -45,7 +45,7 @@ def attention(
 
     Args:
       query_BxTxNxH: queries of consecutive slots from `slot` on.
-      key_BxSxKxH, value_BxSxKxH: of slots 0 to S - 1; head n attends to key/value head n // (N / K).
+      key_BxKxSxH, value_BxKxSxH: of slots 0 to S - 1; head n attends to key/value head n // (N / K).
       valid_BxS: bool; slots that hold a real token. Real tokens are consecutive.
       slot: of the first query.
       window: int32 scalar, one of `windows`: how many slots a query sees, its own included.
@@ -55,45 +55,47 @@ def attention(
       kind: "auto", or the kernel to use.
     """
     if kind == "auto":
-        kind = choose(query_BxTxNxH, key_BxSxKxH, slot, scores, mesh)
+        kind = choose(query_BxTxNxH, key_BxKxSxH, slot, scores, mesh)
     if kind == "splash":
-        return _splash(query_BxTxNxH, key_BxSxKxH, value_BxSxKxH, valid_BxS, window, windows, scores, mesh)
-    T, S = query_BxTxNxH.shape[1], key_BxSxKxH.shape[1]
+        return _splash(query_BxTxNxH, key_BxKxSxH, value_BxKxSxH, valid_BxS, window, windows, scores, mesh)
+    T, S = query_BxTxNxH.shape[1], key_BxKxSxH.shape[2]
     distance_TxS = slot + jnp.arange(T)[:, None] - jnp.arange(S)
     mask_BxTxS = valid_BxS[:, None, :] & (distance_TxS >= 0) & (distance_TxS < window)
-    if scores.softcap is None:  # of which jax.nn.dot_product_attention has none
-        return jax.nn.dot_product_attention(
-            query_BxTxNxH,
-            key_BxSxKxH,
-            value_BxSxKxH,
-            mask=mask_BxTxS[:, None],
-            scale=scores.scale,
-            implementation=kind,
-        )
-    return _softcapped(query_BxTxNxH, key_BxSxKxH, value_BxSxKxH, mask_BxTxS, scores)
+    if kind == "cudnn" and scores.softcap is None:  # it has none
+        key_BxSxKxH, value_BxSxKxH = key_BxKxSxH.swapaxes(1, 2), value_BxKxSxH.swapaxes(1, 2)
+        options = {"mask": mask_BxTxS[:, None], "scale": scores.scale, "implementation": "cudnn"}
+        return jax.nn.dot_product_attention(query_BxTxNxH, key_BxSxKxH, value_BxSxKxH, **options)
+    return _products(query_BxTxNxH, key_BxKxSxH, value_BxKxSxH, mask_BxTxS, scores)
+
+
+def platform(mesh: Mesh | None) -> str:
+    """Of the mesh's devices; without a mesh, of the default one."""
+    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
 def choose(query: jax.Array, key: jax.Array, slot: jax.Array | int, scores: Scores, mesh: Mesh | None) -> str:
-    """The kernel for these shapes on the mesh's platform (without a mesh: the default one)."""
-    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-    (_, T, _, H), S = query.shape, key.shape[1]
-    if platform == "tpu" and isinstance(slot, int) and T == S and T % _LANES == 0:
+    """The kernel for these shapes on the mesh's platform."""
+    (_, T, _, H), S = query.shape, key.shape[2]
+    if platform(mesh) == "tpu" and isinstance(slot, int) and T == S and T % _LANES == 0:
         return "splash"
     sixteen_bit = query.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and sixteen_bit and scores.softcap is None and T == S and T % 2 == 0 and H % 8 == 0:
+    if platform(mesh) == "gpu" and sixteen_bit and scores.softcap is None and T == S and T % 2 == 0 and H % 8 == 0:
         return "cudnn" if H <= 128 else "xla"  # 256 from Hopper on, which a mesh does not tell
     return "xla"
 
 
-def _softcapped(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scores: Scores) -> jax.Array:
-    B, T, N, H = query.shape
-    K = key.shape[2]
-    grouped = query.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scores.scale
-    logits = scores.softcap * jnp.tanh(logits / scores.softcap)
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(B, T, N, H)
+def _products(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scores: Scores) -> jax.Array:
+    """Two products of matrices: for each row and key/value head, of all its queries in all their heads."""
+    (B, T, N, H), K = query.shape, key.shape[1]
+    grouped_BxKxGTxH = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
+    logits = jnp.einsum("bkxh,bksh->bkxs", grouped_BxKxGTxH, key, preferred_element_type=jnp.float32) * scores.scale
+    if scores.softcap is not None:
+        logits = scores.softcap * jnp.tanh(logits / scores.softcap)
+    logits_BxKxGxTxS = logits.reshape(B, K, N // K, T, -1)
+    logits_BxKxGxTxS = jnp.where(mask[:, None, None], logits_BxKxGxTxS, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits_BxKxGxTxS, axis=-1).astype(value.dtype).reshape(logits.shape)
+    out_BxKxGxTxH = jnp.einsum("bkxs,bksh->bkxh", weights, value).reshape(B, K, N // K, T, H)
+    return jnp.moveaxis(out_BxKxGxTxH, 3, 1).reshape(B, T, N, H)
 
 
 def _splash(
@@ -118,13 +120,12 @@ def _splash(
         block_kv_dq=block,
     )
 
-    def local(query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, valid_BxT, window):
+    def local(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, valid_BxT, window):
         """The heads and rows of one device."""
         B, T, N, H = query_BxTxNxH.shape
-        K = key_BxTxKxH.shape[2]
+        K = key_BxKxTxH.shape[1]
         scaled = (query_BxTxNxH.astype(jnp.float32) * scores.scale).astype(query_BxTxNxH.dtype)
         query_BxKxGxTxH = jnp.moveaxis(scaled.reshape(B, T, K, N // K, H), 1, 3)
-        key_BxKxTxH, value_BxKxTxH = (jnp.moveaxis(x, 1, 2) for x in (key_BxTxKxH, value_BxTxKxH))
         # Padding is a segment of its own, so that no query is left without a key.
         segments = splash_kernel.SegmentIds(valid_BxT.astype(jnp.int32), valid_BxT.astype(jnp.int32))
 
@@ -149,14 +150,14 @@ def _splash(
     if mesh is None:
         return local(query, key, value, valid, window)
     # Of fewer key/value heads than devices, each device takes the one that its queries look at.
-    copies = max(1, mesh.shape["tensor"] // key.shape[2])
-    key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+    copies = max(1, mesh.shape["tensor"] // key.shape[1])
+    key, value = (jnp.repeat(x, copies, axis=1) for x in (key, value))
     rows, heads = sharding.TRAIN["batch"], sharding.TRAIN["heads"]
-    by_heads = PartitionSpec(rows, None, heads, None)
+    queries, keys = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(by_heads, by_heads, by_heads, PartitionSpec(rows), PartitionSpec()),
-        out_specs=by_heads,
+        in_specs=(queries, keys, keys, PartitionSpec(rows), PartitionSpec()),
+        out_specs=queries,
         check_vma=False,  # pallas_call does not say over which axes its results vary
     )(query, key, value, valid, window)

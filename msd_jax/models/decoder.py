@@ -11,6 +11,7 @@ slots, V vocabulary, D width, L layers, N query heads, K key/value heads, H head
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,16 +37,16 @@ REMAT_POLICIES = {
 
 
 class KVCache(NamedTuple):
-    """Keys (after RoPE) and values of every layer: two arrays [L, B, S, K, H] in the compute dtype."""
+    """Keys (after RoPE) and values of every layer: two arrays [L, B, K, S, H] in the compute dtype."""
 
-    key_LxBxSxKxH: jax.Array
-    value_LxBxSxKxH: jax.Array
+    key_LxBxKxSxH: jax.Array
+    value_LxBxKxSxH: jax.Array
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype, mesh: Mesh | None = None) -> KVCache:
     """An empty cache, split by rows and by key/value heads."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-    empty = sharding.constrain(jnp.zeros(shape, dtype), mesh, None, "batch", None, "kv_heads", None)
+    shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
+    empty = sharding.constrain(jnp.zeros(shape, dtype), mesh, None, "batch", "kv_heads", None, None)
     return KVCache(empty, empty)
 
 
@@ -184,9 +185,10 @@ class Decoder(nnx.Module):
         tokens_BxT: jax.Array,
         positions_BxT: jax.Array,
         valid_BxS: jax.Array,
-        cache: KVCache | None = None,
+        cache: KVCache | list[KVCache] | None = None,
         slot: jax.Array | int = 0,
-    ) -> tuple[jax.Array, KVCache | None]:
+        layers: list[nnx.State] | None = None,
+    ) -> tuple[jax.Array, KVCache | list[KVCache] | None]:
         """Final hidden states (normalised, ready for `logits`).
 
         Args:
@@ -195,6 +197,7 @@ class Decoder(nnx.Module):
           valid_BxS: bool, which key slots hold a real token. Without a cache S = T.
           cache: keys and values of earlier slots, or None to attend among the tokens given.
           slot: with a cache, the slot of the first token given; tokens lie in consecutive slots.
+          layers: with a cache, both of them as `apart` gives them, to be run one by one; None: with `jax.lax.scan`.
 
         Returns:
           hidden_BxTxD, at least float32, and the cache with the tokens' keys and values written, or None.
@@ -233,11 +236,12 @@ class Decoder(nnx.Module):
             cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
             query, key, value = block.qkv(block.norm(x_BxTxD, block.attention_norm))
             query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+            key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
             new = None
             if cached is not None:
                 new = KVCache(key.astype(cached[0].dtype), value.astype(cached[1].dtype))
             if not alone:
-                key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=1) for pair in zip(cached, new))
+                key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=2) for pair in zip(cached, new))
             update = block.project(attend(query, key, value, window=window), "output")
             x_BxTxD = block.residual(x_BxTxD, update, "post_attention_norm")
             update = block.feed_forward(block.norm(x_BxTxD, block.ffw_norm))
@@ -245,11 +249,25 @@ class Decoder(nnx.Module):
 
         if cache is None and self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x_BxTxD, new_LxBxTxKxH = jax.lax.scan(layer, x_BxTxD, per_layer)
+        if layers is None:
+            x_BxTxD, new_LxBxKxTxH = jax.lax.scan(layer, x_BxTxD, per_layer)
+        else:
+            new_LxBxKxTxH = []
+            for inputs in zip(layers, cache, frequencies, factors, windows):
+                x_BxTxD, new = layer(x_BxTxD, inputs)
+                new_LxBxKxTxH.append(new)
         if cache is not None:  # written once for all layers: a cache carried through the scan is copied by each
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
-            cache = jax.tree.map(write, cache, new_LxBxTxKxH)
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=-2)
+            cache = jax.tree.map(write, cache, new_LxBxKxTxH)
         return rms_norm(x_BxTxD, self.final_norm[...], c.norm_eps, c.norm_offset, residual), cache
+
+    def apart(self, cache: KVCache) -> tuple[list[nnx.State], list[KVCache]]:
+        """(weights, cache) of each layer in arrays of its own, for `__call__`.
+
+        Of what a scan slices, XLA makes copies on CPU: all weights and the whole cache, for each token decoded.
+        """
+        layers = [operator.itemgetter(i) for i in range(self.config.layers)]
+        return tuple([jax.tree.map(layer, tree) for layer in layers] for tree in (nnx.split(self.layers)[1], cache))
 
     @property
     def head_DxV(self) -> jax.Array:

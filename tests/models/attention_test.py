@@ -19,7 +19,8 @@ WIDE = np.iinfo(np.int32).max
 
 def arrays(rng):
     """Queries, keys, values, and left- and right-padding of every row."""
-    query, key, value = (jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K))
+    shapes = (B, T, N, H), (B, K, T, H), (B, K, T, H)
+    query, key, value = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     first, last = rng.integers(0, 100, B), rng.integers(150, T + 1, B)
     column = np.arange(T)
     return query, key, value, jnp.asarray((column >= first[:, None]) & (column < last[:, None]))
@@ -28,8 +29,8 @@ def arrays(rng):
 def reference(query, key, value, valid, window, scores):
     """Plain attention in NumPy's float64."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    key, value = (np.repeat(x, N // K, axis=2) for x in (key, value))
-    logits = np.einsum("btnh,bsnh->bnts", query, key) * scores.scale
+    key, value = (np.repeat(x, N // K, axis=1) for x in (key, value))
+    logits = np.einsum("btnh,bnsh->bnts", query, key) * scores.scale
     if scores.softcap:
         logits = scores.softcap * np.tanh(logits / scores.softcap)
     distance = np.arange(T)[:, None] - np.arange(T)
@@ -37,7 +38,7 @@ def reference(query, key, value, valid, window, scores):
     logits = np.where(seen, logits, -np.inf)
     with np.errstate(invalid="ignore"):  # rows of padding
         weights = np.exp(logits - logits.max(-1, keepdims=True))
-        return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
+        return np.einsum("bnts,bnsh->btnh", weights / weights.sum(-1, keepdims=True), value)
 
 
 def kernel(kind, scores, windows, mesh=None):
@@ -85,20 +86,20 @@ def test_splash_works_on_the_heads_and_rows_of_each_device(shape, rng):
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 def test_splash_lowers_for_tpus(head_dim):
-    shape = lambda heads: jax.ShapeDtypeStruct((2, 384, heads, head_dim), jnp.bfloat16)  # noqa: E731
+    query, key = (jax.ShapeDtypeStruct((2, *shape, head_dim), jnp.bfloat16) for shape in ((384, 4), (2, 384)))
     valid, window = jax.ShapeDtypeStruct((2, 384), bool), jax.ShapeDtypeStruct((), jnp.int32)
 
     def total(*operands):
         return jnp.sum(lib._splash(*operands, (100, WIDE), Scores(0.1), None).astype(jnp.float32))
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    exported = jax.export.export(gradient, platforms=["tpu"])(shape(4), shape(2), shape(2), valid, window)
+    exported = jax.export.export(gradient, platforms=["tpu"])(query, key, key, valid, window)
     assert exported.mlir_module().count("tpu_custom_call") >= 6  # forward, dq and dkv of two windows
 
 
 def choice(platform, T, S, H=64, dtype=jnp.bfloat16, slot=0, softcap=None):
     mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
-    query, key = (jax.ShapeDtypeStruct((2, length, 4, H), dtype) for length in (T, S))
+    query, key = (jax.ShapeDtypeStruct((2, *shape, H), dtype) for shape in ((T, 4), (4, S)))
     return lib.choose(query, key, slot, Scores(0.1, softcap), mesh)
 
 
