@@ -19,7 +19,7 @@ def test_the_defaults_pass(config):
     "key, value, message",
     [
         ("loss.divergence", "kl", r"config.loss.divergence='kl': choose one of auto, reverse_kl"),
-        ("train.steps", 0, r"config.train.steps=0 must be at least 1"),
+        ("train.steps", -1, r"config.train.steps=-1 must be at least 0"),
         ("rollout.temperature", -1.0, r"config.rollout.temperature=-1.0 must be at least 0"),
         ("rollout.top_p", 0.0, r"config.rollout.top_p=0.0 must be greater than 0"),
         ("rollout.top_p", 1.5, r"config.rollout.top_p=1.5 must be at most 1"),
