@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 
 from msd_jax import distributed, evaluate, metrics, summary
+from msd_jax.console import say
 from msd_jax.models import decoder
 
 
@@ -32,6 +33,11 @@ class Monitor:
         rows = distributed.from_first(lambda: metrics.read_json_lines(directory / "responses.jsonl"))
         rows = [r for r in rows if (r["benchmark"], r["id"], r["language"]) in keys and r["pass"] in passes]
         self.floor = self._config.eval.utility_floor * rates(rows, self._config).get("slice_utility", 0.0)
+        if self._config.eval.utility_floor and not self.floor:
+            say(
+                f"note: config.eval.utility_floor={self._config.eval.utility_floor} has no effect: {directory} "
+                "holds no right answer to a prompt of the slice"
+            )
 
     def due(self, step: int) -> bool:
         return step % self._config.eval.every == 0

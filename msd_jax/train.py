@@ -220,13 +220,14 @@ class Trainer:
         )
         self.checkpoints.wait()
         like = checkpoint.abstract(state)
-        del state  # room for what is restored
+        jax.tree.map(lambda x: x.delete(), state)  # room for what is restored, though the caller still names it
         for earlier in distributed.from_first(lambda: self.checkpoints.steps):
             restored, _ = self.checkpoints.restore(earlier, like)
             seen = self.monitor.look(self.rollout_params(restored.params))
             if self.monitor.holds(seen):
                 say(f"gone back to step {earlier}, whose utility is {seen['slice_utility']:.1%}")
                 return earlier, restored
+            jax.tree.map(lambda x: x.delete(), restored)
         say("gone back to the initial weights: no checkpoint that is kept holds the floor")
         return 0, self.initial_state()
 

@@ -122,6 +122,16 @@ def utility(directory):
     return monitor.rates(rows, small())["slice_utility"]
 
 
+def test_a_floor_of_nothing_is_told(tmp_path, capsys):
+    config = small()
+    config.eval.utility_floor = 0.5
+    run = trainer(config, tmp_path / "run")
+    (tmp_path / "responses.jsonl").write_text("")
+    run.monitor.start(tmp_path)
+    run.checkpoints.close()
+    assert run.monitor.floor == 0 and "utility_floor=0.5 has no effect" in capsys.readouterr().out
+
+
 def test_a_floor_without_answers_is_refused(tmp_path):
     records = [{"id": str(i), "harmful": True, "texts": {"en": f"a {i} ?", "sw": f"na {i} ?"}} for i in range(8)]
     path = tmp_path / "queries.jsonl"
