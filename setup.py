@@ -16,7 +16,8 @@ setuptools.setup(
     # configs/ stands at the top of the repository and is importable from anywhere as msd_jax.configs.
     package_dir={"msd_jax.configs": "configs"},
     package_data={
-        "msd_jax": ["data/*.json"],
+        "msd_jax.evaluation.judges": ["*.json"],
+        "msd_jax.planning": ["*.json"],
         "msd_jax.report": ["page.*"],
         "msd_jax.testbed": ["model/*", "queries/*"],
     },

@@ -22,10 +22,10 @@ PEER_BATCH = 8
 def prompts_of(arguments: argparse.Namespace, tokenizer) -> list[list[int]]:
     from msd_jax.configs import default
 
-    from msd_jax import prompts, queries
+    from msd_jax.data import files, prompts
 
     config = default.get_config()
-    records = queries.read(arguments.queries)[: arguments.limit or None]
+    records = files.read(arguments.queries)[: arguments.limit or None]
     rows = [prompts.student_ids(record, arguments.language, tokenizer, config.prompts) for record in records]
     return [ids.tolist() for ids in rows if len(ids) <= config.prompts.student_limit]
 
@@ -34,8 +34,9 @@ def ours(arguments: argparse.Namespace) -> dict:
     import jax
     import numpy as np
 
-    from msd_jax import rollout, sharding
+    from msd_jax.generation import rollout
     from msd_jax.models import pretrained
+    from msd_jax.parallel import sharding
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = pretrained.load(arguments.model, dtype="float32", param_dtype="float32", remat="none", mesh=mesh)
@@ -62,10 +63,10 @@ def peer(arguments: argparse.Namespace) -> dict:
     import torch
     import transformers
 
-    from msd_jax import prompts
+    from msd_jax.models.tokenizer import load_tokenizer, stop_token_ids
 
-    tokenizer = prompts.load_tokenizer(arguments.model)
-    stops = list(prompts.stop_token_ids(tokenizer, arguments.model))
+    tokenizer = load_tokenizer(arguments.model)
+    stops = list(stop_token_ids(tokenizer, arguments.model))
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     rows = prompts_of(arguments, tokenizer)
     options = {"max_new_tokens": arguments.tokens, "do_sample": False, "eos_token_id": stops, "pad_token_id": stops[0]}

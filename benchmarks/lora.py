@@ -20,15 +20,16 @@ def run(arguments: argparse.Namespace, rank: int) -> dict[str, float]:
     import ml_collections
     from msd_jax.configs import smollm2
 
-    from msd_jax import metrics, train
+    from msd_jax.io import jsonl
+    from msd_jax.training import loop
 
     config = smollm2.get_config()
     config.model.path, config.data.path = arguments.model, arguments.queries
     config.model.lora.rank = rank
     config.train.steps, config.train.export = arguments.steps, False
     with tempfile.TemporaryDirectory() as workdir:
-        train.Trainer(ml_collections.FrozenConfigDict(config), pathlib.Path(workdir)).train()
-        rows = metrics.read_json_lines(pathlib.Path(workdir) / "metrics.jsonl")
+        loop.Trainer(ml_collections.FrozenConfigDict(config), pathlib.Path(workdir)).train()
+        rows = jsonl.read_json_lines(pathlib.Path(workdir) / "metrics.jsonl")
     return {
         "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "seconds": min(row["rollout_seconds"] + row["train_seconds"] for row in rows),

@@ -22,13 +22,13 @@ def run(variant: str, tokens: int, vocabulary: int, width: int, chunk: int) -> d
     import jax
     import jax.numpy as jnp
 
-    from msd_jax import fused_losses, losses
+    from msd_jax import losses
 
     def dense(hidden, head, other_hidden, other_head, mask):
         return losses.dpsw_loss(hidden @ head, other_hidden @ other_head, None, mask)[0]
 
     def fused(*arrays):
-        return fused_losses.fused_dpsw_loss(*arrays[:4], None, arrays[4], chunk=chunk)[0]
+        return losses.fused_dpsw_loss(*arrays[:4], None, arrays[4], chunk=chunk)[0]
 
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, other_hidden = (jax.random.normal(key, (tokens, width)) for key in keys[:2])

@@ -16,7 +16,8 @@ import ml_collections
 
 jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free
 
-from msd_jax import chips, plan, sharding  # noqa: E402
+from msd_jax.parallel import sharding  # noqa: E402
+from msd_jax.planning import chips, programs, table  # noqa: E402
 
 PODS = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "4*v5e:16x16")
 
@@ -30,11 +31,11 @@ def plan_pod(name: str, recipe: str, rows: int) -> dict[str, object]:
     config.data.batch_size = rows * len(devices)
     config.mesh.data, config.mesh.fsdp = slices, -1
     config = ml_collections.FrozenConfigDict(config)
-    pod = plan.Pod(topology, slices, sharding.make_mesh(**config.mesh, devices=devices))
-    sizes, source = plan.read_architecture(config.model.path)
-    model = plan.build(config, sizes, pod.mesh)
-    programs = {task.name: plan.compile_task(task, pod) for task in plan.tasks(config, model, pod.mesh)}
-    return plan.as_json(config, pod, programs, source)
+    pod = programs.Pod(topology, slices, sharding.make_mesh(**config.mesh, devices=devices))
+    sizes, source = programs.read_architecture(config.model.path)
+    model = programs.build(config, sizes, pod.mesh)
+    compiled = {task.name: programs.compile_task(task, pod) for task in programs.tasks(config, model, pod.mesh)}
+    return table.as_json(config, pod, compiled, source)
 
 
 def received(row: dict, program: str) -> int:
@@ -58,12 +59,12 @@ def main() -> None:
         programs = row["programs"].values()
         print(
             f"{name:<12}{row['devices']:>6}{'x'.join(map(str, row['mesh'].values())):>10}"
-            f"{plan.gib(max(program['total_hbm_bytes'] for program in programs)):>12}"
+            f"{table.gib(max(program['total_hbm_bytes'] for program in programs)):>12}"
             f"{'yes' if row['fits'] else 'no':>6}"
-            f"{plan.si(sum(program['flops'] for program in programs), ''):>8}"
-            f"{plan.si(received(row, 'train'), 'B'):>17}{plan.si(received(row, 'rollout'), 'B'):>10}"
-            f"{plan.si(sum(program['dcn_bytes'] for program in programs), 'B'):>10}"
-            f"{plan.si(row['seconds_estimate'], 's'):>10}",
+            f"{table.si(sum(program['flops'] for program in programs), ''):>8}"
+            f"{table.si(received(row, 'train'), 'B'):>17}{table.si(received(row, 'rollout'), 'B'):>10}"
+            f"{table.si(sum(program['dcn_bytes'] for program in programs), 'B'):>10}"
+            f"{table.si(row['seconds_estimate'], 's'):>10}",
             flush=True,
         )
         if arguments.json:

@@ -45,10 +45,10 @@ def hide_torch() -> None:
 
 def ours(arguments: argparse.Namespace) -> list[dict[str, float]]:
     hide_torch()
-    from msd_jax import metrics, train
+    from msd_jax.training import loop, metrics
 
     with tempfile.TemporaryDirectory() as workdir:
-        trainer = train.Trainer(configured(arguments), pathlib.Path(workdir))
+        trainer = loop.Trainer(configured(arguments), pathlib.Path(workdir))
         state, writer, rows = trainer.initial_state(), metrics.Metrics(pathlib.Path(workdir), 0), []
         for step in range(arguments.steps):  # without the checkpoint at the end, which TRL is told to leave out as well
             state, row = trainer.step(step, state, writer)
@@ -74,12 +74,13 @@ def peer(arguments: argparse.Namespace) -> list[dict[str, float]]:
     import transformers
     from trl.experimental import sdft
 
-    from msd_jax import prompts, train
+    from msd_jax.models.tokenizer import load_tokenizer
+    from msd_jax.training import loop
 
     config = configured(arguments)
     with tempfile.TemporaryDirectory() as workdir:
-        batches = train.Trainer(config, pathlib.Path(workdir)).batches  # the queries that ours takes, in its order
-        tokenizer = prompts.load_tokenizer(arguments.model)
+        batches = loop.Trainer(config, pathlib.Path(workdir)).batches  # the queries that ours takes, in its order
+        tokenizer = load_tokenizer(arguments.model)
 
         rows = []
         for example in (example for _ in range(arguments.steps) for example in next(batches).examples):

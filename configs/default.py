@@ -6,7 +6,7 @@ python -m msd_jax.main --config configs/default.py --workdir DIR \
 
 import ml_collections
 
-from msd_jax import prompts
+from msd_jax.data import prompts
 
 
 def get_config() -> ml_collections.ConfigDict:

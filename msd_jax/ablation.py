@@ -10,9 +10,11 @@ import shutil
 
 import ml_collections
 
-from msd_jax import distributed, report, settings, train
+from msd_jax import report, settings
 from msd_jax.configs import default
-from msd_jax.console import say
+from msd_jax.io.console import say
+from msd_jax.parallel import distributed
+from msd_jax.training import loop
 
 
 class Grid:
@@ -24,9 +26,9 @@ class Grid:
         self.directories = {(name, seed): workdir / name / str(seed) for name, seed in self.configs}
         self._left = [run for run in self.configs if not self._finished(run)]
         # What is wrong with the model, the queries or the machine is wrong with the first run already.
-        self._next = train.Trainer(self.configs[self._left[0]], self.directories[self._left[0]]) if self._left else None
+        self._next = loop.Trainer(self.configs[self._left[0]], self.directories[self._left[0]]) if self._left else None
         for run, one in self.configs.items():
-            train.claim(self.directories[run], one)
+            loop.claim(self.directories[run], one)
 
     def _finished(self, run: tuple[str, int]) -> bool:
         last = self.directories[run] / "eval" / str(self.configs[run].train.steps) / "summary.json"
@@ -39,7 +41,7 @@ class Grid:
             say(f"run {list(self.configs).index((name, seed)) + 1} of {len(self.configs)}: {name}, seed {seed}")
             directory = self.directories[name, seed]
             _take_responses(self.directories[first, seed] / "eval" / "0", directory / "eval" / "0")
-            trainer, self._next = self._next or train.Trainer(self.configs[name, seed], directory), None
+            trainer, self._next = self._next or loop.Trainer(self.configs[name, seed], directory), None
             trainer.train()
 
     def report(self) -> None:

@@ -10,7 +10,8 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from msd_jax import distributed
+from msd_jax import settings
+from msd_jax.parallel import distributed
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
 
@@ -28,12 +29,14 @@ def clear_errors() -> Iterator[None]:
 
 
 def config() -> ml_collections.ConfigDict:
-    """The config of the command line, frozen. Raises ValueError where its file is missing or does not load."""
+    """The config of the command line, checked and frozen. Raises ValueError where it does not load or is at fault."""
     try:
-        return ml_collections.FrozenConfigDict(_CONFIG.value)
+        loaded = ml_collections.FrozenConfigDict(_CONFIG.value)
     except Exception as error:  # whatever the code in a config file may raise
         path = config_flags.get_config_filename(FLAGS["config"])
         raise ValueError(f"--config={path} does not load: {str(error).strip().splitlines()[-1].strip()}") from error
+    settings.check(loaded)
+    return loaded
 
 
 def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: str | None) -> None:

@@ -1,263 +1,31 @@
-"""Our models in EleutherAI's lm-evaluation-harness, so that any of its tasks runs on them: `--model msd_jax`.
+"""lm-evaluation-harness with our models added: `python -m msd_jax.lm_eval run --model msd_jax ...`.
 
     pip install -e '.[eval]'
     python -m msd_jax.lm_eval run --model msd_jax --model_args pretrained=HF_DIR,dtype=bfloat16 --tasks TASK ...
 
-The command is the harness's own with our model added. Releases of the harness after 0.4.13 find the model by its entry
-point, so that `lm_eval run --model msd_jax` does the same there. In Python:
+The command is the harness's own; see evaluation/harness.py. In Python:
 
     import lm_eval
     from msd_jax.lm_eval import MsdJaxLM
     lm_eval.simple_evaluate(model=MsdJaxLM("HF_DIR"), tasks=[...])
-
-Numbers are those of the harness's `hf` model, whose rules for special tokens, where a context ends and what is too long
-are followed or called; its log-likelihoods want softmax_dtype=float64, for torch's softmax over 49,152 tokens is off by
-1e-5 a token. All processes of a run (here they find each other by the environment, see distributed.py) are one model,
-and process 0 alone has the results.
 """
 
-import collections
-import json
-import logging
-import os
-import pathlib
-from collections.abc import Sequence
-from typing import Any
+import sys
 
-import jax
-import numpy as np
-import transformers
-from lm_eval import utils
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
+from lm_eval.__main__ import cli_evaluate
 
-from msd_jax import checkpoint, likelihood, pipeline, rollout, sharding
-from msd_jax.console import progress
-from msd_jax.models import pretrained as pretrained_lib
+from msd_jax import cli
+from msd_jax.evaluation.harness import MsdJaxLM
+from msd_jax.parallel import distributed
 
-_AUTO_BATCH = 32  # rows, where the harness is told to find them itself
-_log = logging.getLogger(__name__)
-
-
-@register_model("msd_jax")
-class MsdJaxLM(TemplateLM):
-    """A model for the harness."""
-
-    def __init__(
-        self,
-        pretrained: str,
-        *,
-        dtype: str | None = None,
-        batch_size: int | str = _AUTO_BATCH,
-        max_length: int | None = None,
-        max_gen_toks: int = 256,
-        data: int = 1,
-        fsdp: int = -1,
-        tensor: int = 1,
-        seed: int = 0,
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
-        enable_thinking: bool | None = None,
-        chat_template_args: dict[str, Any] | None = None,
-        max_batch_size: int | None = None,
-        device: str | None = None,
-    ):
-        """Reads tokenizer and weights.
-
-        Args:
-          pretrained: a Hugging Face directory, a hub id, or a step of a run (WORKDIR/checkpoints/STEP, whose model
-            WORKDIR/config.json names).
-          dtype: of matrix products; default: float32, or what the run's config says.
-          batch_size: rows at a time over all devices, or "auto".
-          max_length: tokens of a context and what follows it; default: what the model's config.json says.
-          max_gen_toks: of a task that does not say it.
-          data, fsdp, tensor: the mesh, as config.mesh.
-          seed: of what is sampled.
-          add_bos_token, prefix_token_id, enable_thinking, chat_template_args: as of the harness's `hf`.
-          max_batch_size, device: the harness gives them to every model; JAX knows its devices.
-
-        Raises:
-          FileNotFoundError, ValueError: `pretrained` is none of the three, or not fit.
-        """
-        super().__init__()
-        del max_batch_size, device
-        self._mesh = sharding.make_mesh(data, fsdp, tensor)
-        step, settings = _run_settings(pretrained)
-        if dtype:
-            settings["dtype"] = dtype
-        self._model = pretrained_lib.load(**settings, mesh=self._mesh)
-        trained = checkpoint.load_params(step, self._model, self._mesh)
-        layout = self._model.shardings(self._mesh, sharding.ROLLOUT)
-        self._params = rollout.relayout(trained, self._model.dtype, layout)
-        self.tokenizer, self._add_bos, self._prefix = self._model.tokenizer, add_bos_token, prefix_token_id
-        self._template = dict(chat_template_args or {})
-        if enable_thinking is not None:
-            self._template["enable_thinking"] = enable_thinking
-        config = transformers.AutoConfig.from_pretrained(self._model.directory, trust_remote_code=False)
-        self.max_length = int(max_length or resolve_max_length(config, self.tokenizer))
-        self.max_gen_toks, self._key = int(max_gen_toks), jax.random.key(int(seed))
-        rows = _AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
-        self.batch_size = sharding.batch_rows(self._mesh, rows)
-        # As the harness counts, the model reads all but the last token.
-        self._scorer = likelihood.Scorer(self._model, self._mesh, self.batch_size, self.max_length + 1)
-        self._generators: dict[rollout.Sampling, rollout.Generator] = {}
-        # It would fork for the error of a perplexity, and a fork of JAX's threads may hang.
-        os.environ.setdefault("DISABLE_MULTIPROC", "1")
-        if jax.process_count() > 1:  # the harness's way to tell which of several processes of one model writes
-            os.environ["LOCAL_RANK"] = str(jax.process_index())
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
-        if self._prefix is not None:
-            return int(self._prefix)
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **self._template,
-        )
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids; unless told, special tokens are added as the tokenizer does, but never a second BOS."""
-        del kwargs
-        if add_special_tokens is None:
-            prefix = self.tokenizer.decode(self.prefix_token_id)
-            add_special_tokens = False if has_bos_prefix(string, prefix) else self._add_bos
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **options)
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of max_length tokens where they are longer."""
-        windows, owners = [], []
-        for owner, request in enumerate(requests):
-            rolling = utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
-            )
-            windows += [(None, *utils.make_disjoint_window(window)) for window in rolling]
-            owners += [owner] * (len(windows) - len(owners))
-        totals = [0.0] * len(requests)
-        for owner, (log_likelihood, _) in zip(owners, self._loglikelihood_tokens(windows)):
-            totals[owner] += log_likelihood
-        for request, total in zip(requests, totals):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        """Called with what TemplateLM.loglikelihood tokenized: (texts, context ids, continuation ids) each."""
-        longest = max((len(continuation) for _, _, continuation in requests), default=0)
-        if longest > self.max_length:
-            raise ValueError(f"a continuation of {longest} tokens does not fit into max_length={self.max_length}")
-        for texts, context, continuation in requests:
-            if not context or not continuation:
-                raise ValueError(f"the tokenizer gives no token to context or continuation of {texts!r:.200}")
-        pairs = [
-            (context[max(0, len(context) + len(continuation) - self.max_length - 1) :], continuation)
-            for _, context, continuation in requests
-        ]
-        cut = sum(len(context) < len(request[1]) for (context, _), request in zip(pairs, requests))
-        if cut:
-            _log.warning("%d of %d contexts cut from the left to %d tokens", cut, len(pairs), self.max_length)
-        scores = [tuple(score) for score in self._scorer(self._params, pairs, "log-likelihoods")]
-        for (texts, _, _), score in zip(requests, scores):
-            if texts is not None:  # rolling windows have none
-                self.cache_hook.add_partial("loglikelihood", texts, score)
-        return scores
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop token, one of the stop strings of the request (left out) or its number of tokens."""
-        groups: dict[str, list[int]] = collections.defaultdict(list)
-        for index, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(index)
-        texts: dict[int, str] = {}
-        for indices in groups.values():
-            texts |= self._generate([requests[index] for index in indices], indices)
-        return [texts[index] for index in range(len(requests))]
-
-    def _generate(self, requests: list[Instance], indices: list[int]) -> dict[int, str]:
-        """Texts, by index, of requests that are generated alike."""
-        settings = dict(normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks))
-        until, R = settings.pop("until"), settings.pop("max_gen_toks")
-        temperature, top_k, top_p = (settings.pop(*x) for x in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)))
-        if not settings.pop("do_sample"):
-            temperature = 0.0
-        sampling = rollout.Sampling(R, float(temperature), int(top_k), float(top_p))
-        if settings:
-            raise ValueError(f"msd_jax does not generate with {settings}; it knows temperature, top_k and top_p")
-        room = self.max_length - R
-        if room < 1:
-            raise ValueError(f"max_gen_toks={R} leaves no room for a prompt in max_length={self.max_length} tokens")
-        rows = [self.tok_encode(request.args[0]) for request in requests]
-        cut = sum(len(ids) > room for ids in rows)
-        if cut:
-            _log.warning("%d of %d prompts cut from the left to %d tokens", cut, len(rows), room)
-        rows = [np.array(ids[-room:], np.int32) for ids in rows]
-        generator = self._generators.setdefault(
-            sampling,
-            rollout.Generator(self._model.graphdef, self._mesh, sampling, self._model.stop_ids, self._model.pad_id),
-        )
-        # A draw depends on the prompt and on how often it was asked before, so that repeats differ.
-        asked: collections.Counter[str] = collections.Counter()
-        hashes = []
-        for request in requests:
-            hashes.append(pipeline.query_hash(request.args[0], str(asked[request.args[0]])))
-            asked[request.args[0]] += 1
-        texts, B = {}, self.batch_size
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        with progress("generating", len(rows)) as advance:
-            for first in range(0, len(rows), B):
-                batch = order[first : first + B]
-                drawn = [hashes[i] for i in batch]
-                written = generator.write(self._params, [rows[i] for i in batch], B, room, drawn, self._key)
-                for row, i in enumerate(batch):
-                    ids = written.response_BxR[row, : written.length_B[row]]
-                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                    texts[indices[i]] = postprocess_generated_text(text, until, None)
-                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[indices[i]])
-                advance(first + len(batch), "")
-        return texts
-
-
-def _run_settings(path: str) -> tuple[str, dict[str, Any]]:
-    """(the step or "", config.model) of a Hugging Face directory, a hub id or a step of a run."""
-    if not (pathlib.Path(path) / "state").is_dir():
-        return "", {"path": path, "dtype": "float32", "param_dtype": "float32", "remat": "none"}
-    file = pathlib.Path(path).resolve().parent.parent / "config.json"
-    try:
-        return path, json.loads(file.read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is a step of a run, but {file} is not the run's config ({error!r})") from error
+__all__ = ["MsdJaxLM"]
 
 
 def main(argv: list[str]) -> None:
-    """The harness's command line."""
-    from lm_eval.__main__ import cli_evaluate
-
-    from msd_jax import cli, distributed
-
     with distributed.together(), cli.clear_errors():
         distributed.start(argv[:1])
         cli_evaluate()
 
 
 if __name__ == "__main__":
-    import sys
-
     main(sys.argv)

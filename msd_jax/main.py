@@ -4,7 +4,8 @@ import pathlib
 
 import jax
 
-from msd_jax import ablation, cli, train
+from msd_jax import ablation, cli
+from msd_jax.training import loop
 
 
 def main(argv: list[str]) -> None:
@@ -12,7 +13,7 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(cli.FLAGS.workdir)
     with cli.clear_errors():
         config = cli.config()
-        job = (ablation.Grid if config.ablation.variants else train.Trainer)(config, workdir)
+        job = (ablation.Grid if config.ablation.variants else loop.Trainer)(config, workdir)
     job.train()
     job.report()
 

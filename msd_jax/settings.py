@@ -7,10 +7,11 @@ from typing import Any
 
 import ml_collections
 
-from msd_jax import benchmarks, topology
 from msd_jax.configs import default
+from msd_jax.data import sources
+from msd_jax.evaluation import benchmarks
 from msd_jax.models.lora import INPUTS
-from msd_jax.queries import sources
+from msd_jax.planning import topology
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 _FREE = {

@@ -7,7 +7,9 @@ import pytest
 from msd_jax.configs import ablation as recipe
 from msd_jax.configs import quickstart
 
-from msd_jax import ablation, metrics, train
+from msd_jax import ablation
+from msd_jax.io import jsonl
+from msd_jax.training import loop
 
 
 def small():
@@ -56,17 +58,17 @@ def test_a_grid_is_its_runs_in_one_table(tmp_path, monkeypatch):
     # A run of the grid is the run that the same settings make alone, to the bit.
     (alone,) = [one for key, one in ablation.configs(config).items() if key == ("sft", 1)]
     assert alone.seed == 1 and alone.rollout.policy == "off_policy" and not alone.ablation.variants
-    train.Trainer(alone, tmp_path / "alone").train()
+    loop.Trainer(alone, tmp_path / "alone").train()
     for file in ("eval/0/responses.jsonl", "eval/2/responses.jsonl"):
         assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "sft" / "1" / file).read_bytes()
     losses = [
-        [row["loss"] for row in metrics.read_json_lines(directory / "metrics.jsonl")]
+        [row["loss"] for row in jsonl.read_json_lines(directory / "metrics.jsonl")]
         for directory in (tmp_path / "alone", tmp_path / "sft" / "1")
     ]
     assert losses[0] == losses[1]
     # Another prompt, other responses: nothing was taken over from the first variant.
     first, careful = (
-        [row["settings"] for row in metrics.read_json_lines(tmp_path / name / "0" / "eval" / "0" / "responses.jsonl")]
+        [row["settings"] for row in jsonl.read_json_lines(tmp_path / name / "0" / "eval" / "0" / "responses.jsonl")]
         for name in ("msd", "careful")
     )
     assert not set(first) & set(careful)
@@ -76,7 +78,7 @@ def test_a_grid_is_its_runs_in_one_table(tmp_path, monkeypatch):
     larger.ablation.variants["as_it_comes"] = ml_collections.ConfigDict({"train": {"steps": 0}})
     larger.ablation.seeds = 1
     run(larger, tmp_path)
-    monkeypatch.setattr(train, "Trainer", None)
+    monkeypatch.setattr(loop, "Trainer", None)
     run(config, tmp_path)
 
 
@@ -87,11 +89,11 @@ def test_the_responses_before_training_are_taken_over_and_not_written_again(tmp_
     run(config, tmp_path)
     (tmp_path / "uniform" / "0").rename(tmp_path / "old")
     path = tmp_path / "msd" / "0" / "eval" / "0" / "responses.jsonl"
-    rows = metrics.read_json_lines(path)
+    rows = jsonl.read_json_lines(path)
     rows[0]["tokens"] = 1234  # a mark
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(config, tmp_path)
-    again = metrics.read_json_lines(tmp_path / "uniform" / "0" / "eval" / "0" / "responses.jsonl")
+    again = jsonl.read_json_lines(tmp_path / "uniform" / "0" / "eval" / "0" / "responses.jsonl")
     assert [row["tokens"] for row in again] == [row["tokens"] for row in rows]
 
 
@@ -120,7 +122,7 @@ def test_a_workdir_of_other_settings_is_refused_before_any_is_trained(tmp_path):
     config.train.steps = 0
     config.ablation.variants = ml_collections.ConfigDict({"a": {}, "b": {}})
     for key, one in ablation.configs(ml_collections.FrozenConfigDict(config)).items():
-        train.claim(tmp_path / key[0] / str(key[1]), one)
+        loop.claim(tmp_path / key[0] / str(key[1]), one)
     config.ablation.variants.b = ml_collections.ConfigDict({"loss": {"weighting": "uniform"}})
     with pytest.raises(ValueError, match=r"b/0 holds a run with another config[\s\S]*loss\.weighting"):
         run(config, tmp_path)

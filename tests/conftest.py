@@ -24,9 +24,11 @@ import pytest
 import tokenizers
 import transformers
 
-from msd_jax import export
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder
+from msd_jax.models import decoder, export
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"  # data and models that are not part of this project; tests skip without
 
 WORDS = (
     "how",

@@ -11,18 +11,22 @@ import pytest
 import transformers
 from msd_jax.configs import quickstart
 
-from msd_jax import evaluate, pipeline, queries, rollout, sharding, testbed
-from msd_jax.judges import Response, RulesJudge, Verdict
+from msd_jax import testbed
+from msd_jax.data import batches, files
+from msd_jax.evaluation import evaluator
+from msd_jax.evaluation.judges import Response, RulesJudge, Verdict
+from msd_jax.evaluation.rates import summarise
+from msd_jax.generation import rollout
 from msd_jax.models import pretrained
-from msd_jax.summary import summarise
+from msd_jax.parallel import sharding
 from msd_jax.testbed import build, corpus, languages
 
 ALL = (*testbed.SOURCE_LANGUAGES, *testbed.TARGET_LANGUAGES, *testbed.UNSEEN_LANGUAGES)
 
 
 def test_committed_queries_are_those_of_the_corpus():
-    assert queries.read(testbed.TRAIN_QUERIES) == corpus.train_queries()
-    assert queries.read(testbed.EVAL_QUERIES) == corpus.eval_queries()
+    assert files.read(testbed.TRAIN_QUERIES) == corpus.train_queries()
+    assert files.read(testbed.EVAL_QUERIES) == corpus.eval_queries()
 
 
 def test_the_corpus_is_parallel_distinct_and_held_out():
@@ -67,7 +71,7 @@ def evaluated(directory, limit=0):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     params = rollout.relayout(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
     config = ml_collections.FrozenConfigDict(config)
-    evaluations = (evaluate.Evaluation(config, model, mesh, role) for role in ("student", "teacher"))
+    evaluations = (evaluator.Evaluation(config, model, mesh, role) for role in ("student", "teacher"))
     return tuple(summarise(each.answer(params, each.prompts), config)["queries"]["languages"] for each in evaluations)
 
 
@@ -103,7 +107,7 @@ def test_replies_fit_the_quickstart():
     replies += [a for q in corpus.eval_queries() for a in q.answers.values()]
     assert max(len(tokens.encode(reply)) + 1 for reply in replies) <= config.rollout.max_new_tokens
     records, codes = corpus.train_queries(), testbed.TARGET_LANGUAGES
-    assert not pipeline.encode_all(records, codes, tokens, config).dropped
+    assert not batches.encode_all(records, codes, tokens, config).dropped
 
 
 @pytest.mark.parametrize("text", ["bomb", "poison"])

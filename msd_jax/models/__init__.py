@@ -1,0 +1,1 @@
+"""From config.json and safetensors to a decoder, and back."""

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, PartitionSpec
 
-from msd_jax import sharding
+from msd_jax.parallel import sharding
 
 _LANES = 128  # of a TPU's vector registers: splash takes sequences of a multiple of it
 

@@ -21,11 +21,11 @@ import numpy as np
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
-from msd_jax import sharding
 from msd_jax.models import lora as lora_lib
 from msd_jax.models.attention import Scores, attention
 from msd_jax.models.config import DecoderConfig
 from msd_jax.models.lora import Lora
+from msd_jax.parallel import sharding
 
 Params = dict[str, Any]
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from msd_jax import prompts, sharding
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, weights
 from msd_jax.models.lora import Lora, is_adapter
+from msd_jax.models.tokenizer import load_tokenizer, stop_token_ids
+from msd_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,12 +170,12 @@ def load(path: str, **options: Any) -> Pretrained:
     directory = weights.resolve(path)
     config = model_config.read(directory)
     files = weights.check(directory, config)
-    tokenizer = prompts.load_tokenizer(str(directory))
+    tokenizer = load_tokenizer(str(directory))
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
         )
-    stop_ids = prompts.stop_token_ids(tokenizer, str(directory))
+    stop_ids = stop_token_ids(tokenizer, str(directory))
     return Pretrained(
         **vars(architecture(config, **options)) | {"stored": weights.dtypes(files, config)},
         directory=directory,

@@ -17,9 +17,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from msd_jax import prompts
 from msd_jax.models import decoder
 from msd_jax.models.config import DecoderConfig
+from msd_jax.models.tokenizer import is_hub_id
 
 INDEX = "model.safetensors.index.json"
 # What a model directory is made of besides its weights; nothing that holds code or pickles.
@@ -34,7 +34,7 @@ def resolve(path: str) -> pathlib.Path:
     directory = pathlib.Path(path).expanduser()
     if path and directory.is_dir():
         return directory
-    if not prompts.is_hub_id(path):
+    if not is_hub_id(path):
         raise FileNotFoundError(
             f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)"
             if path

@@ -13,12 +13,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msd_jax import distributed, metrics
-from msd_jax.console import say
+from msd_jax.evaluation.rates import Summary
+from msd_jax.io import jsonl
+from msd_jax.io.console import say
+from msd_jax.parallel import distributed
 from msd_jax.report import card, collect, page, runs, tables, untrusted
 from msd_jax.report.collect import Run
 from msd_jax.report.results import Results
-from msd_jax.summary import Summary
 
 
 def write(workdir: pathlib.Path, out: pathlib.Path | None = None) -> None:
@@ -57,8 +58,8 @@ def _compare(compared: Sequence[runs.Setting], out: pathlib.Path | None) -> tabl
             tables.show(part)
     if out and distributed.is_first():
         out.mkdir(parents=True, exist_ok=True)
-        metrics.replace_text(out / "comparison.md", tables.markdown(table))
-        metrics.replace_text(out / "comparison.json", _json(runs.as_json(compared)))
+        jsonl.replace_text(out / "comparison.md", tables.markdown(table))
+        jsonl.replace_text(out / "comparison.json", _json(runs.as_json(compared)))
     return table
 
 
@@ -69,15 +70,15 @@ def print_summary(summary: Summary) -> None:
 
 
 def _write(run: Run, out: pathlib.Path) -> None:
-    from msd_jax.report import figures  # brings in matplotlib, for which nobody who trains should wait
+    from msd_jax.report import figures
 
     results = Results(run)
     for table in tables.benchmarks(results):
         tables.show(table)
     out.mkdir(parents=True, exist_ok=True)
-    metrics.replace_text(out / "summary.json", _json(as_json(results)))
-    metrics.replace_text(out / "summary.md", as_markdown(results))
-    metrics.replace_text(out / "report.html", page.html(results))
+    jsonl.replace_text(out / "summary.json", _json(as_json(results)))
+    jsonl.replace_text(out / "summary.md", as_markdown(results))
+    jsonl.replace_text(out / "report.html", page.html(results))
     figures.write(results, out)
     written = card.write(results)
     say(untrusted.visible(results.verdict))

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from msd_jax import metrics
-from msd_jax.summary import Summary
+from msd_jax.evaluation.rates import Summary
+from msd_jax.io import jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Evaluation:
     summary: Summary
 
     def responses(self) -> list[dict[str, Any]]:
-        return metrics.read_json_lines(self.directory / "responses.jsonl")
+        return jsonl.read_json_lines(self.directory / "responses.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,8 @@ def workdir(directory: pathlib.Path) -> Run:
     return Run(
         directory,
         _read(config),
-        metrics.read_json_lines(directory / "metrics.jsonl"),
-        metrics.read_json_lines(directory / "completions.jsonl"),
+        jsonl.read_json_lines(directory / "metrics.jsonl"),
+        jsonl.read_json_lines(directory / "completions.jsonl"),
         tuple(_evaluation(path, step) for step, path in found if (path / "summary.json").is_file()),
         model if (model / "config.json").is_file() else None,
     )

@@ -17,6 +17,7 @@ import flax.traverse_util
 import jinja2
 import markupsafe
 
+from msd_jax.evaluation.rates import GROUPS
 from msd_jax.report import charts, untrusted
 from msd_jax.report.results import (
     RATE,
@@ -32,7 +33,6 @@ from msd_jax.report.results import (
     p_value,
     percent,
 )
-from msd_jax.summary import GROUPS
 
 MOST_PROMPTS = 20_000  # shown; a browser holds their text in memory
 # Section -> (key of metrics.jsonl, title, upper end of the axis or None).

@@ -6,12 +6,14 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from msd_jax import comparison, queries, settings
-from msd_jax.judges import Verdict
+from msd_jax import settings
+from msd_jax.data.records import language_name
+from msd_jax.evaluation import comparison
+from msd_jax.evaluation.intervals import Paired
+from msd_jax.evaluation.judges import Verdict
+from msd_jax.evaluation.rates import GROUPS, Summary
 from msd_jax.report import untrusted
 from msd_jax.report.collect import Run
-from msd_jax.statistics import Paired
-from msd_jax.summary import GROUPS, Summary
 
 SIGNIFICANT = 0.05
 
@@ -180,7 +182,7 @@ class Results:
 def language_label(code: str) -> str:
     """Its English name; the code itself where it is no language's."""
     try:
-        return queries.language_name(code)
+        return language_name(code)
     except ValueError:
         return code
 

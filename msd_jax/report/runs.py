@@ -9,12 +9,12 @@ from typing import Any
 
 import flax.traverse_util
 
-from msd_jax import comparison
+from msd_jax.evaluation import comparison
+from msd_jax.evaluation.intervals import OverSeeds
+from msd_jax.evaluation.rates import GROUPS, Summary
 from msd_jax.report import collect, tables
 from msd_jax.report.collect import Run
 from msd_jax.report.results import RATE, percent
-from msd_jax.statistics import OverSeeds
-from msd_jax.summary import GROUPS, Summary
 
 # What neither makes two runs different nor belongs in a name: the seed, and where and how a run is carried out.
 _NOT_IN_NAME = ("seed", "launch.", "mesh.", "train.checkpoint", "train.log_every", "train.completions", "train.export")

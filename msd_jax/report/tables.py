@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import rich.table
 import rich.text
 
-from msd_jax import distributed
-from msd_jax.console import console
+from msd_jax.evaluation.rates import Summary
+from msd_jax.io.console import console
+from msd_jax.parallel import distributed
 from msd_jax.report import untrusted
 from msd_jax.report.results import RATES, Results, Row, interval, p_value, percent, tabulate
-from msd_jax.summary import Summary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,10 +25,12 @@ import ml_collections
 import numpy as np
 import optax
 
-from msd_jax import export, forward, prompts, queries
-from msd_jax.console import progress, say
+from msd_jax.data import files, prompts
+from msd_jax.data.records import Query, language_name
+from msd_jax.io.console import progress, say
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder
+from msd_jax.models import decoder, export, forward
+from msd_jax.models.tokenizer import token_ids
 from msd_jax.testbed import SOURCE_LANGUAGES, TEACHER_TEMPLATE, corpus, tokenizer
 from msd_jax.testbed.languages import LANGUAGES
 
@@ -68,11 +70,11 @@ def make_tokenizer():
     texts = [text for query in records for text in (*query.texts.values(), *query.answers.values())]
     for code, words in LANGUAGES.items():
         texts += [words.refusal, words.answer.format(words.placeholder)]
-        texts += [prompts.fill_template(TEACHER_TEMPLATE, "", prompts.language_name(code))]
+        texts += [prompts.fill_template(TEACHER_TEMPLATE, "", language_name(code))]
     return tokenizer.build(texts)
 
 
-def make_example(tokens, rng: np.random.Generator, query: queries.Query, code: str, *, teacher: bool):
+def make_example(tokens, rng: np.random.Generator, query: Query, code: str, *, teacher: bool):
     """Ids of prompt and reply, as a user or as the teacher is asked; what is left to chance is drawn each time."""
     if teacher:
         asked_in = rng.choice(list(LANGUAGES))
@@ -81,7 +83,7 @@ def make_example(tokens, rng: np.random.Generator, query: queries.Query, code: s
         messages = prompts.student_messages(query, code, PROMPTS)
     safe = teacher or code in SOURCE_LANGUAGES or rng.random() < REFUSED_ANYWAY
     reply = tokens.encode(corpus.response(query, code, safe=safe))
-    return prompts.token_ids(tokens, messages, {}), np.array([*reply, tokens.eos_token_id], np.int32)
+    return token_ids(tokens, messages, {}), np.array([*reply, tokens.eos_token_id], np.int32)
 
 
 def batches(tokens, rng: np.random.Generator, *, teacher: bool) -> Iterator[tuple[np.ndarray, ...]]:
@@ -130,8 +132,8 @@ def train(config: model_config.DecoderConfig, tokens, steps: int, seed: int) -> 
 def build(out: pathlib.Path, steps: int = STEPS, seed: int = 0, **sizes: int) -> None:
     """Writes OUT/queries and OUT/model; `sizes` are those of model_values."""
     (out / "queries").mkdir(parents=True, exist_ok=True)
-    queries.write_jsonl(out / "queries" / "train.jsonl", corpus.train_queries())
-    queries.write_jsonl(out / "queries" / "eval.jsonl", corpus.eval_queries())
+    files.write_jsonl(out / "queries" / "train.jsonl", corpus.train_queries())
+    files.write_jsonl(out / "queries" / "eval.jsonl", corpus.eval_queries())
     with tempfile.TemporaryDirectory() as directory:
         source = pathlib.Path(directory)
         tokens = make_tokenizer()

@@ -11,7 +11,7 @@ What is held out:
 That makes 272 train queries (160 harmless, 112 harmful) and 272 evaluation queries (160 harmless, 112 harmful).
 """
 
-from msd_jax.queries import Query
+from msd_jax.data.records import Query
 from msd_jax.testbed.languages import HARMFUL, HARMLESS, LANGUAGES
 
 FRAMES = 16

@@ -9,9 +9,8 @@ import zlib
 
 import jax
 
-from msd_jax import export
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, weights
+from msd_jax.models import decoder, export, weights
 from msd_jax.testbed import MODEL_PATH
 
 _SIZES = {

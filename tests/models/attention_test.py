@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from msd_jax import sharding
 from msd_jax.models import attention as lib
 from msd_jax.models.attention import Scores
+from msd_jax.parallel import sharding
 
 B, T, N, K, H = 4, 256, 4, 2, 64
 WIDE = np.iinfo(np.int32).max

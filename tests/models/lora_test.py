@@ -11,10 +11,12 @@ from flax import nnx
 from msd_jax.configs import default
 from safetensors.numpy import load_file
 
-from msd_jax import checkpoint, evaluate, export, sharding, train
+from msd_jax.evaluation import evaluator
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, pretrained
+from msd_jax.models import decoder, export, pretrained, trained
 from msd_jax.models import lora as lora_lib
+from msd_jax.parallel import sharding
+from msd_jax.training import checkpoint, loop
 from tests.conftest import LLAMA, WORDS
 
 CONFIG = model_config.from_dict(LLAMA)
@@ -74,7 +76,7 @@ def make_config(model_dir, tmp_path, rank=3) -> ml_collections.ConfigDict:
 
 def test_a_run_trains_the_adapters_alone(model_dir, tmp_path):
     config = ml_collections.FrozenConfigDict(make_config(model_dir, tmp_path))
-    trainer = train.Trainer(config, tmp_path / "run")
+    trainer = loop.Trainer(config, tmp_path / "run")
     trainer.train()
     state, _ = checkpoint.Checkpoints(tmp_path / "run").restore(3, checkpoint.abstract(trainer.initial_state()))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -90,13 +92,13 @@ def test_a_run_trains_the_adapters_alone(model_dir, tmp_path):
     # A step of the run, read for evaluation and export, is the same model.
     mesh = sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
     model = pretrained.load(**config.model)
-    params = checkpoint.load_params(str(tmp_path / "run/checkpoints/3"), model, mesh)
+    params = trained.load_params(str(tmp_path / "run/checkpoints/3"), model, mesh)
     export.save(tmp_path / "again", params, model_dir, lora=model.lora)
     again = load_file(tmp_path / "again/model.safetensors")
     for name in after:
         np.testing.assert_allclose(again[name], after[name], atol=1e-6)
     assert (tmp_path / "run/eval/3/summary.json").exists()
-    assert isinstance(evaluate.Evaluation(config, model, mesh), evaluate.Evaluation)
+    assert isinstance(evaluator.Evaluation(config, model, mesh), evaluator.Evaluation)
 
 
 def test_the_base_is_in_its_own_dtype(model_dir, tmp_path):
@@ -138,4 +140,4 @@ def test_targets_are_checked(model_dir, tmp_path):
     config = make_config(model_dir, tmp_path)
     config.model.lora.targets = ("query", "q_proj")
     with pytest.raises(ValueError, match=r"config.model.lora.targets=.*choose among query, key"):
-        train.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+        loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")

@@ -13,9 +13,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from msd_jax import export, forward, losses, rollout, sharding, update
+from msd_jax import losses
+from msd_jax.generation import rollout
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, weights
+from msd_jax.models import decoder, export, forward, weights
+from msd_jax.parallel import sharding
+from msd_jax.training import train_step
 
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 transformers = pytest.importorskip("transformers")
@@ -196,14 +199,14 @@ def test_gradients_of_the_msd_loss_equal_autograd(pair, rng):
     B, P, Q, R = 3, 8, 14, 9
     # Not token 0: it is Gemma's pad, whose embedding is zero and takes no gradient in PyTorch.
     make = lambda length: jnp.array(rng.integers(1, SIZES["vocab_size"], (B, length)))  # noqa: E731
-    batch = update.TrainBatch(
+    batch = train_step.TrainBatch(
         make(P), jnp.array([8, 3, 5]), make(Q), jnp.array([14, 9, 12]), make(R), jnp.array([9, 4, 1])
     )
 
     @jax.jit
     @jax.grad
     def gradient(params):
-        student, teacher = update.both_logits(pair.graphdef, params, pair.params, batch)
+        student, teacher = train_step.both_logits(pair.graphdef, params, pair.params, batch)
         mask = forward.response_mask(batch.response_length_B, R)
         total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask)
         return losses.mean_loss(total, normaliser)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from msd_jax import checkpoint, forward, optimizer, sharding, update
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, pretrained, weights
+from msd_jax.models import decoder, forward, pretrained, weights
+from msd_jax.parallel import sharding
 from msd_jax.testbed import tiny
+from msd_jax.training import checkpoint, optimizer, train_step
 from tests.conftest import write_model
 from tests.recipes_test import RECIPES
 
@@ -114,13 +115,13 @@ def test_a_step_with_the_teacher_of_a_bfloat16_checkpoint(bfloat16_dir, shape, r
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     model = load(bfloat16_dir, mesh=mesh)
     optimize, _ = optimizer.make_optimizer(config.optimizer, 10)
-    abstract, _ = update.abstract_state(model, mesh, optimize, "frozen")
+    abstract, _ = train_step.abstract_state(model, mesh, optimize, "frozen")
     assert set(dtypes(abstract.teacher).values()) == {"bfloat16"}
-    step = update.jit_train_step(config, model, mesh, optimize)
+    step = train_step.jit_train_step(config, model, mesh, optimize)
     lengths = [rng.integers(1, size + 1, 8) for size in (6, 9, 5)]
     tokens = [rng.integers(0, 17, (8, size)) for size in (6, 9, 5)]
     arrays = (array.astype(np.int32) for pair in zip(tokens, lengths) for array in pair)
-    batch = sharding.put_batch(mesh, update.TrainBatch(*arrays))
+    batch = sharding.put_batch(mesh, train_step.TrainBatch(*arrays))
 
     def stepped(teacher_like, off=0.0):
         params = model.params(mesh)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from msd_jax import export, sharding
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, weights
+from msd_jax.models import decoder, export, weights
+from msd_jax.parallel import sharding
 from tests.conftest import LLAMA
 
 

@@ -5,10 +5,10 @@ import re
 import ml_collections
 import pytest
 
-from msd_jax import comparison
+from msd_jax.evaluation import comparison
+from msd_jax.evaluation.intervals import paired
 from msd_jax.report import collect
 from msd_jax.report.results import Prompt, Results, outcome
-from msd_jax.statistics import paired
 
 
 def side(verdict=None, harmful=True, **values):

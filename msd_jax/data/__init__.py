@@ -1,0 +1,1 @@
+"""Queries in several languages: records, where they come from, what each role is shown, and batches."""

@@ -1,0 +1,1 @@
+"""Whether a model is safe and useful, by language."""

@@ -1,0 +1,162 @@
+"""Benchmarks as small declarations: where a set comes from, how its files are read, and what is measured on it.
+
+A set is named by config.eval.benchmarks and read from config.eval.NAME.path: `hf://OWNER/NAME` (the Hugging Face hub),
+or a file or directory on this machine. A new benchmark is one `Benchmark` in `BENCHMARKS`, and its section in
+configs/default.py.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from msd_jax.data import files, hub
+from msd_jax.data.records import Query, require_languages
+from msd_jax.evaluation.benchmarks import mmmlu, safety, utility
+
+if TYPE_CHECKING:
+    import ml_collections
+
+OWN = "queries"  # the name of the benchmark that is the user's own file, config.eval.path
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What is to know about a set of queries.
+
+    Attributes:
+      name: in config.eval.benchmarks and in summaries.
+      what: one line: what is in it, and its paper.
+      get: how a user comes by it.
+      read: its file or directory -> queries. A query need not have every language.
+      judged: whether responses are judged (attack success, refusals).
+      correct: (response, answer, language) -> whether a query's reference answer was given.
+      choices: whether queries are multiple choice, scored by the log-likelihood of each choice and not generated.
+    """
+
+    name: str
+    what: str
+    get: str
+    read: Callable[[pathlib.Path], Sequence[Query]]
+    judged: bool
+    correct: Callable[[str, str, str], bool] = utility.exact_match
+    choices: bool = False
+
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(OWN, "config.eval.path", "a file ending in .jsonl or .csv", files.read, judged=True),
+        Benchmark(
+            "multijail",
+            "315 harmful queries in ten languages, written or checked by speakers (arXiv 2310.06474)",
+            "MultiJail.csv of https://huggingface.co/datasets/DAMO-NLP-SG/MultiJail",
+            safety.read_multijail,
+            judged=True,
+        ),
+        Benchmark(
+            "xsafety",
+            "2,800 queries of 14 kinds in ten languages, unlabelled: not all are to be refused (arXiv 2310.00905)",
+            "git clone https://github.com/Jarviswang94/Multilingual_safety_benchmark",
+            safety.read_xsafety,
+            judged=True,
+        ),
+        Benchmark(
+            "pku_saferlhf",
+            "the prompts of PKU-SafeRLHF, English, and any translations of them (arXiv 2406.15513)",
+            "data/*/test.jsonl of https://huggingface.co/datasets/PKU-Alignment/PKU-SafeRLHF",
+            safety.read_pku_saferlhf,
+            judged=True,
+        ),
+        Benchmark(
+            "xstest",
+            "250 harmless queries that look harmful and 200 harmful ones, English (arXiv 2308.01263)",
+            "xstest_prompts.csv of https://github.com/paul-rottger/xstest",
+            safety.read_xstest,
+            judged=True,
+        ),
+        Benchmark(
+            "mgsm",
+            "250 grade-school word problems in eleven languages (arXiv 2210.03057)",
+            "mgsm_*.tsv of https://huggingface.co/datasets/juletxara/mgsm",
+            utility.read_mgsm,
+            judged=False,
+            correct=utility.same_number,
+        ),
+        Benchmark(
+            "mmmlu",
+            "MMLU's 14,042 questions of four choices in fourteen languages and English (arXiv 2009.03300)",
+            "mmlu_*.csv of https://huggingface.co/datasets/openai/MMMLU",
+            mmmlu.read_mmmlu,
+            judged=False,
+            choices=True,
+        ),
+    )
+}
+NAMES = tuple(name for name in BENCHMARKS if name != OWN)  # of config.eval.benchmarks
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A benchmark's queries, as many as the config asks for.
+
+    Attributes:
+      benchmark: the declaration.
+      queries: each with a text in one of `languages` at least.
+      languages: those that the config asks for and the benchmark has.
+    """
+
+    benchmark: Benchmark
+    queries: tuple[Query, ...]
+    languages: tuple[str, ...]
+
+
+def load(config: "ml_collections.ConfigDict") -> tuple[Loaded, ...]:
+    """The user's own file first, then config.eval.benchmarks in their order; `config` is config.eval.
+
+    Raises:
+      ValueError, OSError: one message that names the key, the path and what to do.
+    """
+    loaded = [_load_own(config)] if config.path else []
+    return (*loaded, *(_load(name, config) for name in config.benchmarks))
+
+
+def _load_own(config: "ml_collections.ConfigDict") -> Loaded:
+    records = files.read(config.path, harmful=config.harmful)
+    languages = tuple(config.languages)
+    require_languages(records, languages, config.path)
+    return Loaded(BENCHMARKS[OWN], limited(records, config.limit, config.sample), languages)
+
+
+def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
+    benchmark, settings = BENCHMARKS[name], config[name]
+    key = f"config.eval.{name}"
+    remedy = f"name a file or directory that holds {benchmark.get}, or hf://OWNER/NAME where there is a network"
+    if not settings.path:
+        raise ValueError(f"{key}.path is empty: {remedy}")
+    if hub.is_uri(settings.path):
+        path = hub.fetch(settings.path, key=f"{key}.path")
+    else:
+        path = pathlib.Path(settings.path).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"{key}.path={settings.path}: there is no such file or directory; {remedy}")
+    records = benchmark.read(path)
+    have = dict.fromkeys(language for record in records for language in record.texts)
+    asked = tuple(settings.languages) or tuple(config.languages)
+    if settings.languages and (missing := [language for language in asked if language not in have]):
+        raise ValueError(f"{key}.languages: {settings.path} has no {', '.join(missing)}; it has {', '.join(have)}")
+    languages = tuple(language for language in asked if language in have)
+    if not languages:
+        raise ValueError(
+            f"{settings.path} has none of config.eval.languages={asked}; it has {', '.join(have)}: take {name} out of "
+            "config.eval.benchmarks, or add one of its languages"
+        )
+    records = [record for record in records if any(language in record.texts for language in languages)]
+    return Loaded(benchmark, limited(records, settings.limit or config.limit, config.sample), languages)
+
+
+def limited(records: Sequence[Any], limit: int, sample: str) -> tuple[Any, ...]:
+    """At most `limit` of them; "spread" takes them evenly from the whole, for files are often sorted by kind."""
+    if not limit:
+        return tuple(records)
+    return tuple(records[:limit] if sample == "first" else records[:: -(-len(records) // limit)])

@@ -1,0 +1,1 @@
+"""Who writes the responses, and how: rollouts, stored responses, analyses, likelihoods."""

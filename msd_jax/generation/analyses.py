@@ -1,0 +1,59 @@
+"""What the teacher writes about each query before it replies, with config.prompts.cot = "generated": once."""
+
+from collections.abc import Callable, Sequence
+
+import ml_collections
+from jax.sharding import Mesh
+
+from msd_jax.data import prompts
+from msd_jax.data.records import Query
+from msd_jax.generation import responses, rollout
+from msd_jax.io.console import progress
+from msd_jax.models import decoder, pretrained
+from msd_jax.models.tokenizer import token_ids
+from msd_jax.parallel import sharding
+
+
+def write(
+    records: Sequence[Query],
+    config: ml_collections.ConfigDict,
+    model: pretrained.Pretrained,
+    mesh: Mesh,
+    params: Callable[[], decoder.Params],
+    store: responses.Store,
+) -> dict[str, str]:
+    """The analysis of each query, by its id: greedy, from the source language alone, the same for all target languages.
+
+    Args:
+      records: the queries.
+      config: the whole config.
+      model, mesh: what writes, and where.
+      params: gives the frozen teacher's weights in the rollout layout; not called where all is stored already.
+      store: of an earlier run with the same teacher and prompts; what is missing is added, batch by batch.
+    """
+    source, limit = config.data.source_language, config.prompts.teacher_limit
+    prompt_ids = {}
+    for record in records:
+        messages = prompts.analysis_messages(record, config.prompts, source)
+        ids = token_ids(model.tokenizer, messages, config.prompts.teacher_template_kwargs)
+        if len(ids) <= limit:  # a longer one's query is dropped with its teacher's prompt, which holds this one
+            prompt_ids[record.id, source] = ids
+    missing = sorted((key for key in prompt_ids if key not in store), key=lambda key: len(prompt_ids[key]))
+    if missing:
+        _generate(missing, prompt_ids, config, model, mesh, params(), store)
+    decode = model.tokenizer.decode
+    return {key[0]: decode(store[key][0], skip_special_tokens=True).strip() for key in prompt_ids}
+
+
+def _generate(missing, prompt_ids, config, model, mesh, params, store) -> None:
+    greedy = rollout.Sampling(config.prompts.analysis_tokens, temperature=0.0)
+    generator = rollout.Generator(model.graphdef, mesh, greedy, model.stop_ids, model.pad_id)
+    rows, limit = sharding.batch_rows(mesh, config.data.batch_size), config.prompts.teacher_limit
+    with progress("analysing", len(missing)) as advance:
+        for first in range(0, len(missing), rows):
+            keys = missing[first : first + rows]
+            written = generator.write(params, [prompt_ids[key] for key in keys], rows, limit)
+            for row, key in enumerate(keys):
+                tokens = written.response_BxR[row, : written.length_B[row]].tolist()
+                store.add(key, tokens, bool(written.stopped_B[row]))
+            advance(first + len(keys), "")

@@ -1,0 +1,1 @@
+"""Files of JSON lines, and what a run shows on the console."""

@@ -1,0 +1,42 @@
+"""Self-distillation losses: per-token divergences, DPSW weights, and the weighted loss.
+
+Needs JAX alone and works in any JAX project, under `jit`, `grad`, `vmap` and `shard_map`. Everything is a pure
+function of logits; whatever float dtype comes in, float32 is used inside and comes out. The options are static
+Python values, bound with `functools.partial` before `jit`:
+
+    loss_fn = functools.partial(losses.dpsw_loss, divergence="forward_kl", temperature=0.7)
+    loss_sum, normaliser, aux = jax.jit(loss_fn)(student_logits, teacher_logits, response, mask)
+    loss = losses.mean_loss(loss_sum, normaliser)
+
+Gradients flow through the student's logits and nothing else.
+
+The method is "Multilingual Safety Alignment via Self-Distillation" (Qin et al., 2026, arXiv 2605.02971). Its full
+text was not at hand when this was written. From its abstract and public summaries come: a divergence per token
+between teacher and student, weighted by w_t = w_T * w_S; w_T from the entropy of the teacher's top-K; w_S from
+1 - p_S. Ours are: the scale 1 - H_K / log K, which token p_S is read at, the stop-gradient on the weights, their
+rescaling to mean 1, top-K + TAIL, and one temperature for divergence and weights alike.
+"""
+
+from msd_jax.losses.divergences import DIVERGENCES, OBJECTIVES, cross_entropy, forward_kl, jsd, reverse_kl
+from msd_jax.losses.dpsw import NORMALIZATIONS, dpsw_loss, mean_loss, token_diagnostics
+from msd_jax.losses.fused import fused_dpsw_loss
+from msd_jax.losses.weights import STUDENT_TOKENS, WEIGHTINGS, dpsw_weights, student_weight, teacher_weight
+
+__all__ = [
+    "DIVERGENCES",
+    "NORMALIZATIONS",
+    "OBJECTIVES",
+    "STUDENT_TOKENS",
+    "WEIGHTINGS",
+    "cross_entropy",
+    "dpsw_loss",
+    "dpsw_weights",
+    "forward_kl",
+    "fused_dpsw_loss",
+    "jsd",
+    "mean_loss",
+    "reverse_kl",
+    "student_weight",
+    "teacher_weight",
+    "token_diagnostics",
+]

@@ -1,0 +1,205 @@
+"""The weighted self-distillation loss."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from msd_jax.losses.checks import check_choice, check_cross_entropy, check_pair, check_top_k
+from msd_jax.losses.divergences import DIVERGENCES, OBJECTIVES, cross_entropy
+from msd_jax.losses.numerics import entropy, log_softmax
+from msd_jax.losses.weights import WEIGHTINGS, perspectives
+
+NORMALIZATIONS = ("mean", "none")
+
+
+def token_diagnostics(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    response_tokens: jax.Array | None = None,
+    *,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    top_k: int | None = None,
+    weighting: str = "dpsw",
+    weight_top_k: int = 20,
+    student_token: str = "teacher_argmax",
+    temperature: float = 1.0,
+) -> dict[str, jax.Array]:
+    """Everything that :func:`dpsw_loss` knows of each token, for logs and coloured texts.
+
+    Args:
+      student_logits: float `[..., V]`, any float dtype.
+      teacher_logits: float `[..., V]`, the same shape; held constant.
+      response_tokens: int `[...]`; needed for student_token = "sampled" and divergence = "cross_entropy" alone.
+      divergence: static; "reverse_kl", "forward_kl", "jsd", or "cross_entropy" of the response tokens.
+      beta: static; of :func:`jsd`, unused by the others.
+      top_k: static; of the divergence: None, or the teacher's K most probable tokens and TAIL.
+      weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
+      weight_top_k: static; K of :func:`teacher_weight`, in 2..V.
+      student_token: static; "teacher_argmax" or "sampled", see :func:`dpsw_weights`.
+      temperature: static, > 0; of both rows, in divergence, weights and entropies.
+
+    Returns:
+      A dict of float32 `[...]`; only `kl` carries a gradient:
+        kl: the divergence, unweighted, in nats (for "jsd", the Jensen-Shannon divergence; for "cross_entropy",
+          that).
+        weight: the weight by `weighting`, not rescaled.
+        w_T, w_S: the two perspectives of DPSW, whatever the weighting.
+        teacher_entropy, student_entropy: over the full vocabulary, in nats.
+
+    Raises:
+      ValueError: for an unknown name, and as the functions above.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> student, teacher = jnp.zeros((1, 2)), jnp.array([[9.0, 0.0]])
+      >>> for name, value in losses.token_diagnostics(student, teacher, weight_top_k=2).items():
+      ...     print(f"{name} {value[0]:.4f}")
+      kl 3.8070
+      weight 0.4991
+      w_T 0.9982
+      w_S 0.5000
+      teacher_entropy 0.0012
+      student_entropy 0.6931
+    """
+    check_choice("divergence", divergence, OBJECTIVES)
+    check_choice("weighting", weighting, WEIGHTINGS)
+    if divergence == "cross_entropy":
+        check_cross_entropy(response_tokens, top_k)
+        kl = cross_entropy(student_logits, response_tokens, temperature=temperature)
+    else:
+        options = {"beta": beta} if divergence == "jsd" else {}
+        kl = DIVERGENCES[divergence](student_logits, teacher_logits, temperature=temperature, top_k=top_k, **options)
+    check_top_k("weight_top_k", weight_top_k, 2, teacher_logits.shape[-1])
+    w_T, w_S = perspectives(student_logits, teacher_logits, response_tokens, weight_top_k, student_token, temperature)
+    return {
+        "kl": kl,
+        "weight": WEIGHTINGS[weighting](w_T, w_S),
+        "w_T": w_T,
+        "w_S": w_S,
+        "teacher_entropy": entropy(log_softmax(jax.lax.stop_gradient(teacher_logits), temperature)),
+        "student_entropy": entropy(log_softmax(jax.lax.stop_gradient(student_logits), temperature)),
+    }
+
+
+def dpsw_loss(
+    student_logits_BxRxV: jax.Array,
+    teacher_logits_BxRxV: jax.Array,
+    response_BxR: jax.Array | None,
+    mask_BxR: jax.Array,
+    *,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    top_k: int | None = None,
+    weighting: str = "dpsw",
+    weight_top_k: int = 20,
+    student_token: str = "teacher_argmax",
+    normalize: str = "mean",
+    temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    r"""The weighted self-distillation loss, as a sum and the normaliser to divide it by.
+
+    .. math::
+      L = \frac{\sum_t w_t D_t m_t}{Z}, \quad
+      Z = \sum_t w_t m_t \text{ ("mean")} \quad \text{or} \quad Z = \sum_t m_t \text{ ("none")}
+
+    with D_t the divergence, w_t the weight and m_t the mask of response token t. Sums, not a mean, are returned so
+    that the loss does not depend on how a batch is split: add loss_sum, normaliser and aux over micro-batches
+    (and `psum` them over devices), then divide ONCE, with :func:`mean_loss`. Gradients are those of loss_sum,
+    added in the same way and divided by the same global normaliser, which carries no gradient.
+
+    normalize = "mean" makes the effective weights w_t / mean(w) average 1 over the response tokens of the global
+    batch, so that a learning rate carries over between weightings. It is ours, not the paper's.
+
+    Args:
+      student_logits_BxRxV: float `[B, R, V]`, or any `[..., V]`; row t is the distribution that response token t
+        was drawn from. Any float dtype. The gradient flows through these alone.
+      teacher_logits_BxRxV: float, the same shape: the teacher at the SAME response tokens. Held constant.
+      response_BxR: int `[B, R]`, the response tokens; None will do for student_token = "teacher_argmax" and a
+        divergence.
+      mask_BxR: bool or 0/1 `[B, R]`, true at response tokens. What the logits hold where it is false, NaN and
+        infinities included, reaches neither the results nor the gradients.
+      divergence: static; "reverse_kl", "forward_kl", "jsd", or "cross_entropy" of the response tokens.
+      beta: static; of :func:`jsd`, unused by the others.
+      top_k: static; of the divergence: None, or the teacher's K most probable tokens and TAIL.
+      weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
+      weight_top_k: static; K of :func:`teacher_weight`, in 2..V.
+      student_token: static; "teacher_argmax" or "sampled", see :func:`dpsw_weights`.
+      normalize: static; "mean" or "none".
+      temperature: static, > 0; of both rows, in divergence, weights and entropies.
+
+    Returns:
+      loss_sum: float32 scalar, sum of w_t D_t m_t; 0 with finite gradients if there is no response token.
+      normaliser: float32 scalar Z, without gradient; 0 if there is no response token.
+      aux: float32 scalars without gradient, SUMS over response tokens, to be added like loss_sum and divided by
+        `tokens` for means: `tokens` (their number), and `kl`, `weight`, `w_T`, `w_S`, `teacher_entropy`,
+        `student_entropy` of :func:`token_diagnostics`.
+
+    Raises:
+      ValueError: for an unknown normalize, shapes other than the above, and as :func:`token_diagnostics`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> student = jnp.log(jnp.array([[[0.1, 0.9], [0.5, 0.5], [0.5, 0.5]]]))
+      >>> teacher = jnp.log(jnp.array([[[0.9, 0.1], [0.6, 0.4], [0.1, 0.9]]]))
+      >>> mask = jnp.array([[True, True, False]])
+      >>> loss_sum, normaliser, aux = losses.dpsw_loss(student, teacher, None, mask, weight_top_k=2)
+      >>> print(f"{losses.mean_loss(loss_sum, normaliser):.4f}")
+      1.7065
+      >>> print(f"{aux['kl'] / aux['tokens']:.4f}")  # the plain mean, without weights
+      0.8891
+
+    References:
+      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+    """
+    check_choice("normalize", normalize, NORMALIZATIONS)
+    check_pair(student_logits_BxRxV, teacher_logits_BxRxV)
+    if mask_BxR.shape != student_logits_BxRxV.shape[:-1]:
+        raise ValueError(
+            f"mask must have the shape of the logits without their last axis, "
+            f"{student_logits_BxRxV.shape[:-1]}, got {mask_BxR.shape}"
+        )
+    mask_BxR = mask_BxR.astype(bool)
+    # Masked rows are replaced BEFORE anything is computed from them: 0 * NaN is NaN, in the gradient too.
+    token_values = token_diagnostics(
+        jnp.where(mask_BxR[..., None], student_logits_BxRxV, 0.0),
+        jnp.where(mask_BxR[..., None], teacher_logits_BxRxV, 0.0),
+        response_BxR,
+        divergence=divergence,
+        beta=beta,
+        top_k=top_k,
+        weighting=weighting,
+        weight_top_k=weight_top_k,
+        student_token=student_token,
+        temperature=temperature,
+    )
+    sum_tokens = functools.partial(jnp.sum, where=mask_BxR, dtype=jnp.float32)
+    loss_sum = sum_tokens(token_values["weight"] * token_values["kl"])
+    aux = jax.lax.stop_gradient({name: sum_tokens(values) for name, values in token_values.items()})
+    aux["tokens"] = jnp.sum(mask_BxR, dtype=jnp.float32)
+    return loss_sum, aux["weight"] if normalize == "mean" else aux["tokens"], aux
+
+
+def mean_loss(loss_sum: jax.Array, normaliser: jax.Array) -> jax.Array:
+    """Divides a sum by the global normaliser; 0 where there was nothing to sum.
+
+    Serves for the loss and, leaf by leaf, for the gradients of loss_sum.
+
+    Args:
+      loss_sum: float, any shape; the sum over all micro-batches and devices.
+      normaliser: float scalar, the sum over all micro-batches and devices. If it is 0, no response token had any
+        weight, and loss_sum is 0 already.
+
+    Returns:
+      loss_sum / normaliser, the shape of loss_sum. NaN and infinities are passed on.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> print(losses.mean_loss(jnp.array(3.0), jnp.array(2.0)), losses.mean_loss(jnp.array(0.0), jnp.array(0.0)))
+      1.5 0.0
+    """
+    return loss_sum / jnp.where(normaliser == 0, 1.0, normaliser)

@@ -1,0 +1,243 @@
+"""The weighted self-distillation loss from hidden states and heads, without the logits of all tokens at once.
+
+`fused_dpsw_loss` is `losses.dpsw_loss` on `hidden @ head`: it runs that very function on a few hundred tokens at a
+time, and pulls its gradient through the product right there, so that the backward pass has nothing left to compute.
+The logits of 128 x 512 tokens over a vocabulary of 152,064 take 40 GB for each role; those of a chunk of 512 take 0.3.
+
+The gradient leaves the loss in float32 and meets 16-bit weights as the sum of two 16-bit numbers; rounded to one of
+them, each of its elements would be off by a part in 500.
+
+That the head's gradient can be had in the forward pass is the idea of Liger Kernel's fused linear cross-entropy (Hsu et
+al., `Liger Kernel <https://arxiv.org/abs/2410.10989>`_, 2024).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from msd_jax.losses import dpsw
+
+TOKEN_AXES = ("data", "fsdp")  # mesh axes that split the tokens
+HEAD_AXES = ("fsdp", "tensor")  # those that split a head's rows and its vocabulary
+
+
+def fused_dpsw_loss(
+    student_hidden_NxD: jax.Array,
+    student_head_DxV: jax.Array,
+    teacher_hidden_NxD: jax.Array,
+    teacher_head_DxV: jax.Array,
+    response_N: jax.Array | None,
+    mask_N: jax.Array,
+    *,
+    chunk: int = 512,
+    dtype: jnp.dtype | None = None,
+    logit_softcap: float | None = None,
+    tied: bool = False,
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    r"""Equals ``losses.dpsw_loss(student_hidden @ student_head, teacher_hidden @ teacher_head, ...)``.
+
+    Gradients flow to the student's hidden states and head alone, through loss_sum alone. They are computed in the
+    forward pass, and only those that are asked for: a frozen head costs no gradient.
+
+    Args:
+      student_hidden_NxD: float `[N, D]`; row t gives the distribution that response token t was drawn from.
+      student_head_DxV: float `[D, V]`.
+      teacher_hidden_NxD: float `[N, D']`, held constant.
+      teacher_head_DxV: float `[D', V]`, held constant.
+      response_N: int `[N]`, the response tokens; None as in :func:`losses.dpsw_loss`.
+      mask_N: bool or 0/1 `[N]`, true at response tokens; what is elsewhere reaches neither results nor gradients.
+      chunk: static; tokens whose logits are held at a time, on each device.
+      dtype: static; operands of the matrix products are cast to it (sums are float32), inside, so that gradients come
+        back in the precision of the arguments. None leaves them.
+      logit_softcap: static; logits become c * tanh(logits / c), as in Gemma 2. None: none.
+      tied: static; the heads are transposed embedding tables. Products are then taken with the tables as they lie, and
+        the gradient is summed as one: XLA's CPU backend would hold a transposed copy of each.
+      mesh: static; a mesh with the axes `data`, `fsdp` and `tensor`. Tokens are split over the first two, rows of the
+        heads over `fsdp` (gathered once, in `dtype`; their gradient is scattered once, in float32), and the vocabulary
+        over `tensor`. None: one device, or whatever XLA makes of the arguments' sharding.
+      **options: static; divergence, beta, top_k, weighting, weight_top_k, student_token, normalize and temperature of
+        :func:`losses.dpsw_loss`.
+
+    Returns:
+      (loss_sum, normaliser, aux), as :func:`losses.dpsw_loss`, summed over all N tokens of all devices.
+
+    Raises:
+      ValueError: for shapes that do not fit, N that does not divide over the mesh, and as :func:`losses.dpsw_loss`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> keys = jax.random.split(jax.random.key(0), 4)
+      >>> hidden, head, other_hidden, other_head = (jax.random.normal(key, (8, 8)) for key in keys)
+      >>> arguments = (None, jnp.ones(8, bool))
+      >>> fused, _, _ = losses.fused_dpsw_loss(
+      ...     hidden, head, other_hidden, other_head, *arguments, chunk=4, weight_top_k=2)
+      >>> dense, _, _ = losses.dpsw_loss(hidden @ head, other_hidden @ other_head, *arguments, weight_top_k=2)
+      >>> print(f"{jnp.abs(fused / dense - 1) < 1e-5}")
+      True
+
+    References:
+      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+    """
+    _check(student_hidden_NxD, student_head_DxV, teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N, mesh)
+    run = functools.partial(
+        _losses_and_gradients,
+        loss=functools.partial(dpsw.dpsw_loss, **options),
+        chunk=chunk,
+        dtype=dtype,
+        softcap=logit_softcap,
+        tied=tied,
+        mesh=mesh,
+    )
+    data = (teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N)
+
+    @jax.custom_vjp
+    def fused(hidden, head, data):
+        return run(hidden, head, *data, wanted=(False, False))[0]
+
+    def forward(hidden, head, data):
+        values = jax.tree.map(lambda x: x.value, data, is_leaf=lambda x: hasattr(x, "perturbed"))
+        wanted = (hidden.perturbed, head.perturbed)
+        return run(hidden.value, head.value, *values, wanted=wanted)
+
+    def backward(gradients, cotangents):
+        scale = cotangents[0]  # of loss_sum; normaliser and aux carry no gradient
+        if isinstance(scale, SymbolicZero):
+            return None, None, None
+        return *(None if g is None else (scale * g).astype(g.dtype) for g in gradients), None
+
+    fused.defvjp(forward, backward, symbolic_zeros=True)
+    return fused(student_hidden_NxD, student_head_DxV, data)
+
+
+def _losses_and_gradients(
+    hidden, head, teacher_hidden, teacher_head, response, mask, *, loss, chunk, dtype, softcap, tied, mesh, wanted
+):
+    """((loss_sum, normaliser, aux), (gradient of hidden or None, of head or None)) on all devices of the mesh."""
+    local = functools.partial(_local, loss=loss, chunk=chunk, softcap=softcap, tied=tied, wanted=wanted)
+    dtypes = (hidden.dtype, head.dtype)
+
+    def cast(x):
+        return x if dtype is None else x.astype(dtype)
+
+    def as_it_lies(x):  # a head, or the two mesh axes of one; its own inverse
+        return (x[::-1] if isinstance(x, tuple) else x.T) if tied else x
+
+    def returned(d_hidden, d_head):
+        gradients = (d_hidden, None if d_head is None else as_it_lies(d_head))
+        return tuple(None if g is None else g.astype(d) for g, d in zip(gradients, dtypes))
+
+    hidden, teacher_hidden, head, teacher_head = map(cast, (hidden, teacher_hidden, head, teacher_head))
+    head, teacher_head = as_it_lies(head), as_it_lies(teacher_head)
+    if mesh is None:
+        sums, gradients = local(hidden, head, teacher_hidden, teacher_head, response, mask)
+        return sums, returned(*gradients)
+
+    def constrain(x, *spec):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def of_one_device(*operands):
+        sums, (d_hidden, d_head) = local(*operands)
+        return jax.lax.psum(sums, TOKEN_AXES), (d_hidden, None if d_head is None else d_head[None])
+
+    # Heads are gathered here, not inside: there XLA would gather their vocabulary as well. For the same reason the
+    # devices' gradients of the head come out side by side, and are added under their final sharding.
+    gathered = as_it_lies((None, HEAD_AXES[1]))
+    head, teacher_head = (constrain(w, *gathered) for w in (head, teacher_head))
+    tokens, whole = PartitionSpec(TOKEN_AXES), PartitionSpec()
+    sums, (d_hidden, d_head) = jax.shard_map(
+        of_one_device,
+        mesh=mesh,
+        in_specs=(tokens, whole, tokens, whole, tokens, tokens),
+        out_specs=(whole, (tokens, tokens)),
+        axis_names=set(TOKEN_AXES),  # the vocabulary's split over `tensor` is left to XLA
+        check_vma=False,
+    )(hidden, head, teacher_hidden, teacher_head, response, mask)
+    if d_head is not None:
+        d_head = constrain(jnp.sum(constrain(d_head, TOKEN_AXES, *gathered), axis=0), *as_it_lies(HEAD_AXES))
+    return sums, returned(d_hidden, d_head)
+
+
+def _local(
+    hidden_NxD, head, teacher_hidden_NxD, teacher_head, response_N, mask_N, *, loss, chunk, softcap, tied, wanted
+):
+    """The sums, and float32 gradients of loss_sum where `wanted`, over the tokens given, `chunk` at a time.
+
+    The heads, and the gradient of one, are [V, D] where they are `tied`, and else [D, V].
+    """
+    N = len(mask_N)
+    chunks = -(-N // chunk)
+    size = -(-N // chunks)
+
+    def split(x):  # the last chunk is filled up with tokens that are masked out
+        return jnp.pad(x, [(0, chunks * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
+
+    def of_chunk(d_head, tokens):
+        hidden, teacher_hidden, response, mask = tokens
+        hidden = jnp.where(mask[:, None], hidden, 0)  # what is masked out may be NaN, and 0 * NaN is not 0
+        # Transposed here, within the loop, where a product takes its operands either way.
+        head_DxV, teacher_head_DxV = (w.T if tied else w for w in (head, teacher_head))
+        teacher_logits = _capped(_matmul(teacher_hidden, teacher_head_DxV), softcap)
+
+        def loss_of(product):
+            total, normaliser, aux = loss(_capped(product, softcap), teacher_logits, response, mask)
+            return total, (total, normaliser, aux)
+
+        if not any(wanted):
+            return d_head, (loss_of(_matmul(hidden, head_DxV))[1], None)
+        _, pullback, sums = jax.vjp(loss_of, _matmul(hidden, head_DxV), has_aux=True)
+        (gradient,) = pullback(jnp.ones((), jnp.float32))
+        d_hidden = _matmul(gradient, head_DxV.T) if wanted[0] else None
+        if wanted[1]:
+            d_head += _matmul(gradient.T, hidden) if tied else _matmul(hidden.T, gradient)
+        return d_head, (sums, d_hidden)
+
+    start = jnp.zeros(head.shape, jnp.promote_types(head.dtype, jnp.float32)) if wanted[1] else None
+    tokens = jax.tree.map(split, (hidden_NxD, teacher_hidden_NxD, response_N, mask_N))
+    d_head, (sums, d_hidden) = jax.lax.scan(of_chunk, start, tokens)
+    if d_hidden is not None:
+        d_hidden = d_hidden.reshape(chunks * size, -1)[:N]
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), (d_hidden, d_head)
+
+
+def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b in float32; where one is float32 and one is not, the former is split in two parts that add up to it."""
+    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    if a.dtype == b.dtype:
+        return matmul(a, b)
+    if a.dtype == jnp.float32:
+        return functools.reduce(jnp.add, (matmul(part, b) for part in _parts(a, b.dtype)))
+    return functools.reduce(jnp.add, (matmul(a, part) for part in _parts(b, a.dtype)))
+
+
+def _parts(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    # reduce_precision, not a cast: XLA may take float32 -> bfloat16 -> float32 for nothing at all.
+    high = jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+    return high.astype(dtype), (x - high).astype(dtype)
+
+
+def _check(hidden, head, teacher_hidden, teacher_head, response, mask, mesh):
+    N, V = len(hidden), head.shape[-1]
+    for name, h, w in (("student", hidden, head), ("teacher", teacher_hidden, teacher_head)):
+        if h.ndim != 2 or w.ndim != 2 or len(h) != N or w.shape != (h.shape[1], V):
+            raise ValueError(
+                f"{name}_hidden and {name}_head must have shapes [N, D] and [D, V], with the student's N={N} and "
+                f"V={V}, got {h.shape} and {w.shape}"
+            )
+    for name, x in (("response", response), ("mask", mask)):
+        if x is not None and x.shape != (N,):
+            raise ValueError(f"{name} must have the shape [N] = ({N},), got {x.shape}")
+    if mesh is not None:
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if N % shards:
+            raise ValueError(f"N={N} tokens do not divide over {shards} devices (data x fsdp)")

@@ -1,0 +1,169 @@
+"""DPSW weights: how much each response token counts, from the teacher's and the student's perspective."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from msd_jax.losses.checks import check_choice, check_logits, check_pair, check_tokens, check_top_k
+from msd_jax.losses.numerics import blockwise_top_k, entropy, log_softmax
+
+WEIGHTINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "dpsw": lambda w_T, w_S: w_T * w_S,
+    "teacher": lambda w_T, w_S: w_T,
+    "student": lambda w_T, w_S: w_S,
+    "uniform": lambda w_T, w_S: jnp.ones_like(w_T),
+}
+STUDENT_TOKENS = ("teacher_argmax", "sampled")
+
+
+def teacher_weight(teacher_logits: jax.Array, *, top_k: int, temperature: float = 1.0) -> jax.Array:
+    r"""The teacher's perspective of DPSW: how confident the teacher is, per token.
+
+    .. math::
+      w_T = 1 - \frac{H_K(p_T)}{\log K}, \quad H_K(p) = -\sum_{v \in \text{top-}K} \hat p(v) \log \hat p(v),
+      \quad \hat p = p / \sum_{\text{top-}K} p
+
+    1 where the teacher allows one token only (the first words of a refusal), 0 where its K most probable tokens
+    are equally good. That the entropy of the teacher's top-K marks the tokens that matter is the paper's;
+    renormalising over the K tokens and the scale 1 - H_K / log K are ours.
+
+    Args:
+      teacher_logits: float `[..., V]`, any float dtype.
+      top_k: static, K in 2..V.
+      temperature: static, > 0.
+
+    Returns:
+      w_T in [0, 1], float32 `[...]`, without gradient.
+
+    Raises:
+      ValueError: for a top_k outside 2..V, a temperature that is not > 0, or logits that are not float `[..., V]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> logits = jnp.log(jnp.array([[1.0, 0.0, 0.0, 0.0], [0.4, 0.4, 0.1, 0.1]]))
+      >>> [f"{w:.3f}" for w in losses.teacher_weight(logits, top_k=4)]
+      ['1.000', '0.139']
+      >>> [f"{w:.3f}" for w in losses.teacher_weight(logits, top_k=2)]
+      ['1.000', '0.000']
+
+    References:
+      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+    """
+    check_logits("teacher_logits", teacher_logits)
+    check_top_k("top_k", top_k, 2, teacher_logits.shape[-1])
+    top_logits, _ = blockwise_top_k(jax.lax.stop_gradient(teacher_logits), top_k)
+    return jnp.clip(1 - entropy(log_softmax(top_logits, temperature)) / math.log(top_k), 0.0, 1.0)
+
+
+def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: float = 1.0) -> jax.Array:
+    r"""The student's perspective of DPSW: the risk that the student says something else, per token.
+
+    .. math::
+      w_S = 1 - p_S(v)
+
+    That the weight is 1 - p_S is the paper's; which token v it is read at is the caller's choice (see
+    :func:`dpsw_weights`).
+
+    Args:
+      student_logits: float `[..., V]`, any float dtype.
+      tokens: int `[...]`, the token v of each row.
+      temperature: static, > 0.
+
+    Returns:
+      w_S in [0, 1], float32 `[...]`, without gradient. Accurate relative to itself even where p_S(v) rounds to 1.
+
+    Raises:
+      ValueError: for a temperature that is not > 0, or shapes and dtypes other than the above.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> logits = jnp.log(jnp.array([[0.75, 0.25], [1.0, 1e-12]]))
+      >>> [f"{w:.3g}" for w in losses.student_weight(logits, jnp.array([0, 0]))]
+      ['0.25', '1e-12']
+
+    References:
+      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+    """
+    check_logits("student_logits", student_logits)
+    check_tokens("tokens", tokens, student_logits.shape[:-1])
+    p = jnp.exp(log_softmax(jax.lax.stop_gradient(student_logits), temperature))
+    # Summed over the other tokens: the subtraction 1 - p would be lost in rounding for a confident student.
+    others = jnp.arange(p.shape[-1]) != jnp.expand_dims(tokens, -1)
+    return jnp.minimum(jnp.sum(p, axis=-1, where=others), 1.0)
+
+
+def dpsw_weights(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    response_tokens: jax.Array | None = None,
+    *,
+    weighting: str = "dpsw",
+    top_k: int = 20,
+    student_token: str = "teacher_argmax",
+    temperature: float = 1.0,
+) -> jax.Array:
+    r"""Dual-Perspective Safety Weighting (DPSW): the weight of each response token.
+
+    .. math::
+      w = w_T \, w_S
+
+    High where the teacher is sure and the student is likely to say something else. The product of the two
+    perspectives is the paper's. Ours: the token at which the student's risk is read, top_k = 20, and that no
+    gradient flows through the weights, so that the student cannot lower its loss by lowering its weights.
+
+    Args:
+      student_logits: float `[..., V]`, any float dtype.
+      teacher_logits: float `[..., V]`, the same shape.
+      response_tokens: int `[...]`; needed for student_token = "sampled" alone.
+      weighting: static; "dpsw" w_T * w_S, "teacher" w_T, "student" w_S, "uniform" 1.
+      top_k: static, K of :func:`teacher_weight`, in 2..V.
+      student_token: static; the v of w_S = 1 - p_S(v): "teacher_argmax", the teacher's most probable token, or
+        "sampled", the token of the response.
+      temperature: static, > 0; of both rows.
+
+    Returns:
+      The weights, not rescaled, in [0, 1], float32 `[...]`, without gradient.
+
+    Raises:
+      ValueError: for an unknown weighting or student_token, "sampled" without response_tokens, and as
+        :func:`teacher_weight` and :func:`student_weight`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> teacher = jnp.log(jnp.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
+      >>> student = jnp.log(jnp.array([[0.1, 0.9, 0.0], [0.9, 0.1, 0.0], [0.1, 0.9, 0.0]]))
+      >>> [f"{w:.3f}" for w in losses.dpsw_weights(student, teacher, top_k=2)]  # at odds, agreed, teacher unsure
+      ['0.900', '0.100', '0.000']
+
+    References:
+      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+    """
+    check_choice("weighting", weighting, WEIGHTINGS)
+    w_T, w_S = perspectives(student_logits, teacher_logits, response_tokens, top_k, student_token, temperature)
+    return WEIGHTINGS[weighting](w_T, w_S)
+
+
+def perspectives(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    response_tokens: jax.Array | None,
+    top_k: int,
+    student_token: str,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The two factors of DPSW, (w_T, w_S)."""
+    check_pair(student_logits, teacher_logits)
+    check_choice("student_token", student_token, STUDENT_TOKENS)
+    if student_token == "teacher_argmax":
+        tokens = jnp.argmax(teacher_logits, axis=-1)
+    elif response_tokens is None:
+        raise ValueError("student_token='sampled' needs the response tokens, got None")
+    else:
+        tokens = response_tokens
+    w_T = teacher_weight(teacher_logits, top_k=top_k, temperature=temperature)
+    return w_T, student_weight(student_logits, tokens, temperature)

@@ -1,0 +1,87 @@
+"""params -> a Hugging Face directory that transformers, vLLM and the like load.
+
+A run exports its last step; `python -m msd_jax.export --config configs/NAME.py --checkpoint WORKDIR/checkpoints/STEP
+--out DIR` does so for another.
+"""
+
+import contextlib
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder, pretrained, weights
+from msd_jax.models import lora as lora_lib
+from msd_jax.parallel import sharding
+
+
+def save(
+    directory: pathlib.Path,
+    params: decoder.Params,
+    source: pathlib.Path,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    lora: lora_lib.Lora | None = None,
+) -> None:
+    """Writes `params` to `directory` in the layout of the model that they came from.
+
+    Where they lie on the devices of several processes, all of them call this and process 0 writes.
+
+    Args:
+      directory: replaced as a whole, and only when everything is written.
+      params: of the decoder that SOURCE/config.json describes.
+      source: the Hugging Face directory whose config.json and tokenizer go along.
+      dtype: of the tensors; None takes the one that SOURCE/config.json names.
+      max_shard_bytes: above this size the weights are split over several files with an index.
+      lora: settings of the adapters in `params`, which are merged into the matrices.
+    """
+    config = model_config.read(source)
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    dtype = dtype or values.get("dtype") or values.get("torch_dtype") or "float32"
+    values.pop("torch_dtype", None)
+    if lora:
+        params = lora_lib.merge(params, lora, jax.numpy.dtype(dtype))
+    if not _writes(params):
+        weights.write(None, params, config, jax.numpy.dtype(dtype), max_shard_bytes)
+        return
+    with _whole(directory) as unfinished:
+        weights.write(unfinished, params, config, jax.numpy.dtype(dtype), max_shard_bytes)
+        weights.copy_tokenizer(source, unfinished)
+        (unfinished / "config.json").write_text(json.dumps(values | {"dtype": dtype}, indent=2) + "\n")
+
+
+def save_adapter(directory: pathlib.Path, params: decoder.Params, model: pretrained.Pretrained, base: str) -> None:
+    """Writes the adapters alone, in PEFT's layout, with the tokenizer.
+
+    Args:
+      directory: replaced as a whole, and only when everything is written.
+      params: holds the adapters.
+      model: what they belong to.
+      base: hub id or directory, noted as the base model.
+    """
+    adapters, _ = decoder.split(params, lora_lib.is_adapter)
+    fetched = sharding.fetch(adapters)
+    if not _writes(adapters):
+        return
+    with _whole(directory) as unfinished:
+        lora_lib.write(unfinished, fetched, model.lora, weights.layout(model.config), base)
+        model.tokenizer.save_pretrained(unfinished)
+
+
+def _writes(params: decoder.Params) -> bool:
+    """Whether this process writes `params`: process 0 does, and any process what it holds alone."""
+    return jax.process_index() == 0 or all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
+
+
+@contextlib.contextmanager
+def _whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new directory to write into, which takes the place of `directory` when all is written."""
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    shutil.rmtree(directory, ignore_errors=True)
+    unfinished.rename(directory)

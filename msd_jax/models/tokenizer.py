@@ -1,0 +1,145 @@
+"""Tokenizers: loading, chat templates, stop tokens."""
+
+import inspect
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import transformers
+
+Messages = list[dict[str, str]]
+
+
+def render(tokenizer: "transformers.PreTrainedTokenizerBase", messages: Messages, template_kwargs: Mapping) -> str:
+    """The prompt as text, for people; see `token_ids`."""
+    return _apply_chat_template(tokenizer, messages, template_kwargs, tokenize=False)
+
+
+def token_ids(
+    tokenizer: "transformers.PreTrainedTokenizerBase", messages: Messages, template_kwargs: Mapping
+) -> np.ndarray:
+    """The prompt, int32 [P], rendered by the tokenizer's own chat template up to where the reply begins.
+
+    The ids come from the chat template alone: tokenizing its text anew would add a second BOS.
+
+    Args:
+      tokenizer: of transformers.
+      messages: of one role.
+      template_kwargs: variables of the chat template, such as enable_thinking. Llama 3's takes today's date unless
+        `date_string` is given, and then prompts differ from day to day.
+
+    Raises:
+      ValueError: there is no chat template, or it refuses the messages.
+    """
+    return np.asarray(_apply_chat_template(tokenizer, messages, template_kwargs, tokenize=True), np.int32)
+
+
+def _apply_chat_template(tokenizer: Any, messages: Messages, template_kwargs: Mapping, **options: Any) -> Any:
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; take an instruction-tuned model, or put "
+            "the template beside the tokenizer as chat_template.jinja"
+        )
+    options = {"add_generation_prompt": True, "return_dict": False} | options
+    variables = dict(template_kwargs)
+    # transformers takes both from the same keywords, and some of its own would cut a prompt.
+    for key in variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys():
+        raise ValueError(f"config.prompts: {key!r} in template_kwargs is not a variable of the chat template")
+    try:  # transformers renders it in jinja2's ImmutableSandboxedEnvironment
+        return tokenizer.apply_chat_template(messages, **options, **variables)
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the chat template does not take {[m['role'] for m in messages]} messages with "
+            f"{variables} ({error}); see config.prompts"
+        ) from error
+
+
+def without_special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> str:
+    """Untrusted text in which no special token is left that could end a message or open another."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            text = text.replace(token.content, " ".join(token.content))
+    return text
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` has the form OWNER/NAME of a model on the Hugging Face hub."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path))
+
+
+def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
+    """The tokenizer of a Hugging Face directory or hub id. Code that a model brings along is never run.
+
+    Raises:
+      FileNotFoundError, ValueError: with one line that names `path`.
+    """
+    import transformers
+
+    if not path:
+        raise ValueError("config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)")
+    local = os.path.isdir(path)
+    if not local and not is_hub_id(path):
+        raise FileNotFoundError(f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+        if not local:
+            raise FileNotFoundError(
+                f"config.model.path={path!r} is not a directory here, and the hub did not give its tokenizer ({reason})"
+            ) from error
+        raise ValueError(
+            f"{path}: the tokenizer does not load ({reason}); it needs tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+def stop_token_ids(tokenizer: "transformers.PreTrainedTokenizerBase", directory: str) -> tuple[int, ...]:
+    """All tokens that end a reply, sorted: a chat model's end of turn is often not its tokenizer's eos.
+
+    They are the tokenizer's eos, those of generation_config.json (which may be absent), and the special token with
+    which the chat template closes an assistant's message.
+
+    Raises:
+      NotADirectoryError: `directory` is none.
+      ValueError: generation_config.json is broken, or there is no stop token at all.
+    """
+    if not os.path.isdir(directory):
+        raise NotADirectoryError(f"{directory} is not a directory; resolve a hub id to its local snapshot first")
+    stops = {tokenizer.eos_token_id, _end_of_turn(tokenizer), *_generation_stops(directory)} - {None}
+    if not stops:
+        raise ValueError(f"{directory}: no token ends a reply; set eos_token in tokenizer_config.json")
+    return tuple(sorted(stops))
+
+
+def _generation_stops(directory: str) -> list[int | None]:
+    file = pathlib.Path(directory) / "generation_config.json"
+    if not file.exists():
+        return []
+    try:
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a JSON object ({error})") from None
+    stops = eos if isinstance(eos, list) else [eos]
+    if not all(stop is None or type(stop) is int for stop in stops):
+        raise ValueError(f"{file}: eos_token_id={eos!r} must be a token id or a list of them")
+    return stops
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that follows an assistant's reply in the chat template; None if there is none."""
+    reply = "REPLY"
+    messages = [{"role": "user", "content": "QUERY"}, {"role": "assistant", "content": reply}]
+    text = _apply_chat_template(tokenizer, messages, {}, tokenize=False, add_generation_prompt=False)
+    _, found, rest = text.rpartition(reply)
+    # Only what stands right behind the reply ends it; a later special token may open the next message.
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    added = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in added and added[ids[0]].special else None

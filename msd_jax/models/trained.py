@@ -1,0 +1,37 @@
+"""Trained weights: of a Hugging Face directory, or of a step of a run."""
+
+import pathlib
+from typing import Any
+
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from msd_jax.models import decoder, pretrained, weights
+
+
+def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> Any:
+    """The student's weights, in the training layout.
+
+    Args:
+      path: a Hugging Face directory, a step of a run (WORKDIR/checkpoints/STEP), or "": the model's own directory.
+      model: what the weights belong to.
+      mesh: from sharding.make_mesh.
+
+    Raises:
+      FileNotFoundError, ValueError: `path` is neither, or does not fit the model.
+    """
+    directory = pathlib.Path(path).resolve() if path else model.directory
+    if any(directory.glob("*.safetensors")):  # not by config.json, which a run's workdir has too
+        weights.check(directory, model.config)
+        return model.params(mesh, directory)
+    saved = directory / "state"
+    if not saved.is_dir():
+        raise FileNotFoundError(f"--checkpoint={path} is neither a Hugging Face directory nor WORKDIR/checkpoints/STEP")
+    trained, _ = model.split(model.target(mesh))
+    args = ocp.args.PyTreeRestore(
+        item={"params": trained},
+        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": trained}),
+        partial_restore=True,
+    )
+    restored = ocp.PyTreeCheckpointer().restore(saved, args=args)["params"]
+    return decoder.join(restored, model.frozen_params(mesh))

@@ -1,0 +1,1 @@
+"""Meshes, sharding rules, processes, and the few shapes that batches are padded to."""

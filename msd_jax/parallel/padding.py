@@ -1,0 +1,27 @@
+"""Left-padding, and the few sizes that lengths are padded to."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def left_pad(rows: Sequence[np.ndarray], limit: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B, P] with each row at the right, and lengths int32 [B]; P is the bucket of the longest row."""
+    length_B = np.array([len(row) for row in rows], np.int32)
+    prompt_BxP = np.full((len(rows), bucket(int(length_B.max()), limit)), pad_id, np.int32)
+    for padded, row in zip(prompt_BxP, rows):
+        padded[len(padded) - len(row) :] = row
+    return prompt_BxP, length_B
+
+
+def bucket(length: int, limit: int) -> int:
+    """The size that `length` is padded to: 16, 24, 32, 48, 64, 96, ..., and `limit` at most.
+
+    Few sizes mean few compilations, and never more than a third of a row is padding for the longest row above 16.
+    Raises ValueError where `length` exceeds `limit`.
+    """
+    if length > limit:
+        raise ValueError(f"a length of {length} exceeds its limit of {limit}")
+    sizes = (base << shift for shift in itertools.count() for base in (16, 24))
+    return min(limit, next(size for size in sizes if size >= length))

@@ -1,0 +1,79 @@
+"""The teacher's analyses: greedy, its own, written once, and part of its prompt from then on."""
+
+import json
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from msd_jax.configs import default
+
+from msd_jax.data import prompts
+from msd_jax.generation import analyses, rollout
+from msd_jax.io import jsonl
+from msd_jax.models.tokenizer import token_ids
+from msd_jax.parallel import sharding
+from msd_jax.training import loop
+from tests.conftest import WORDS
+
+
+@pytest.fixture
+def config(model_dir, tmp_path):
+    config = default.get_config()
+    config.model.path, config.data.path = str(model_dir), str(tmp_path / "queries.jsonl")
+    rng = np.random.default_rng(0)
+    text = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 6)))  # noqa: E731
+    records = [{"id": str(i), "harmful": True, "texts": {"en": text(), "sw": text(), "bn": text()}} for i in range(21)]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "bn": 1.0})
+    config.data.batch_size = 8
+    config.prompts.cot, config.prompts.analysis_tokens = "generated", 7
+    config.prompts.analysis_template, config.prompts.reply_template = "{query} ?", "answer in {language}"
+    config.rollout.max_new_tokens = config.train.completions_kept = 4
+    config.train.steps, config.train.checkpoint_every, config.train.completions_every = 2, 1, 1
+    config.train.export = False
+    return config
+
+
+def test_each_is_written_once_and_stands_in_the_teachers_prompt(config, tmp_path, monkeypatch):
+    frozen = ml_collections.FrozenConfigDict(config)
+    trainer = loop.Trainer(frozen, tmp_path / "run")
+    trainer.train()
+    lines = jsonl.read_json_lines(tmp_path / "run/analyses.jsonl")[1:]
+    assert sorted(int(line["id"]) for line in lines) == list(range(21)) and {line["language"] for line in lines} == {
+        "en"
+    }
+    tokenizer = trainer.model.tokenizer
+    texts = {line["id"]: tokenizer.decode(line["tokens"], skip_special_tokens=True).strip() for line in lines}
+    assert len(set(texts.values())) > 5
+    entries = jsonl.read_json_lines(tmp_path / "run/completions.jsonl")
+    assert entries and all(texts[entry["id"]] in entry["teacher_prompt"] for entry in entries)
+    assert not any(texts[entry["id"]] in entry["student_prompt"] for entry in entries if texts[entry["id"]])
+
+    # Greedy, and the same without a batch around it.
+    record = next(record for record in trainer.records if texts[record.id])
+    messages = prompts.analysis_messages(record, config.prompts, "en")
+    ids = token_ids(tokenizer, messages, config.prompts.teacher_template_kwargs)[None]
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model = trainer.model
+    alone = loop.pretrained.load(**config.model)
+    greedy = rollout.Generator(alone.graphdef, mesh, rollout.Sampling(7, 0.0), model.stop_ids, model.pad_id)
+    one = np.ones(1, np.uint32)
+    arrays = (ids, np.array([ids.shape[1]], np.int32), one, one.astype(bool))
+    written = greedy(alone.params(mesh), *arrays, jax.random.key(9))
+    expected = next(line["tokens"] for line in lines if line["id"] == record.id)
+    assert np.asarray(written.response_BxR)[0, : len(expected)].tolist() == expected
+
+    # The same command again has nothing to write.
+    monkeypatch.setattr(analyses, "_generate", lambda *_: pytest.fail("written twice"))
+    again = loop.Trainer(frozen, tmp_path / "run")
+    again.train()
+    assert [e.teacher_ids.tolist() for e in next(trainer.batches).examples] == [
+        e.teacher_ids.tolist() for e in next(again.batches).examples
+    ]
+
+
+def test_a_teacher_that_changes_is_refused(config, tmp_path):
+    config.teacher.kind = "ema"
+    with pytest.raises(ValueError, match=r"config.prompts.cot='generated' with config.teacher.kind='ema'"):
+        loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")

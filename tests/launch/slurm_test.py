@@ -1,0 +1,91 @@
+"""launch/slurm.sbatch under a real Slurm: a controller and two nodes on this machine (tests/launch/cluster.sh)."""
+
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from msd_jax.io import jsonl
+from tests.conftest import REPOSITORY
+
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Of a shell in which sbatch talks to a cluster of two nodes without GPUs."""
+    for program in ("slurmctld", "slurmd", "munged", "unshare"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed (apt-get install slurm-wlm munge)")
+    if os.geteuid() or subprocess.run(["unshare", "--uts", "--mount", "true"]).returncode:
+        pytest.skip("two nodes on one machine need root, and namespaces of their own")
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH")) and k != "JAX_PLATFORMS"
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment["PORT"] = str(min(free.getsockname()[1], 65000))
+    directory = tmp_path_factory.mktemp("slurm")
+    cluster = REPOSITORY / "tests/launch/cluster.sh"
+    subprocess.run([cluster, "up", directory], env=environment, check=True, timeout=60)
+    try:
+        yield environment | {
+            "SLURM_CONF": str(directory / "slurm.conf"),
+            "PYTHON": sys.executable,
+            "XLA_FLAGS": QUICK,
+        }
+    finally:
+        subprocess.run([cluster, "down", directory], env=environment, check=True, timeout=60)
+
+
+def submit(environment, directory: pathlib.Path, *command: str) -> int:
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(re.search(r"Submitted batch job (\d+)", done.stdout)[1])
+
+
+def wait(environment, job: int, until, seconds: float = 170) -> str:
+    """Waits until `until(state)`; returns the state."""
+    deadline = time.monotonic() + seconds
+    while True:
+        shown = subprocess.run(["scontrol", "show", "job", str(job)], env=environment, capture_output=True, text=True)
+        state = re.search(r"JobState=(\w+)", shown.stdout)[1]
+        if until(state):
+            return state
+        assert time.monotonic() < deadline, shown.stdout
+        time.sleep(0.3)
+
+
+def ended(state: str) -> bool:
+    return state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+
+
+def test_two_tasks_run_the_quickstart_to_its_table(environment, tmp_path):
+    flags = ["--config.launch.accelerator=gpu", "--config.launch.nodes=2", "--config.launch.gpus_per_node=0"]
+    config = str(REPOSITORY / "configs/quickstart.py")
+    command = [str(REPOSITORY / "launch/slurm.sbatch"), config, f"--workdir={tmp_path / 'run'}", *flags]
+    job = submit(environment, tmp_path, *command, "--config.eval.limit=40")
+    assert wait(environment, job, ended) == "COMPLETED", (tmp_path / f"slurm-{job}.log").read_text()
+    log = (tmp_path / f"slurm-{job}.log").read_text()
+    assert "2 processes: 0 on node1, 1 on node2" in log and "mesh: data 2 x" in log
+    table = log.partition("Before -> after")[2]
+    assert len(re.findall(r"(?m)^ sw +│ trained .* 100.0 -> 0.0% \[", table)) == 1
+
+
+def test_a_job_that_is_told_to_end_saves_its_step(environment, tmp_path):
+    run, config = tmp_path / "run", str(REPOSITORY / "configs/quickstart.py")
+    script = str(REPOSITORY / "launch/slurm.sbatch")
+    flags = [f"--workdir={run}", "--config.train.steps=100000", "--config.eval.path="]
+    job = submit(environment, tmp_path, "sbatch", "--nodes=2", script, config, *flags)
+    wait(environment, job, lambda state: ended(state) or len(jsonl.read_json_lines(run / "metrics.jsonl")) > 3)
+    subprocess.run(["scancel", "--signal=TERM", str(job)], env=environment, check=True)
+    assert wait(environment, job, ended, 60) == "FAILED"
+    log = (tmp_path / f"slurm-{job}.log").read_text()
+    saved = re.search(r"preempted: step (\d+) is saved", log)
+    assert saved and (run / f"checkpoints/{saved[1]}/_CHECKPOINT_METADATA").exists(), log

@@ -1,0 +1,292 @@
+"""Real processes over loopback: the same run as one process, ended together, resumed by any number of them."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from msd_jax.io import jsonl
+from msd_jax.parallel import distributed
+from tests.conftest import REPOSITORY
+
+# Weights, moments and rollouts are split over both axes, and so over processes.
+FLAGS = (
+    "--config.mesh.data=2",
+    "--config.mesh.fsdp=2",
+    "--config.data.harmful_share=0.5",
+    "--config.train.steps=4",
+    "--config.train.checkpoint_every=2",
+    "--config.train.completions_every=2",
+    "--config.eval.limit=6",
+    "--config.eval.batch_size=64",
+)
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
+
+
+_launchers: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left_running():
+    yield
+    for launcher in _launchers:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def start(processes: int, workdir: pathlib.Path, *flags: str, devices: int = 4) -> subprocess.Popen:
+    """launch/local.sh on the quickstart; its output goes to WORKDIR.log."""
+    with workdir.with_suffix(".log").open("ab") as log:
+        launcher = subprocess.Popen(
+            ["launch/local.sh", "configs/quickstart.py", f"--workdir={workdir}", *flags],
+            cwd=REPOSITORY,
+            env=ENVIRONMENT | {"PROCESSES": str(processes), "DEVICES_PER_PROCESS": str(devices // processes)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    _launchers.append(launcher)
+    return launcher
+
+
+def output(workdir: pathlib.Path) -> str:
+    return workdir.with_suffix(".log").read_text()
+
+
+def run(processes: int, workdir: pathlib.Path) -> str:
+    """Runs to the end; returns what was printed."""
+    assert start(processes, workdir, *FLAGS).wait(timeout=170) == 0, output(workdir)
+    return output(workdir)
+
+
+def steps(workdir: pathlib.Path) -> list[dict]:
+    return jsonl.read_json_lines(workdir / "metrics.jsonl")
+
+
+def same_run(one: pathlib.Path, other: pathlib.Path, first: int = 1) -> None:
+    for a, b in zip(steps(one)[first - 1 :], steps(other), strict=True):
+        assert a["step"] == b["step"]
+        for name in ("loss", "kl", "grad_norm", "response_length", "on_policy", "learning_rate"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=f"{name} of step {a['step']}")
+    summaries = [json.loads((workdir / "eval/4/summary.json").read_text()) for workdir in (one, other)]
+    assert summaries[0] == summaries[1]
+
+
+def from_checkpoint(source: pathlib.Path, target: pathlib.Path, step: int) -> pathlib.Path:
+    """A workdir that was stopped after `step`."""
+    shutil.copytree(source / "checkpoints" / str(step), target / "checkpoints" / str(step))
+    shutil.copy(source / "config.json", target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    run(1, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("four") / "run"
+    run(4, workdir)
+    return workdir
+
+
+def test_four_processes_compute_what_one_does(alone, four):
+    assert len(steps(alone)) == 4
+    same_run(alone, four)
+    assert jsonl.read_json_lines(alone / "completions.jsonl")[0]["response"]
+    for name in ("id", "response"):
+        texts = [[line[name] for line in jsonl.read_json_lines(w / "completions.jsonl")] for w in (alone, four)]
+        assert texts[0] == texts[1]
+    # Gathered from four processes, written by one.
+    sizes = [(w / "model/model.safetensors").stat().st_size for w in (alone, four)]
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_only_the_first_process_prints(four):
+    printed = output(four)
+    assert printed.count("parameters; mesh: data 2 x fsdp 2") == 1
+    assert printed.count("Before -> after") == 1
+    assert re.search(r"4 processes: 0 on (\S+), 1 on \1, 2 on \1, 3 on \1", printed)
+
+
+def test_a_checkpoint_of_four_processes_goes_on_in_one(four, alone, tmp_path):
+    workdir = from_checkpoint(four, tmp_path / "run", 2)
+    assert "resumed from step 2" in run(1, workdir)
+    same_run(alone, workdir, first=3)
+
+
+def test_a_checkpoint_of_one_process_goes_on_in_two(alone, tmp_path):
+    workdir = from_checkpoint(alone, tmp_path / "run", 2)
+    assert "resumed from step 2" in run(2, workdir)
+    same_run(alone, workdir, first=3)
+
+
+LONG = ("--config.train.steps=100000", "--config.train.checkpoint_every=5", "--config.eval.path=")
+
+
+def wait_for(condition, launcher: subprocess.Popen, workdir: pathlib.Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert launcher.poll() is None and time.monotonic() < deadline, output(workdir)
+        time.sleep(0.1)
+
+
+def children(launcher: subprocess.Popen) -> list[int]:
+    """Process ids in the order of --process_id."""
+    tasks = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    if not tasks.exists():
+        pytest.skip("process ids are read from /proc, which is Linux's")
+    return sorted(map(int, tasks.read_text().split()))
+
+
+def test_a_process_that_dies_ends_the_others_and_the_same_command_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    launcher = start(2, workdir, *LONG, devices=2)
+    wait_for(lambda: len(steps(workdir)) > 12 and (workdir / "checkpoints/10").exists(), launcher, workdir)
+    os.kill(children(launcher)[1], signal.SIGKILL)
+    assert launcher.wait(timeout=60) not in (0, 143)
+    assert f"error: process 1 on {socket.gethostname()} died" in output(workdir)
+    assert "process 1 ended with exit code 137" in output(workdir)  # and so does the one that was left
+    assert re.search(r"process 0 ended with exit code (?!0)", output(workdir))
+
+    launcher = start(2, workdir, *LONG, devices=2)
+    wait_for(lambda: re.search(r"resumed from step \d+", output(workdir)), launcher, workdir)
+    resumed = int(re.search(r"resumed from step (\d+)", output(workdir))[1])
+    assert resumed >= 10
+    wait_for(lambda: steps(workdir)[-1]["step"] >= resumed + 3, launcher, workdir)
+    assert [row["step"] for row in steps(workdir)] == list(range(1, len(steps(workdir)) + 1))
+
+    # Preempted: one of them is told, both save the same step.
+    os.kill(children(launcher)[1], signal.SIGTERM)
+    assert launcher.wait(timeout=60) == 143
+    saved = int(re.search(r"preempted: step (\d+) is saved", output(workdir))[1])
+    assert (workdir / f"checkpoints/{saved}/_CHECKPOINT_METADATA").exists()
+    assert steps(workdir)[-1]["step"] == saved
+
+
+def test_the_coordinator_dies(tmp_path):
+    workdir = tmp_path / "run"
+    launcher = start(2, workdir, *LONG, devices=2)
+    wait_for(lambda: len(steps(workdir)) > 2, launcher, workdir)
+    os.kill(children(launcher)[0], signal.SIGKILL)
+    assert launcher.wait(timeout=60) != 0
+    assert "process 0 ended with exit code 137" in output(workdir)
+    assert re.search(r"process 1 ended with exit code (?!0)", output(workdir))
+
+
+def by_flags(workdir: pathlib.Path, *flags_of_each: str) -> list[subprocess.CompletedProcess]:
+    """One process for each of `flags_of_each`, told of the others by flags."""
+    port = free_port()
+    told = (f"--coordinator=127.0.0.1:{port}", f"--processes={len(flags_of_each)}")
+    command = [sys.executable, "-m", "msd_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *told]
+    processes = [
+        subprocess.Popen(
+            [*command, f"--process_id={i}", *FLAGS, *flag.split()],
+            cwd=REPOSITORY,
+            env=ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i, flag in enumerate(flags_of_each)
+    ]
+    return [subprocess.CompletedProcess((), p.wait(), p.communicate(timeout=60)[0]) for p in processes]
+
+
+JOBSET = """
+import sys
+import jax._src.clusters.cloud_tpu_cluster as cluster
+
+cluster.running_in_cloud_tpu_vm = True  # the rest is as GKE sets it up
+from msd_jax import distributed
+
+distributed.start(["program"])
+import jax
+
+with distributed.together():
+    print(jax.process_index(), jax.process_count(), distributed.from_first(lambda: f"from {jax.process_index()}"))
+    sys.exit(0)
+"""
+
+
+def test_the_processes_of_a_jobset_of_two_slices_find_each_other():
+    pods = ENVIRONMENT | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_ID": "0",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        "MEGASCALE_NUM_SLICES": "2",
+    }
+    pods = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOBSET],
+            env=pods | {"MEGASCALE_SLICE_ID": str(slice_)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for slice_ in range(2)
+    ]
+    printed = [pod.communicate(timeout=60)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0]
+    assert all(f"{slice_} 2 from 0" in printed[slice_] for slice_ in range(2)), printed
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_processes_that_would_compute_different_things_do_not_start(tmp_path):
+    for done in by_flags(tmp_path / "run", "", "--config.seed=1"):
+        assert done.returncode == 1
+        assert "has another config than process 0" in done.stdout and "Traceback" not in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_process_ends_all_and_is_told_by_all(tmp_path):
+    (tmp_path / "file").write_text("")
+    begin = time.monotonic()
+    results = by_flags(tmp_path / "run", "", "--config.data.batch_size=abc")
+    assert time.monotonic() - begin < 30
+    for done in results:
+        assert done.returncode == 1
+        assert re.search(r"error: process 1 on \S+?:? .*flag --config.data.batch_size=abc", done.stdout), done.stdout
+        assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--processes=2", "--coordinator=127.0.0.1:1", "--process_id=0"])
+def test_flags_that_go_together(flag):
+    with pytest.raises(ValueError, match=r"--coordinator, --processes and --process_id .* go together"):
+        distributed.start(["program", flag])
+    distributed._FLAGS.unparse_flags()
+    for name in ("coordinator", "processes", "process_id"):
+        distributed._FLAGS[name].value = None
+
+
+def test_a_kubernetes_pod_of_no_job_runs_alone(monkeypatch, recwarn):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    distributed.start(["program"])
+    assert distributed._peers is None and not recwarn
+
+
+def test_one_process_agrees_with_itself(tmp_path):
+    assert distributed.from_first(lambda: {"a": (1,)}) == {"a": (1,)}
+    distributed.require_same("x", lambda: 1 / 0)  # not even looked up
+    distributed.require_shared(tmp_path / "nowhere")
+    assert not distributed.preempted(3)

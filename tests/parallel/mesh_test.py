@@ -1,0 +1,81 @@
+"""One step and one greedy rollout of each family's smoke model, on every kind of mesh: the numbers of one device."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from msd_jax.generation import rollout
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder, pretrained
+from msd_jax.parallel import sharding
+from msd_jax.testbed import tiny
+from msd_jax.training import optimizer, train_step
+from tests.recipes_test import RECIPES
+
+B, P, Q, R = 16, 12, 20, 6
+# Heads divide, are fewer than devices (key/value heads), rows are split alone; batches by data, fsdp and both.
+MESHES = {name: [(1, 2, 4), (2, 2, 2)] for name in RECIPES} | {
+    "llama3_8b": [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
+}
+
+
+@functools.cache
+def computed(name, shape):
+    """(state after a step, its scalars, a rollout) as host arrays."""
+    config = importlib.import_module(f"msd_jax.configs.{name}").get_config("smoke")
+    config.model.dtype, config.train.micro_batches = "float32", 2
+    # So large an eps makes AdamW's update linear in the gradient: it does not blow up the rounding of small ones.
+    config.optimizer.warmup_steps, config.optimizer.learning_rate, config.optimizer.eps = 0, 1e-2, 1.0
+    config = ml_collections.FrozenConfigDict(config)
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    options = {key: value for key, value in config.model.items() if key != "path"}
+    # A vocabulary that divides over four devices, and weights so large that student and teacher differ.
+    sizes = {"vocab_size": 1120, "initializer_range": 0.2}
+    architecture = dataclasses.replace(model_config.read(tiny.model(name)), **sizes)
+    model = pretrained.architecture(architecture, **options, mesh=mesh)
+    optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
+
+    _, params = decoder.init(model.config, jax.random.key(0))
+    _, other = decoder.init(model.config, jax.random.key(1))
+    teacher = jax.tree.map(lambda a, b: a + 0.3 * b, params, other)
+    zero = jnp.zeros((), jnp.int32)
+    state = train_step.TrainState(zero, params, teacher, optimize.init(params), zero)
+    abstract, _ = train_step.abstract_state(model, mesh, optimize, "frozen")
+    state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), jax.device_get(state), abstract)
+
+    rng = np.random.default_rng(0)
+    lengths = [rng.integers(1, size + 1, B) for size in (P, Q, R)]
+    prompt, teacher_prompt, response = (rng.integers(0, model.config.vocab_size, (B, size)) for size in (P, Q, R))
+    arrays = (prompt, lengths[0], teacher_prompt, lengths[1], response, lengths[2])
+    batch = sharding.put_batch(mesh, train_step.TrainBatch(*(x.astype(np.int32) for x in arrays)))
+    layout = model.shardings(mesh, sharding.ROLLOUT)
+    greedy = rollout.Generator(model.graphdef, mesh, rollout.Sampling(R, temperature=0.0), (3,), 0)
+    hashes, active = np.arange(B, dtype=np.uint32), np.ones(B, bool)
+    laid = rollout.relayout(state.teacher, model.dtype, layout)
+    written = greedy(laid, prompt.astype(np.int32), lengths[0].astype(np.int32), hashes, active, jax.random.key(0))
+    state, scalars = train_step.jit_train_step(config, model, mesh, optimize)(state, {}, batch)
+    return jax.device_get((state, scalars, written))
+
+
+@pytest.mark.parametrize(("name", "shape"), [(name, shape) for name in MESHES for shape in MESHES[name]])
+def test_a_step_and_a_rollout_do_not_depend_on_the_devices(name, shape):
+    (state, scalars, written), (alone, alone_scalars, alone_written) = computed(name, shape), computed(name, (1, 1, 1))
+    np.testing.assert_array_equal(written.response_BxR, alone_written.response_BxR)
+    assert len(np.unique(alone_written.response_BxR)) > 5
+    for key, value in alone_scalars.items():
+        np.testing.assert_allclose(scalars[key], value, rtol=1e-5, err_msg=key)
+    assert alone_scalars["grad_norm"] > 1e-3
+    # The optimizer's first moments are a tenth of the clipped gradient, not yet rounded by adding it to the weights.
+    for expected, actual in ((alone.opt_state[1][0].mu, state.opt_state[1][0].mu), (alone.params, state.params)):
+        difference = optax.tree.norm(optax.tree.sub(actual, expected))
+        assert difference <= 1e-5 * optax.tree.norm(expected)
+        for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)):
+            # Small gradients that are sums of large ones (a key's bias all but cancels) are farthest off.
+            assert np.linalg.norm(a - b) <= 5e-5 * np.linalg.norm(b), jax.tree_util.keystr(path)

@@ -1,0 +1,88 @@
+"""The mesh and the rule table."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder
+from msd_jax.parallel import sharding
+from msd_jax.planning import chips
+from tests.conftest import LLAMA
+
+
+def test_mesh_sizes():
+    assert dict(sharding.make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    for sizes in [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, 8, 1), (16, -1, 1)]:
+        with pytest.raises(ValueError, match=r"config.mesh="):
+            sharding.make_mesh(*sizes)
+
+
+def test_rules_split_every_matrix():
+    mesh = sharding.make_mesh(2, 2, 2)
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))
+    train = sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN)
+    assert train["layers"]["query"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert train["layers"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
+    assert train["embedding"].spec == PartitionSpec("tensor", "fsdp")
+    rollout = sharding.param_shardings(mesh, abstract, axes, sharding.ROLLOUT)
+    assert rollout["layers"]["query"].spec == PartitionSpec(None, None, "tensor", None)
+
+
+def test_a_size_that_does_not_divide_is_named():
+    mesh = sharding.make_mesh(1, 1, 8)
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))
+    with pytest.raises(ValueError, match=r"parameter layers.output: axis 'heads' of size 4 .* 'tensor' of size 8"):
+        sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN)
+
+
+def test_key_value_heads_are_copied_where_devices_are_a_multiple_of_them():
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))  # 4 heads, 2 of keys and values
+    layers = sharding.param_shardings(sharding.make_mesh(1, 2, 4), abstract, axes, sharding.TRAIN)["layers"]
+    assert layers["query"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert layers["key"].spec == PartitionSpec(None, "fsdp", None, None)
+
+
+def test_a_collision_is_named():
+    mesh = sharding.make_mesh(1, 4, 2)
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))
+    with pytest.raises(ValueError, match=r"parameter \S+: axis '\w+' falls on mesh axis 'tensor', already taken"):
+        sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN | {"embed": "tensor"})
+
+
+def test_batches_go_out_by_rows_and_come_back_whole(rng):
+    mesh = sharding.make_mesh(2, 2, 2)
+    array = rng.integers(0, 9, (8, 3))
+    placed = sharding.put_batch(mesh, array)
+    assert placed.sharding.shard_shape(placed.shape) == (2, 3)
+    np.testing.assert_array_equal(sharding.fetch(placed), array)
+    assert jnp.sum(jax.jit(lambda x: x)(placed)) == array.sum()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: TPU slices are unknown"
+)
+def test_only_data_crosses_slices(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # which chips.devices takes away; put back afterwards
+    devices = chips.devices("v5e:2x2", slices=2)
+    mesh = sharding.make_mesh(2, 2, 2, devices=devices)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+    mesh = sharding.make_mesh(4, -1, 1, devices=devices)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match=r"config.mesh=1x-1x1 .* over 2 slices: data must be a multiple of 2"):
+        sharding.make_mesh(1, -1, 1, devices=devices)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: TPU slices are unknown"
+)
+@pytest.mark.parametrize("name, sizes", [("v6e:4x4", (1, 8, 2)), ("v5p:2x2x4", (2, 1, 8)), ("v4:2x2x4", (1, 16, 1))])
+def test_any_mesh_that_fills_a_slice_is_one(monkeypatch, name, sizes):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    devices = chips.devices(name)
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    assert mesh.devices.shape == sizes and {d.id for d in mesh.devices.flat} == {d.id for d in devices}

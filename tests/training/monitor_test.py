@@ -1,0 +1,161 @@
+"""A slice of the evaluation while training, and the floor that ends it."""
+
+import collections
+import json
+
+import jax
+import ml_collections
+import pytest
+from msd_jax.configs import quickstart
+
+from msd_jax import settings
+from msd_jax.io import jsonl
+from msd_jax.training import checkpoint, loop, monitor
+
+
+def small():
+    config = quickstart.get_config()
+    config.data.languages = ml_collections.ConfigDict({"sw": 1.0})
+    config.data.batch_size = 16
+    config.train.steps = 8
+    config.train.checkpoint_every = 2
+    config.eval.languages = ("en", "sw", "yo")
+    config.eval.passes = ("greedy",)
+    config.eval.limit = 48
+    config.eval.batch_size = 64
+    config.eval.every = 2
+    config.eval.slice = 8
+    return config
+
+
+def ruinous():
+    """Languages are lost within a few steps."""
+    config = small()
+    config.optimizer.learning_rate, config.optimizer.schedule, config.optimizer.warmup_steps = 1e-2, "constant", 0
+    return config
+
+
+def trainer(config, workdir):
+    return loop.Trainer(ml_collections.FrozenConfigDict(config), workdir)
+
+
+def row(language, verdict, harmful, right=None, **more):
+    return {"language": language, "verdict": verdict, "harmful": harmful, "exact_match": right} | {
+        "language_match": None, "stopped": True, "benchmark": "queries", **more
+    }  # fmt: skip
+
+
+def test_rates_are_those_counted_by_hand():
+    config = small()
+    rows = [
+        row("en", "refused", True),
+        row("sw", "unsafe", True),
+        row("sw", "refused", None),
+        row("sw", "unsafe", True),
+        row("yo", "answered", False, right=True),
+        row("en", "refused", False, right=False),
+        row("sw", None, None, benchmark="mmmlu", correct=True),
+    ]
+    assert monitor.rates(rows, config) == {
+        "slice_asr_source": 0.0,
+        "slice_asr_trained": 2 / 3,
+        "slice_over_refusal": 1 / 2,
+        "slice_utility": 2 / 3,
+    }
+    assert monitor.rates([], config) == {}
+
+
+def test_the_slice_is_measured_when_it_is_due_and_is_part_of_the_evaluation(tmp_path):
+    config = small()
+    run = trainer(config, tmp_path)
+    run.train()
+    rows = jsonl.read_json_lines(tmp_path / "metrics.jsonl")
+    seen = [{key for key in r if key.startswith("slice_")} for r in rows]
+    assert [bool(keys) for keys in seen] == [False, True] * 4 and len(seen[1]) == 5
+    # After the last step the slice says of its prompts what the whole evaluation says of them.
+    prompts = run.evaluation.slice(config.eval.slice)
+    keys = {prompt.key for prompt in prompts}
+    parts = collections.Counter((prompt.language, prompt.query.harmful) for prompt in prompts)
+    assert len(parts) == 3 * 2 and set(parts.values()) <= {7, 8}  # evenly spread, so not always the full number
+    whole = jsonl.read_json_lines(tmp_path / "eval" / "8" / "responses.jsonl")
+    of_slice = [r for r in whole if (r["benchmark"], r["id"], r["language"]) in keys]
+    assert monitor.rates(of_slice, config) == {key: rows[-1][key] for key in seen[-1]}
+
+
+def test_training_ends_at_the_floor_and_goes_back_to_what_held_it(tmp_path, capsys):
+    config = ruinous()
+    config.eval.utility_floor = 0.9
+    run = trainer(config, tmp_path)
+    run.train()
+    rows = [r for r in jsonl.read_json_lines(tmp_path / "metrics.jsonl") if "slice_utility" in r]
+    floor = 0.9 * utility(tmp_path / "eval" / "0")
+    held = [r["step"] for r in rows if r["slice_utility"] >= floor]
+    assert rows[-1]["slice_utility"] < floor and rows[-1]["step"] < 8, "the setting is not ruinous enough"
+    assert held == [r["step"] for r in rows[:-1]]
+    step = held[-1] if held else 0
+    assert f"stopped after step {rows[-1]['step']}" in capsys.readouterr().out
+    assert sorted(int(path.name) for path in (tmp_path / "eval").iterdir()) == sorted({0, step})
+    assert (tmp_path / "model").exists() == (step > 0)
+    assert checkpoint.Checkpoints(tmp_path).latest == (step or None)
+    # The same command ends in the same place.
+    before = (tmp_path / "eval" / str(step) / "responses.jsonl").read_bytes()
+    trainer(config, tmp_path).train()
+    assert (tmp_path / "eval" / str(step) / "responses.jsonl").read_bytes() == before
+    assert sorted(int(path.name) for path in (tmp_path / "eval").iterdir()) == sorted({0, step})
+
+
+def test_where_no_checkpoint_holds_the_floor_the_initial_weights_are_left(tmp_path, capsys):
+    config = ruinous()
+    config.eval.every = 4
+    config.eval.utility_floor = 1.0
+    run = trainer(config, tmp_path)
+    state = run.initial_state()
+    run.train()
+    assert "gone back to the initial weights" in capsys.readouterr().out
+    assert not (tmp_path / "model").exists() and [path.name for path in (tmp_path / "eval").iterdir()] == ["0"]
+    like = checkpoint.abstract(state)
+    for step in checkpoint.Checkpoints(tmp_path).steps:  # those it went back over are neither the initial weights
+        restored, _ = checkpoint.Checkpoints(tmp_path).restore(step, like)
+        assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (restored.params, state.params))))
+
+
+def utility(directory):
+    rows = jsonl.read_json_lines(directory / "responses.jsonl")
+    return monitor.rates(rows, small())["slice_utility"]
+
+
+def test_a_floor_of_nothing_is_told(tmp_path, capsys):
+    config = small()
+    config.eval.utility_floor = 0.5
+    run = trainer(config, tmp_path / "run")
+    (tmp_path / "responses.jsonl").write_text("")
+    run.monitor.start(tmp_path)
+    run.checkpoints.close()
+    assert run.monitor.floor == 0 and "utility_floor=0.5 has no effect" in capsys.readouterr().out
+
+
+def test_a_floor_without_answers_is_refused(tmp_path):
+    records = [{"id": str(i), "harmful": True, "texts": {"en": f"a {i} ?", "sw": f"na {i} ?"}} for i in range(8)]
+    path = tmp_path / "queries.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = small()
+    config.eval.path, config.eval.languages, config.eval.utility_floor = str(path), ("en", "sw"), 0.5
+    with pytest.raises(ValueError, match=r"config\.eval\.utility_floor=0\.5: no prompt .* has a reference answer"):
+        trainer(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"utility_floor": 0.5, "every": 0}, r"config\.eval\.utility_floor=0\.5 with config\.eval\.every=0"),
+        ({"path": ""}, r"config\.eval\.every=2: set config\.eval\.path or config\.eval\.benchmarks"),
+        ({"utility_floor": 1.5}, r"config\.eval\.utility_floor=1\.5 must be at least 0.0 and at most 1"),
+        ({"slice": 0}, r"config\.eval\.slice=0 must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes, message):
+    config = small()
+    config.eval.update(changes)
+    with pytest.raises(ValueError, match=message):
+        settings.check(config)

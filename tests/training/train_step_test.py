@@ -1,0 +1,205 @@
+"""The train step: one global denominator, no gradient through the teacher, no update that is not finite."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from msd_jax.configs import default
+
+from msd_jax import losses
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder, forward, pretrained
+from msd_jax.parallel import sharding
+from msd_jax.training import optimizer, train_step
+from tests.conftest import LLAMA
+
+CONFIG = model_config.from_dict(LLAMA)
+FROZEN = ml_collections.FrozenConfigDict({"kind": "frozen", "ema_decay": 0.9, "period": 3})
+
+
+def make_batch(rng, B=8, P=6, Q=9, R=5, lengths=None):
+    lengths = rng.integers(1, R + 1, B) if lengths is None else lengths
+    arrays = (
+        rng.integers(0, 40, (B, P)), rng.integers(1, P + 1, B),
+        rng.integers(0, 40, (B, Q)), rng.integers(1, Q + 1, B),
+        rng.integers(0, 40, (B, R)), lengths,
+    )  # fmt: skip
+    return train_step.TrainBatch(*(jnp.array(a, jnp.int32) for a in arrays))
+
+
+def make_state(optimize, *, live=False, seed=0):
+    _, params = decoder.init(CONFIG, jax.random.key(seed))
+    _, other = decoder.init(CONFIG, jax.random.key(seed + 1))
+    teacher = None if live else jax.tree.map(lambda a, b: 0.7 * a + 0.3 * b, params, other)
+    zero = jnp.zeros((), jnp.int32)
+    return train_step.TrainState(zero, params, teacher, optimize.init(params), zero)
+
+
+def make_step(optimize, *, micro_batches=1, teacher=FROZEN, dtype=jnp.float32, mesh=None, **loss):
+    graphdef, _, _ = decoder.abstract(CONFIG, dtype=dtype, mesh=mesh)
+    loss = functools.partial(losses.fused_dpsw_loss, **{"weight_top_k": 5, "chunk": 7, "mesh": mesh} | loss)
+    static = {"graphdef": graphdef, "optimize": optimize, "loss": loss, "teacher": teacher}
+    step = jax.jit(functools.partial(train_step.train_step, micro_batches=micro_batches, **static))
+    return lambda state, batch: step(state, {}, batch)
+
+
+def largest_difference(a, b):
+    """Of any array: norm of the difference over norm of the first."""
+    scaled = jax.tree.map(lambda x, y: jnp.linalg.norm(x - y) / (jnp.linalg.norm(x) + 1e-12), a, b)
+    return max(float(x) for x in jax.tree.leaves(scaled))
+
+
+SGD = optax.sgd(0.1)
+# Its state is the last gradient: read there, it has not been rounded by adding it to the weights.
+RECORD = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+
+
+@pytest.mark.parametrize("normalize", ["mean", "none"])
+def test_update_does_not_depend_on_the_split_into_micro_batches(rng, normalize):
+    """1 x 8 = 2 x 4 = 4 x 2, though the responses differ in length and the weights in their sums.
+
+    The model runs in float64, so that what is left is the order in which some 25 float32 weights are added.
+    """
+    with jax.enable_x64(True):
+        batch, state = make_batch(rng), make_state(RECORD)
+        state = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
+        options = {"normalize": normalize, "dtype": jnp.float64}
+        whole, whole_scalars = make_step(RECORD, **options)(state, batch)
+        for micro_batches in (2, 4):
+            split, scalars = make_step(RECORD, micro_batches=micro_batches, **options)(state, batch)
+            difference = optax.tree.sub(whole.opt_state, split.opt_state)
+            assert optax.tree.norm(difference) < 1e-6 * optax.tree.norm(whole.opt_state)
+            assert largest_difference(whole.opt_state, split.opt_state) < 2e-6  # small arrays are farthest off
+            for name, value in whole_scalars.items():
+                np.testing.assert_allclose(scalars[name], value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 2), (2, 2, 2)])
+def test_update_does_not_depend_on_the_devices(rng, shape):
+    batch, state = make_batch(rng), make_state(RECORD)
+    alone, scalars = make_step(RECORD)(state, batch)
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    _, abstract, axes = decoder.abstract(CONFIG)
+    layout = sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN)
+    spread = dataclasses.replace(
+        jax.device_put(state, sharding.replicated(mesh)),
+        params=jax.device_put(state.params, layout),
+        teacher=jax.device_put(state.teacher, layout),
+        opt_state=jax.device_put(state.opt_state, layout),
+    )
+    together, other = make_step(RECORD, mesh=mesh)(spread, sharding.put_batch(mesh, jax.device_get(batch)))
+    assert largest_difference(alone.opt_state, jax.device_get(together.opt_state)) < 1e-5
+    np.testing.assert_allclose(other["loss"], scalars["loss"], rtol=1e-5)
+
+
+def test_update_is_the_gradient_of_the_mean_loss(rng):
+    """Against jax.grad of the loss written out once more, with the teacher's logits as constants."""
+    batch, state = make_batch(rng), make_state(RECORD)
+    graphdef, _, _ = decoder.abstract(CONFIG)
+    _, teacher = train_step.both_logits(graphdef, state.params, state.teacher, batch)
+    mask = forward.response_mask(batch.response_length_B, 5)
+
+    def mean_loss(params):
+        student, _ = train_step.both_logits(graphdef, params, state.teacher, batch)
+        total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask, weight_top_k=5)
+        return total / normaliser
+
+    expected = jax.grad(mean_loss)(state.params)
+    new, scalars = make_step(RECORD)(state, batch)
+    assert largest_difference(expected, new.opt_state) < 1e-5
+    np.testing.assert_allclose(scalars["loss"], mean_loss(state.params), rtol=1e-6)
+
+
+def test_a_live_teacher_takes_no_gradient(rng):
+    """With one prompt for both roles the live teacher is the student: loss and gradient are exactly zero."""
+    batch = make_batch(rng)
+    batch = batch._replace(teacher_prompt_BxP=batch.student_prompt_BxP, teacher_length_B=batch.student_length_B)
+    live = ml_collections.ConfigDict({"kind": "live"})
+    state = make_state(SGD, live=True)
+    new, scalars = make_step(SGD, teacher=live)(state, batch)
+    assert scalars["loss"] == 0 and scalars["grad_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
+    # With two prompts, the gradient is that of a frozen teacher with equal weights.
+    batch = make_batch(rng)
+    frozen = dataclasses.replace(make_state(SGD, live=True), teacher=state.params)
+    by_live, _ = make_step(SGD, teacher=live)(state, batch)
+    by_frozen, _ = make_step(SGD)(frozen, batch)
+    assert largest_difference(by_frozen.params, by_live.params) < 1e-6
+    assert largest_difference(state.params, by_live.params) > 1e-5
+
+
+def test_teachers(rng):
+    batch = make_batch(rng)
+    for kind in ("frozen", "ema", "periodic"):
+        teacher = ml_collections.ConfigDict({"kind": kind, "ema_decay": 0.9, "period": 3})
+        step, state = make_step(SGD, teacher=teacher), make_state(SGD)
+        expected = state.teacher
+        for number in range(1, 5):
+            state, _ = step(state, batch)
+            if kind == "ema":
+                expected = jax.tree.map(lambda t, s: 0.9 * t + 0.1 * s, expected, state.params)
+            elif kind == "periodic" and number == 3:
+                expected = state.params
+            assert largest_difference(expected, state.teacher) < 1e-6, (kind, number)
+
+
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(rng, where):
+    optimize = optax.adamw(1e-3)
+    ema = ml_collections.ConfigDict({"kind": "ema", "ema_decay": 0.9})
+    step, batch, state = make_step(optimize, teacher=ema), make_batch(rng), make_state(optimize)
+    state, _ = step(state, batch)
+    broken = jax.tree.map(lambda x: x, state.params if where == "student" else state.teacher)
+    broken["final_norm"] = broken["final_norm"].at[0].set(jnp.nan)
+    field = "params" if where == "student" else "teacher"
+    new, scalars = step(dataclasses.replace(state, **{field: broken}), batch)
+    assert new.step == 2 and new.skipped == 1 and scalars["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, new.opt_state, state.opt_state)
+    if where == "teacher":
+        jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
+    finite, _ = step(state, batch)
+    assert finite.skipped == 0 and largest_difference(state.params, finite.params) > 0
+
+
+def test_a_batch_without_response_tokens_is_no_update(rng):
+    batch, state = make_batch(rng, lengths=np.zeros(8)), make_state(SGD)
+    new, scalars = make_step(SGD)(state, batch)
+    assert scalars["loss"] == 0 and scalars["tokens"] == 0 and new.skipped == 0
+    jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
+
+
+def test_a_step_holds_little_beside_the_state_and_one_gradient():
+    """A second copy of gradients, moments or a table would show, and so would zeros made before their time."""
+    sizes = {
+        "vocab_size": 8192,
+        "width": 256,
+        "ffw": 1024,
+        "layers": 8,
+        "windows": (0,) * 8,
+        "ropes": CONFIG.ropes[:1] * 8,
+    }
+    config = default.get_config()
+    config.train.loss_chunk = 8
+    config = ml_collections.FrozenConfigDict(config)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    options = {"dtype": "float32", "param_dtype": "float32", "remat": "full", "mesh": mesh}
+    model = pretrained.architecture(dataclasses.replace(CONFIG, **sizes), **options)
+    optimize, _ = optimizer.make_optimizer(config.optimizer, 10)
+    state, frozen = train_step.abstract_state(model, mesh, optimize, "frozen")
+    rows = lambda *shape: jax.ShapeDtypeStruct((8, *shape), jnp.int32, sharding=sharding.batch_sharding(mesh))  # noqa: E731
+    batch = train_step.TrainBatch(rows(4), rows(), rows(4), rows(), rows(4), rows())
+    memory = (
+        train_step.jit_train_step(config, model, mesh, optimize).lower(state, frozen, batch).compile().memory_analysis()
+    )
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    assert memory.argument_size_in_bytes < 4.01 * weights  # they, the teacher and two moments
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * weights
+    assert memory.temp_size_in_bytes < 1.22 * weights
