@@ -16,6 +16,7 @@ setuptools.setup(
     # configs/ stands at the top of the repository and is importable from anywhere as msd_jax.configs.
     package_dir={"msd_jax.configs": "configs"},
     package_data={
+        "msd_jax": ["py.typed"],
         "msd_jax.evaluation.judges": ["*.json"],
         "msd_jax.planning": ["*.json"],
         "msd_jax.report": ["page.*"],

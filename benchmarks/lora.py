@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace, rank: int) -> dict[str, float]:
     config.train.steps, config.train.export = arguments.steps, False
     with tempfile.TemporaryDirectory() as workdir:
         loop.Trainer(ml_collections.FrozenConfigDict(config), pathlib.Path(workdir)).train()
-        rows = jsonl.read_json_lines(pathlib.Path(workdir) / "metrics.jsonl")
+        rows = jsonl.read(pathlib.Path(workdir) / "metrics.jsonl")
     return {
         "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "seconds": min(row["rollout_seconds"] + row["train_seconds"] for row in rows),

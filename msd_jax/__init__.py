@@ -5,28 +5,32 @@
 
 from msd_jax.losses import (
     DIVERGENCES,
+    LossSettings,
     cross_entropy,
     dpsw_loss,
     dpsw_weights,
     forward_kl,
+    fused_dpsw_loss,
     jsd,
     mean_loss,
+    per_token_loss,
     reverse_kl,
     student_weight,
     teacher_weight,
-    token_diagnostics,
 )
 
 __all__ = [
     "DIVERGENCES",
+    "LossSettings",
     "cross_entropy",
     "dpsw_loss",
     "dpsw_weights",
     "forward_kl",
+    "fused_dpsw_loss",
     "jsd",
     "mean_loss",
+    "per_token_loss",
     "reverse_kl",
     "student_weight",
     "teacher_weight",
-    "token_diagnostics",
 ]

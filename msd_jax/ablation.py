@@ -12,6 +12,7 @@ import ml_collections
 
 from msd_jax import report, settings
 from msd_jax.configs import default
+from msd_jax.errors import UserError
 from msd_jax.io.console import say
 from msd_jax.parallel import distributed
 from msd_jax.training import loop
@@ -21,7 +22,7 @@ class Grid:
     """Every variant with every seed: made with every check done, then `train()`, then `report()`."""
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
-        """Raises ValueError or OSError where a variant is not fit, or a run in `workdir` had other settings."""
+        """Raises UserError where a variant is not fit, or a run in `workdir` had other settings."""
         self.workdir, self.configs = workdir, configs(config)
         self.directories = {(name, seed): workdir / name / str(seed) for name, seed in self.configs}
         self._left = [run for run in self.configs if not self._finished(run)]
@@ -54,7 +55,7 @@ class Grid:
 def configs(config: ml_collections.ConfigDict) -> dict[tuple[str, int], ml_collections.FrozenConfigDict]:
     """{(variant, seed): the whole config of a run}, a seed after the other.
 
-    Raises ValueError where a variant changes a key that is not there, or to what it cannot be.
+    Raises UserError where a variant changes a key that is not there, or to what it cannot be.
     """
     grid = {}
     for seed in range(config.seed, config.seed + config.ablation.seeds):
@@ -66,7 +67,7 @@ def configs(config: ml_collections.ConfigDict) -> dict[tuple[str, int], ml_colle
                 one.seed = seed
                 settings.check(one)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"config.ablation.variants.{name}: {error}") from error
+                raise UserError(f"config.ablation.variants.{name}: {error}") from error
             grid[name, seed] = ml_collections.FrozenConfigDict(one)
     return grid
 

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from msd_jax import settings
+from msd_jax.errors import UserError
 from msd_jax.parallel import distributed
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
@@ -21,20 +22,23 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, o
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Ends the process with exit code 1 and the message alone for what a user can mend."""
+    """Around a command's set-up: what a user can mend ends the process with exit code 1 and one line.
+
+    Beside our own errors that is whatever the operating system says of a file.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 def config() -> ml_collections.ConfigDict:
-    """The config of the command line, checked and frozen. Raises ValueError where it does not load or is at fault."""
+    """The config of the command line, checked and frozen. Raises UserError where it does not load or is at fault."""
     try:
         loaded = ml_collections.FrozenConfigDict(_CONFIG.value)
     except Exception as error:  # whatever the code in a config file may raise
         path = config_flags.get_config_filename(FLAGS["config"])
-        raise ValueError(f"--config={path} does not load: {str(error).strip().splitlines()[-1].strip()}") from error
+        raise UserError(f"--config={path} does not load: {str(error).strip().splitlines()[-1].strip()}") from error
     settings.check(loaded)
     return loaded
 
@@ -58,8 +62,15 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
             sys.exit(f"error: {_explain(error, argv)}")
 
     logging.set_verbosity(logging.WARNING)  # libraries are quiet; our own lines are printed
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except UserError as error:  # in the middle of a run; errors of JAX, Optax and Orbax keep their traceback
+            sys.exit(f"error: {error}")
+
     with distributed.together():
-        app.run(main, flags_parser=parse)
+        app.run(guarded, flags_parser=parse)
 
 
 def _explain(error: Exception, argv: list[str]) -> str:

@@ -9,6 +9,7 @@ config is evaluated as it comes. --preflight asks whether training is worth it, 
 import pathlib
 
 from msd_jax import cli, report
+from msd_jax.errors import UserError
 from msd_jax.evaluation import evaluator, preflight
 from msd_jax.generation import rollout
 from msd_jax.io.console import say
@@ -28,10 +29,10 @@ def main(argv: list[str]) -> None:
             say(f"responses of both roles: {out}")
             return
         if not evaluator.wanted(config):
-            raise ValueError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
+            raise UserError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
         evaluation = evaluator.Evaluation(config, model, mesh)
         if distributed.from_first((out / "summary.json").exists):
-            raise ValueError(f"--out={out} already holds an evaluation; take another directory")
+            raise UserError(f"--out={out} already holds an evaluation; take another directory")
         params = trained.load_params(cli.FLAGS.checkpoint, model, mesh)
     layout = model.shardings(mesh, sharding.ROLLOUT)
     summary = evaluation.run(lambda: rollout.relayout(params, model.dtype, layout), out)

@@ -8,6 +8,7 @@ A run exports its last step by itself.
 import pathlib
 
 from msd_jax import cli
+from msd_jax.errors import UserError
 from msd_jax.io.console import say
 from msd_jax.models import export, pretrained, trained
 from msd_jax.parallel import distributed, sharding
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
         params = trained.load_params(cli.FLAGS.checkpoint, model, mesh)
         out = pathlib.Path(cli.FLAGS.out)
         if distributed.from_first(out.exists):
-            raise ValueError(f"--out={out} is there already; name a new directory")
+            raise UserError(f"--out={out} is there already; name a new directory")
     export.save(out, params, model.directory, lora=model.lora)
     say(f"exported: {out}")
 

@@ -21,6 +21,7 @@ import ml_collections
 from absl import flags
 
 from msd_jax import cli
+from msd_jax.errors import UserError
 from msd_jax.io.console import say
 from msd_jax.planning import table
 from msd_jax.planning.programs import (
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
     with cli.clear_errors():
         given, file = cli.config(), pathlib.Path(cli.FLAGS.json)
         if not file.parent.is_dir():
-            raise ValueError(f"--json={file}: there is no directory {file.parent}")
+            raise UserError(f"--json={file}: there is no directory {file.parent}")
         config, pod = make_pod(given, cli.FLAGS.topology, cli.FLAGS.mesh)
         sizes, source = read_architecture(config.model.path)
         if cli.FLAGS.search:

@@ -13,15 +13,16 @@ from absl import logging
 
 from msd_jax import cli
 from msd_jax.data import parallel_queries
+from msd_jax.errors import UserError
 from msd_jax.io.console import console
 
 
 def splits(text: str) -> dict[str, float]:
-    """Parses train=0.9,test=0.1. Raises ValueError where it is malformed."""
+    """Parses train=0.9,test=0.1. Raises UserError where it is malformed."""
     try:
         return {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
     except ValueError:
-        raise ValueError(f"--splits={text!r}: write train=0.9,test=0.1") from None
+        raise UserError(f"--splits={text!r}: write train=0.9,test=0.1") from None
 
 
 def main() -> None:

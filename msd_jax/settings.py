@@ -7,8 +7,10 @@ from typing import Any
 
 import ml_collections
 
+from msd_jax import losses
 from msd_jax.configs import default
 from msd_jax.data import sources
+from msd_jax.errors import UserError
 from msd_jax.evaluation import benchmarks
 from msd_jax.models.lora import INPUTS
 from msd_jax.planning import topology
@@ -36,10 +38,10 @@ _CHOICES = {
     "prompts.cot": ("instruction", "generated", "none"),
     "teacher.kind": ("frozen", "live", "ema", "periodic"),
     "rollout.policy": ("on_policy", "off_policy", "mixed"),
-    "loss.divergence": ("auto", "reverse_kl", "forward_kl", "jsd", "cross_entropy"),
-    "loss.weighting": ("dpsw", "teacher", "student", "uniform"),
-    "loss.student_token": ("teacher_argmax", "sampled"),
-    "loss.normalize": ("mean", "none"),
+    "loss.divergence": ("auto", *losses.OBJECTIVES),
+    "loss.weighting": tuple(losses.WEIGHTINGS),
+    "loss.student_token": losses.STUDENT_TOKENS,
+    "loss.normalize": losses.NORMALIZATIONS,
     "optimizer.name": ("adamw", "adafactor"),
     "optimizer.moments_dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("cosine", "constant"),
@@ -114,18 +116,11 @@ _POSITIVE = (
 )
 
 
-def divergence(named: str, policy: str) -> str:
-    """What config.loss.divergence stands for with a config.rollout.policy: "auto" goes by who writes the response."""
-    if named != "auto":
-        return named
-    return "forward_kl" if policy == "off_policy" else "reverse_kl"
-
-
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises a ValueError with one line a fault, each naming the key, its value and what would do."""
+    """Raises a UserError with one line a fault, each naming the key, its value and what would do."""
     faults = list(_faults(config))
     if faults:
-        raise ValueError("\n".join(faults))
+        raise UserError("\n".join(faults))
 
 
 def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:

@@ -9,6 +9,7 @@ import shlex
 import jax
 
 from msd_jax import cli
+from msd_jax.errors import UserError
 from msd_jax.planning import topology
 
 
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> None:
     with cli.clear_errors():
         config, want = cli.config(), cli.FLAGS.want
         if want and want != config.launch.accelerator:
-            raise ValueError(
+            raise UserError(
                 f"config.launch.accelerator={config.launch.accelerator!r}: this script is for {want}; "
                 f"give --config.launch.accelerator={want} and what goes with it"
             )

@@ -62,13 +62,13 @@ def test_a_grid_is_its_runs_in_one_table(tmp_path, monkeypatch):
     for file in ("eval/0/responses.jsonl", "eval/2/responses.jsonl"):
         assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "sft" / "1" / file).read_bytes()
     losses = [
-        [row["loss"] for row in jsonl.read_json_lines(directory / "metrics.jsonl")]
+        [row["loss"] for row in jsonl.read(directory / "metrics.jsonl")]
         for directory in (tmp_path / "alone", tmp_path / "sft" / "1")
     ]
     assert losses[0] == losses[1]
     # Another prompt, other responses: nothing was taken over from the first variant.
     first, careful = (
-        [row["settings"] for row in jsonl.read_json_lines(tmp_path / name / "0" / "eval" / "0" / "responses.jsonl")]
+        [row["settings"] for row in jsonl.read(tmp_path / name / "0" / "eval" / "0" / "responses.jsonl")]
         for name in ("msd", "careful")
     )
     assert not set(first) & set(careful)
@@ -89,11 +89,11 @@ def test_the_responses_before_training_are_taken_over_and_not_written_again(tmp_
     run(config, tmp_path)
     (tmp_path / "uniform" / "0").rename(tmp_path / "old")
     path = tmp_path / "msd" / "0" / "eval" / "0" / "responses.jsonl"
-    rows = jsonl.read_json_lines(path)
+    rows = jsonl.read(path)
     rows[0]["tokens"] = 1234  # a mark
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(config, tmp_path)
-    again = jsonl.read_json_lines(tmp_path / "uniform" / "0" / "eval" / "0" / "responses.jsonl")
+    again = jsonl.read(tmp_path / "uniform" / "0" / "eval" / "0" / "responses.jsonl")
     assert [row["tokens"] for row in again] == [row["tokens"] for row in rows]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from msd_jax.data import prompts, sources
 from msd_jax.data.records import Query, require_languages
+from msd_jax.errors import UserError
 from msd_jax.parallel import padding
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def encode_all(
       analyses: the teacher's, by id of the query, with config.prompts.cot = "generated"; what is missing is empty.
 
     Raises:
-      ValueError: a text is missing, or all prompts in a language are longer than their limits.
+      UserError: a text is missing, or all prompts in a language are longer than their limits.
     """
     source = config.data.source_language
     require_languages(records, (source, *languages), sources.describe(config.data))
@@ -118,7 +119,7 @@ def encode_all(
                 for key in limits
                 if longest[language, key]
             )
-            raise ValueError(
+            raise UserError(
                 f"{sources.describe(config.data)}: all {len(records)} prompts in {language!r} are longer than {reasons}"
                 "; raise the limit"
             )
@@ -162,17 +163,17 @@ def batches(
       retain_fraction: probability that a query is not shown in a target language but retained.
 
     Raises:
-      ValueError: a weight is not a number from 0 on, its language was not encoded, or nothing is left.
+      UserError: a weight is not a number from 0 on, its language was not encoded, or nothing is left.
     """
     for language, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"config.data.languages.{language}={weight!r} must be a number from 0 on")
+            raise UserError(f"config.data.languages.{language}={weight!r} must be a number from 0 on")
         if language not in encoded.languages:
-            raise ValueError(f"config.data.languages.{language}: only {', '.join(encoded.languages)} were encoded")
+            raise UserError(f"config.data.languages.{language}: only {', '.join(encoded.languages)} were encoded")
     records = [tuple(x for x in record if x.retained or weights.get(x.language)) for record in encoded.records]
     records = [record for record in records if record and not record[0].retained]
     if not records:
-        raise ValueError(f"config.data.languages={dict(weights)}: no language with a weight above 0 has queries")
+        raise UserError(f"config.data.languages={dict(weights)}: no language with a weight above 0 has queries")
     parts = _parts(records, source_weights or {}, harmful_share)
 
     def draw(record: tuple[prompts.Example, ...], rng: np.random.Generator) -> prompts.Example:
@@ -232,10 +233,10 @@ def _parts(
     present = {source for source, _ in by_part}
     for source, weight in source_weights.items():
         if weight and len(source_weights) > 1 and source not in present:
-            raise ValueError(f"config.data.sources.{source}: none of its queries is left; set its weight to 0")
+            raise UserError(f"config.data.sources.{source}: none of its queries is left; set its weight to 0")
     unlabelled = [record[0].query_id for (_, label), part in by_part.items() if label is None for record in part]
     if harmful_share is not None and unlabelled:
-        raise ValueError(
+        raise UserError(
             f"config.data.harmful_share={harmful_share}: {len(unlabelled)} queries say neither harmful nor harmless "
             f"(first: id {unlabelled[0]!r}); label them, or set `harmful` of their source to true or false"
         )
@@ -247,7 +248,7 @@ def _parts(
         total = sum(weights.values())
         if share and not total:
             kind = {True: "harmful", False: "harmless"}[label]
-            raise ValueError(f"config.data.harmful_share={harmful_share}: there are no {kind} queries to draw")
+            raise UserError(f"config.data.harmful_share={harmful_share}: there are no {kind} queries to draw")
         parts += [
             _Part(f"{source} {label}", share * weight / total, by_part[source, label])
             for source, weight in weights.items()

@@ -13,6 +13,7 @@ from typing import Any
 
 from msd_jax.data import hub
 from msd_jax.data.records import Query, language_name, parse
+from msd_jax.errors import UserError, UserFileError
 
 # Columns of a table that are not languages, and the record's field that they fill. MultiJail's `source` says who
 # collected a query, which nothing here asks for.
@@ -43,10 +44,10 @@ def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.d
       key: the setting that errors about `path` name.
 
     Raises:
-      FileNotFoundError, ValueError: one message that names the file, the line and what to mend.
+      UserError: one message that names the file, the line and what to mend.
     """
     if harmful not in LABELS:
-        raise ValueError(f"harmful={harmful!r}: choose one of {', '.join(LABELS)}")
+        raise UserError(f"harmful={harmful!r}: choose one of {', '.join(LABELS)}")
     if str(path).startswith("tfds://"):
         from msd_jax.data import parallel_queries
 
@@ -57,7 +58,7 @@ def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.d
             query = parse(record, f"{file}, line {line}")
             if query.id in places:
                 first, first_line = places[query.id]
-                raise ValueError(
+                raise UserError(
                     f"{file}, line {line}: id {query.id!r} is already on line {first_line}"
                     + (f" of {first}" if first != file else "")
                     + "; give each record its own"
@@ -65,7 +66,7 @@ def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.d
             places[query.id] = file, line
             queries.append(query)
     if not queries:
-        raise ValueError(f"{path}: there are no records in it")
+        raise UserError(f"{path}: there are no records in it")
     return labelled(queries, harmful)
 
 
@@ -85,29 +86,29 @@ def locate(path: str | os.PathLike, key: str = "config.data.path") -> list[pathl
       key: the setting that errors name.
 
     Raises:
-      FileNotFoundError, ValueError: one message that says what to write.
+      UserError: one message that says what to write.
     """
     suffixes = f"{', '.join([*_READERS][:-1])} or {[*_READERS][-1]}"
     if not str(path):
-        raise ValueError(f"{key} is empty: name a query file that ends in {suffixes}")
+        raise UserError(f"{key} is empty: name a query file that ends in {suffixes}")
     given = path
     wanted = [f"*{suffix}" for suffix in _READERS]
     path = hub.fetch(str(path), wanted, key) if hub.is_uri(path) else pathlib.Path(path).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
         if not files:
-            raise FileNotFoundError(f"{given}: there is no query file ({suffixes}) in this folder")
+            raise UserFileError(f"{given}: there is no query file ({suffixes}) in this folder")
         parts = [_SHARD.fullmatch(file.stem) for file in files]
         if len(files) > 1 and not (all(parts) and len({(f.parent, p[1]) for f, p in zip(files, parts)}) == 1):
             names = ", ".join(str(file.relative_to(path)) for file in files[:10])
-            raise ValueError(f"{given}: {len(files)} query files are in this folder ({names}); name one, or use *")
+            raise UserError(f"{given}: {len(files)} query files are in this folder ({names}); name one, or use *")
         return files
     files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     for file in files:
         if file.suffix.lower() not in _READERS:
-            raise ValueError(f"{file}: a query file ends in {suffixes}, not in {file.suffix!r}")
+            raise UserError(f"{file}: a query file ends in {suffixes}, not in {file.suffix!r}")
     if not files or not all(file.is_file() for file in files):
-        raise FileNotFoundError(f"{path}: there is no such query file")
+        raise UserFileError(f"{path}: there is no such query file")
     return files
 
 
@@ -128,7 +129,7 @@ def _decode(path: pathlib.Path) -> str:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
+        raise UserError(
             f"{path}, line {line}: byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8; save the file "
             "as UTF-8"
         ) from None
@@ -142,11 +143,11 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line, object_pairs_hook=_without_duplicates)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}, column {error.colno}: malformed JSON ({error.msg}); write one object a line"
             ) from None
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise UserError(f"{path}, line {number}: {error}") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} is there twice; keep one")
+        raise UserError(f"key {twice!r} is there twice; keep one")
     return record
 
 
@@ -172,13 +173,13 @@ def _read_csv(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 columns = _columns(path, row)
                 continue
             if len(row) != len(columns):
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {line}: {len(row)} cells under {len(columns)} columns; quote cells that contain a "
                     "comma"
                 )
             yield line, _from_cells(columns, row, f"{path}, line {line}")
     except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num}: malformed CSV ({error})") from None
+        raise UserError(f"{path}, line {rows.line_num}: malformed CSV ({error})") from None
 
 
 def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -189,7 +190,7 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
     columns = None
     for number, row in enumerate(rows, start=1):
         if "texts" in row:  # a missing field is null there
@@ -217,7 +218,7 @@ def _from_cells(columns: list[tuple[str, str | None]], cells: list[str], where: 
     for (field, language), cell in zip(columns, cells):
         if field == "harmful":
             if cell.strip().lower() not in _HARMFUL:
-                raise ValueError(f"{where}: harmful={reprlib.repr(cell)} must be true, false, 1, 0 or empty")
+                raise UserError(f"{where}: harmful={reprlib.repr(cell)} must be true, false, 1, 0 or empty")
             record[field] = _HARMFUL[cell.strip().lower()]
         elif field == "answers":
             if cell.strip():
@@ -239,17 +240,17 @@ def _columns(path: pathlib.Path, header: list[str]) -> list[tuple[str, str | Non
         elif prefix in _PREFIXES and _is_language(code):
             column = (_PREFIXES[prefix], code)
         else:
-            raise ValueError(
+            raise UserError(
                 f"{path}: column {name!r} is neither a language's code nor one of {', '.join(_METADATA)}; name it as "
                 "in sw, text:sw or answer:sw, or take it out"
             )
         if column in columns:
-            raise ValueError(f"{path}: column {name!r} says the same as {header[columns.index(column)]!r}; keep one")
+            raise UserError(f"{path}: column {name!r} says the same as {header[columns.index(column)]!r}; keep one")
         columns.append(column)
     if ("id", None) not in columns:
-        raise ValueError(f"{path}: there is no column 'id'; it has {', '.join(header)}")
+        raise UserError(f"{path}: there is no column 'id'; it has {', '.join(header)}")
     if not any(field == "texts" for field, _ in columns):
-        raise ValueError(f"{path}: no column is a language; it has {', '.join(header)}")
+        raise UserError(f"{path}: no column is a language; it has {', '.join(header)}")
     return columns
 
 

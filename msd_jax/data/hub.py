@@ -4,6 +4,8 @@ import pathlib
 import shlex
 from collections.abc import Iterable
 
+from msd_jax.errors import UserError, UserFileError
+
 # What of a repository is data; the rest (archives, pictures, scripts) stays on the hub.
 DATA_FILES = ("*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.xlsx")
 
@@ -27,8 +29,8 @@ def fetch(uri: str, files: Iterable[str] = DATA_FILES, key: str = "config.data.p
       The file, the folder, or the path with its wildcards, of which at least one file is there.
 
     Raises:
-      ValueError: `uri` is malformed.
-      FileNotFoundError: neither the hub nor the cache has it; the message says both ways to get it.
+      UserError: `uri` is malformed.
+      UserFileError: neither the hub nor the cache has it; the message says both ways to get it.
     """
     import huggingface_hub
     from huggingface_hub.utils import parse_hf_uri
@@ -37,7 +39,7 @@ def fetch(uri: str, files: Iterable[str] = DATA_FILES, key: str = "config.data.p
     try:
         place = parse_hf_uri("hf://datasets/" + uri.removeprefix("hf://").removeprefix("datasets/"))
     except ValueError as error:
-        raise ValueError(f"{given}: write hf://OWNER/NAME[@REVISION][/PATH] ({_first_line(error)})") from None
+        raise UserError(f"{given}: write hf://OWNER/NAME[@REVISION][/PATH] ({_first_line(error)})") from None
     path = place.path_in_repo
     patterns = [path, *(f"{path}/{pattern}" for pattern in files)] if path else list(files)
     try:
@@ -46,7 +48,7 @@ def fetch(uri: str, files: Iterable[str] = DATA_FILES, key: str = "config.data.p
         )
     except Exception as error:  # the hub's own errors are many; what the user can do is always the same
         revision = f" --revision {shlex.quote(place.revision)}" if place.revision else ""
-        raise FileNotFoundError(
+        raise UserFileError(
             f"{given}: neither the hub nor its cache on this machine gave it ({type(error).__name__}). Either run `hf "
             f"download --repo-type dataset {place.id}{revision}` where there is network (and `hf auth login` before, "
             f"where the set asks for it), in the cache (HF_HOME) that this machine reads; or copy the set here by any "
@@ -54,7 +56,7 @@ def fetch(uri: str, files: Iterable[str] = DATA_FILES, key: str = "config.data.p
         ) from error
     found = pathlib.Path(snapshot, path)
     if not any(found.parent.glob(found.name)):
-        raise FileNotFoundError(f"{given}: the set {place.id} is there, but has no {path!r} in it")
+        raise UserFileError(f"{given}: the set {place.id} is there, but has no {path!r} in it")
     return found
 
 

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from msd_jax.data import files
 from msd_jax.data.records import Query
+from msd_jax.errors import UserError, UserFileError
 
 NAME, VERSION = "parallel_queries", "1.0.0"
 SPLITS = {"train": 0.9, "test": 0.1}
@@ -102,13 +103,13 @@ def build(
       harmful: label of the records that carry none: "file" leaves it unknown, "true" or "false".
 
     Raises:
-      ValueError, OSError: one message; above all where the version is there, built from something else.
+      UserError: one message; above all where the version is there, built from something else.
     """
     name, config, version = _parse(reference)
     if name != NAME:
-        raise ValueError(f"{reference}: this builder makes {NAME}; tell sets apart as {NAME}/CONFIG:VERSION")
+        raise UserError(f"{reference}: this builder makes {NAME}; tell sets apart as {NAME}/CONFIG:VERSION")
     if not splits or min(splits.values()) <= 0 or abs(sum(splits.values()) - 1) > 1e-6:
-        raise ValueError(f"splits {dict(splits)}: give each a share above 0, all adding up to 1 (train=0.9,test=0.1)")
+        raise UserError(f"splits {dict(splits)}: give each a share above 0, all adding up to 1 (train=0.9,test=0.1)")
     metadata = {"sha256": checksum(source), "harmful": harmful, "splits": dict(splits)}
     directory = _directory(reference, data_dir)
     if directory.exists():
@@ -117,7 +118,7 @@ def build(
         if changed:
             then_and_now = ", ".join(f"{key} {built.metadata.get(key)} (now {metadata[key]})" for key in changed)
             other = f"{name}{config and '/' + config}:{_next(version)}"
-            raise ValueError(
+            raise UserError(
                 f"{directory} was built with {then_and_now}: build another version (--name {other}), or remove the "
                 "directory"
             )
@@ -152,23 +153,23 @@ def read(
       key: the section of the config that errors name.
 
     Raises:
-      FileNotFoundError, ValueError: one message.
+      UserError: one message.
     """
     directory = _directory(reference, data_dir)
     if not directory.is_dir():
-        raise FileNotFoundError(
+        raise UserFileError(
             f"{key}.tfds={reference!r}: there is no {directory}; build it by `python -m msd_jax.queries --build "
             f"SOURCE --name {reference}`, or set {key}.data_dir to where it is"
         )
     builder = _open(directory)
     missing = {"id", "harmful", "category", "texts", "answers"} - set(builder.info.features)
     if missing:
-        raise ValueError(f"{directory} is no set of parallel queries: it has no {', '.join(sorted(missing))}")
+        raise UserError(f"{directory} is no set of parallel queries: it has no {', '.join(sorted(missing))}")
     try:
         rows = builder.as_data_source(split)
         examples = rows.__getitems__(range(len(rows)))
     except ValueError as error:
-        raise ValueError(f"{key}.split={split!r} of {reference}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key}.split={split!r} of {reference}: {str(error).splitlines()[0]}") from None
     queries = tuple(
         Query(
             id=row["id"].decode(),
@@ -186,7 +187,7 @@ def read_uri(uri: str, key: str) -> tuple[Query, ...]:
     """The records of tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]; errors name the setting `key`."""
     match = _URI.fullmatch(uri)
     if not match:
-        raise ValueError(f"{key}={uri!r}: write tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]")
+        raise UserError(f"{key}={uri!r}: write tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]")
     records, _ = read(match["reference"], match["split"] or "train", match["data_dir"] or "", key.removesuffix(".path"))
     return records
 
@@ -214,7 +215,7 @@ def _parse(reference: str) -> tuple[str, str, str]:
     """(name, config or "", version)."""
     match = _REFERENCE.fullmatch(reference)
     if not match:
-        raise ValueError(f"{reference!r}: write NAME[/CONFIG][:VERSION], as in {NAME}:{VERSION}")
+        raise UserError(f"{reference!r}: write NAME[/CONFIG][:VERSION], as in {NAME}:{VERSION}")
     return match["name"], match["config"] or "", match["version"] or VERSION
 
 
@@ -227,7 +228,7 @@ def _open(directory: pathlib.Path) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder_from_directory(directory)
     except (OSError, ValueError, AssertionError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{directory} is no whole TFDS set ({type(error).__name__}): remove it and build again"
         ) from None
 

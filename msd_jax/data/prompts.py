@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from msd_jax.data.records import Query, language_name
+from msd_jax.errors import UserError
 from msd_jax.models.tokenizer import Messages, token_ids
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def fill_template(template: str, query: str, language: str, key: str = "teacher_
       key: for messages. A template needs {query}, the reply_template {language}.
 
     Raises:
-      ValueError: the template lacks what it needs, has another placeholder, or broken braces ({{ and }} are literal
+      UserError: the template lacks what it needs, has another placeholder, or broken braces ({{ and }} are literal
         braces).
     """
     values = {"query": query, "language": language, None: ""}
@@ -89,12 +90,12 @@ def _parse_template(template: str, key: str) -> tuple[tuple[str, str | None], ..
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"{key}: {error}; write {{{{ and }}}} for braces that are not a placeholder's") from None
+        raise UserError(f"{key}: {error}; write {{{{ and }}}} for braces that are not a placeholder's") from None
     for _, field, form, conversion in pieces:
         if field is not None and (field not in ("query", "language") or form or conversion):
-            raise ValueError(f"{key}: unknown placeholder {{{field}}}; it takes {{query}} and {{language}} as they are")
+            raise UserError(f"{key}: unknown placeholder {{{field}}}; it takes {{query}} and {{language}} as they are")
     if all(field != needed for _, field, _, _ in pieces):
-        raise ValueError(f"{key} has no {{{needed}}}: the teacher would not see the {needed}")
+        raise UserError(f"{key} has no {{{needed}}}: the teacher would not see the {needed}")
     return tuple((literal, field) for literal, field, _, _ in pieces)
 
 

@@ -7,6 +7,8 @@ import reprlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from msd_jax.errors import UserError
+
 # Fields of a JSONL record: type, and what a user is told to write.
 _FIELDS = {
     "id": (str, "a string"),
@@ -39,7 +41,7 @@ class Query:
 
 @functools.cache
 def language_name(code: str) -> str:
-    """English name of a BCP-47 code: "sw" -> "Swahili". Raises ValueError for what is not a language's code."""
+    """English name of a BCP-47 code: "sw" -> "Swahili". Raises UserError for what is not a language's code."""
     import langcodes
 
     try:
@@ -51,16 +53,16 @@ def language_name(code: str) -> str:
         # The registry knows thousands of languages by code alone; a prompt needs one with a name.
         if language.is_valid() and not name.startswith("Unknown language"):
             return name
-    raise ValueError(f"{code!r} is not the code of a known language; write BCP-47 codes such as en, sw or zh-Hant")
+    raise UserError(f"{code!r} is not the code of a known language; write BCP-47 codes such as en, sw or zh-Hant")
 
 
 def require_languages(queries: Sequence[Query], languages: Iterable[str], path: str | os.PathLike) -> None:
-    """Raises a ValueError that names the file, a record and a language unless every record has all `languages`."""
+    """Raises a UserError that names the file, a record and a language unless every record has all `languages`."""
     for language in languages:
         missing = [query.id for query in queries if language not in query.texts]
         if missing:
             have = dict.fromkeys(code for query in queries for code in query.texts)
-            raise ValueError(
+            raise UserError(
                 f"{path}: {len(missing)} of {len(queries)} records have no text in {language!r} (first: id "
                 f"{missing[0]!r}); the file has {', '.join(have)}; add the texts or configure other languages"
             )
@@ -69,15 +71,15 @@ def require_languages(queries: Sequence[Query], languages: Iterable[str], path: 
 def parse(record: Any, where: str) -> Query:
     """A record from its JSON object, after checking everything that it must be; `where` begins the errors."""
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: a record is an object {{...}}, not {reprlib.repr(record)}")
+        raise UserError(f"{where}: a record is an object {{...}}, not {reprlib.repr(record)}")
     for key in record:
         if key not in _FIELDS:
-            raise ValueError(f"{where}: unknown key {key!r}; a record has {', '.join(_FIELDS)}")
+            raise UserError(f"{where}: unknown key {key!r}; a record has {', '.join(_FIELDS)}")
     for key, (kind, expected) in _FIELDS.items():
         if key in record and not isinstance(record[key], kind):
-            raise ValueError(f"{where}: {key!r} must be {expected}, not {reprlib.repr(record[key])}")
+            raise UserError(f"{where}: {key!r} must be {expected}, not {reprlib.repr(record[key])}")
         if key in _REQUIRED and not record.get(key):
-            raise ValueError(f"{where}: {key!r} is missing or empty; it must be {expected}")
+            raise UserError(f"{where}: {key!r} is missing or empty; it must be {expected}")
     where += f" (id {record['id']!r})"
     _check_texts(record["texts"], f"{where}: the text")
     answers = record.get("answers", {})
@@ -88,16 +90,16 @@ def parse(record: Any, where: str) -> Query:
 def _check_texts(texts: dict[str, Any], what: str, languages: Collection[str] | None = None) -> None:
     for language, text in texts.items():
         if languages is not None and language not in languages:
-            raise ValueError(f"{what} in {language!r} is to no text in it; add the text or take the answer out")
+            raise UserError(f"{what} in {language!r} is to no text in it; add the text or take the answer out")
         try:
             language_name(language)
         except ValueError as error:
-            raise ValueError(f"{what}'s language: {error}") from None
+            raise UserError(f"{what}'s language: {error}") from None
         if not isinstance(text, str):
-            raise ValueError(f"{what} in {language!r} must be a string, not {reprlib.repr(text)}")
+            raise UserError(f"{what} in {language!r} must be a string, not {reprlib.repr(text)}")
         if not text.strip():
-            raise ValueError(f"{what} in {language!r} is empty; fill it in or take it out")
+            raise UserError(f"{what} in {language!r} is empty; fill it in or take it out")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can escape half of a pair, which no tokenizer takes
-            raise ValueError(f"{what} in {language!r} has half a surrogate pair at {error.start}; mend it") from None
+            raise UserError(f"{what} in {language!r} has half a surrogate pair at {error.start}; mend it") from None

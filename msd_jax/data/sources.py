@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from msd_jax.data import files
 from msd_jax.data.records import Query
+from msd_jax.errors import UserError
 
 if TYPE_CHECKING:
     import ml_collections
@@ -22,7 +23,7 @@ def load(data: "ml_collections.ConfigDict", tell: Callable[[str], None] = lambda
       tell: is called with a line for each source: how many records, from where, and the checksum where it is known.
 
     Raises:
-      ValueError, OSError: one message that names the file or the key, and what to mend.
+      UserError: one message that names the file or the key, and what to mend.
     """
     records: list[Query] = []
     for name, source in settings(data).items():
@@ -50,10 +51,10 @@ def describe(data: "ml_collections.ConfigDict") -> str:
 
 
 def as_path(data: "ml_collections.ConfigDict") -> str:
-    """The one source as files.read takes it. Raises ValueError where there are several."""
+    """The one source as files.read takes it. Raises UserError where there are several."""
     several = settings(data)
     if len(several) > 1:
-        raise ValueError(f"config.data.sources has {', '.join(several)}: name the queries in config.eval.path instead")
+        raise UserError(f"config.data.sources has {', '.join(several)}: name the queries in config.eval.path instead")
     source = next(iter(several.values()))
     if not source["tfds"]:
         return source["path"]

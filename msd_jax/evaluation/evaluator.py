@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from msd_jax.data import batches, prompts
 from msd_jax.data.records import Query
+from msd_jax.errors import UserError
 from msd_jax.evaluation import benchmarks, judges, language_id, multiple_choice
 from msd_jax.evaluation.judges import Verdict
 from msd_jax.evaluation.judges.translate import ModelTranslator, Translator
@@ -79,7 +80,7 @@ class Evaluation:
     ):
         """`role`: whose prompts the model is shown, "student" (as a user writes them) or "teacher".
 
-        Raises ValueError or OSError with one clear message where a query file or a language is not fit.
+        Raises UserError with one clear message where a query file or a language is not fit.
         """
         self.config, self.model, self.mesh, self.role = config, model, mesh, role
         self.limit, key = prompt_limit(config, role)
@@ -91,7 +92,7 @@ class Evaluation:
                     if language in query.texts:
                         self._add(loaded.benchmark, query, language)
         if not self.prompts:
-            raise ValueError(
+            raise UserError(
                 f"{config.eval.path or config.eval.benchmarks}: every prompt is longer than "
                 f"{key}={self.limit} tokens"
                 + (", or its query has no text in config.data.source_language" if role == "teacher" else "")
@@ -151,7 +152,7 @@ class Evaluation:
         if earlier is not None:
             return earlier
         weights = params()
-        log = jsonl.Log(directory / "responses.jsonl")
+        log = jsonl.JsonLines(directory / "responses.jsonl")
         self._weights, self._fingerprint = params, self._drawn_from(weights)
         rows = [row for name in (*self._generators, CHOICES) for row in self._respond(name, weights, self.prompts, log)]
         del weights  # a guard model may need the room
@@ -161,9 +162,8 @@ class Evaluation:
         unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
         if unjudged:
             say(f"evaluation: {unjudged} of {len(rows)} responses unjudged; each may be unsafe, so that ASR is too low")
+        log.replace(rows)
         if distributed.is_first():
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            jsonl.replace_text(directory / "responses.jsonl", lines)
             jsonl.replace_text(path, json.dumps(summary, indent=1) + "\n")
         return summary
 
@@ -189,7 +189,7 @@ class Evaluation:
         """Adds what the judge's endpoints were asked, and what that cost, to DIRECTORY/judge_usage.jsonl."""
         spent = distributed.from_first(lambda: [endpoint.spent() for endpoint in self._judge.endpoints])
         if any(row["requests"] for row in spent):
-            jsonl.Log(directory / "judge_usage.jsonl").append(spent)
+            jsonl.JsonLines(directory / "judge_usage.jsonl").append(spent)
         for endpoint in self._judge.endpoints:  # a run evaluates more than once
             endpoint.usage = type(endpoint.usage)()
 
@@ -198,13 +198,13 @@ class Evaluation:
         name: str,
         params: decoder.Params,
         prompts: list[Prompt],
-        log: jsonl.Log | None = None,
+        log: jsonl.JsonLines | None = None,
         shown: bool = True,
     ) -> list[dict[str, Any]]:
         """One response a prompt, batches sorted by length so that little is padding; those that `log` has are taken."""
         done = {
             (row["benchmark"], row["id"], row["language"]): row
-            for row in (log.rows if log else [])
+            for row in (log.read() if log else [])
             if (row["pass"], row.get("settings")) == (name, self._fingerprint)
         }
         prompts = [prompt for prompt in prompts if prompt.benchmark.choices == (name == CHOICES)]

@@ -34,6 +34,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
 
 from msd_jax.data import batches
+from msd_jax.errors import UserError
 from msd_jax.generation import likelihood, rollout
 from msd_jax.io.console import progress
 from msd_jax.models import pretrained as pretrained_lib
@@ -82,7 +83,7 @@ class MsdJaxLM(TemplateLM):
           max_batch_size, device: the harness gives them to every model; JAX knows its devices.
 
         Raises:
-          FileNotFoundError, ValueError: `pretrained` is none of the three, or not fit.
+          UserError: `pretrained` is none of the three, or not fit.
         """
         super().__init__()
         del max_batch_size, device
@@ -167,10 +168,10 @@ class MsdJaxLM(TemplateLM):
         """Called with what TemplateLM.loglikelihood tokenized: (texts, context ids, continuation ids) each."""
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
-            raise ValueError(f"a continuation of {longest} tokens does not fit into max_length={self.max_length}")
+            raise UserError(f"a continuation of {longest} tokens does not fit into max_length={self.max_length}")
         for texts, context, continuation in requests:
             if not context or not continuation:
-                raise ValueError(f"the tokenizer gives no token to context or continuation of {texts!r:.200}")
+                raise UserError(f"the tokenizer gives no token to context or continuation of {texts!r:.200}")
         pairs = [
             (context[max(0, len(context) + len(continuation) - self.max_length - 1) :], continuation)
             for _, context, continuation in requests
@@ -203,10 +204,10 @@ class MsdJaxLM(TemplateLM):
             temperature = 0.0
         sampling = rollout.Sampling(R, float(temperature), int(top_k), float(top_p))
         if settings:
-            raise ValueError(f"msd_jax does not generate with {settings}; it knows temperature, top_k and top_p")
+            raise UserError(f"msd_jax does not generate with {settings}; it knows temperature, top_k and top_p")
         room = self.max_length - R
         if room < 1:
-            raise ValueError(f"max_gen_toks={R} leaves no room for a prompt in max_length={self.max_length} tokens")
+            raise UserError(f"max_gen_toks={R} leaves no room for a prompt in max_length={self.max_length} tokens")
         rows = [self.tok_encode(request.args[0]) for request in requests]
         cut = sum(len(ids) > room for ids in rows)
         if cut:
@@ -246,4 +247,4 @@ def _run_settings(path: str) -> tuple[str, dict[str, Any]]:
     try:
         return path, json.loads(file.read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is a step of a run, but {file} is not the run's config ({error!r})") from error
+        raise UserError(f"{path} is a step of a run, but {file} is not the run's config ({error!r})") from error

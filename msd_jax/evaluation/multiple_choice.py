@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from msd_jax.errors import UserError
 from msd_jax.generation import likelihood
 from msd_jax.models import decoder, pretrained
 
@@ -43,13 +44,13 @@ class Chooser:
         """`limit`: the most tokens of a prompt; `batch_size`: prompts at a time.
 
         Raises:
-          ValueError: the tokenizer does not tell the letters apart.
+          UserError: the tokenizer does not tell the letters apart.
         """
         self.letters = tuple(letters)
         self._lead = _encode(model, LEAD)
         self._continuations = [_continuation(model, self._lead, letter) for letter in self.letters]
         if len(set(self._continuations)) < len(self.letters):
-            raise ValueError(f"{model.directory}: the tokenizer writes two of {', '.join(self.letters)} alike")
+            raise UserError(f"{model.directory}: the tokenizer writes two of {', '.join(self.letters)} alike")
         more = len(self._lead) + max(map(len, self._continuations))
         self._scorer = likelihood.Scorer(model, mesh, batch_size, limit + more)
 
@@ -70,7 +71,7 @@ def _continuation(model: pretrained.Pretrained, lead: tuple[int, ...], letter: s
     """The tokens that " A" adds to the lead."""
     whole = _encode(model, f"{LEAD} {letter}")
     if whole[: len(lead)] != lead or len(whole) == len(lead):
-        raise ValueError(f"{model.directory}: the tokenizer does not part {LEAD!r} and {letter!r}")
+        raise UserError(f"{model.directory}: the tokenizer does not part {LEAD!r} and {letter!r}")
     return whole[len(lead) :]
 
 

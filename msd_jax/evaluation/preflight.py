@@ -15,6 +15,7 @@ import rich.table
 from jax.sharding import Mesh
 
 from msd_jax.data import sources
+from msd_jax.errors import UserError
 from msd_jax.evaluation import benchmarks, evaluator
 from msd_jax.evaluation.intervals import wilson_interval
 from msd_jax.evaluation.judges import Verdict
@@ -33,10 +34,10 @@ def run(
     """Answers the queries of config.eval, or else of config.data, in both roles, greedily.
 
     Writes DIRECTORY/preflight.json and returns what `assess` gives. Interrupted, it goes on where it was: the two
-    evaluations lie in DIRECTORY/student and DIRECTORY/teacher. Raises ValueError or OSError before anything long.
+    evaluations lie in DIRECTORY/student and DIRECTORY/teacher. Raises UserError before anything long.
     """
     if config.prompts.cot == "generated":
-        raise ValueError("--preflight cannot write analyses; set config.prompts.cot to instruction or none for it")
+        raise UserError("--preflight cannot write analyses; set config.prompts.cot to instruction or none for it")
     config, rows = _both_roles(config), {}
     made = {role: evaluator.Evaluation(config, model, mesh, role) for role in ("student", "teacher")}
     layout = model.shardings(mesh, sharding.ROLLOUT)
@@ -44,9 +45,7 @@ def run(
     for role, evaluation in made.items():
         say(f"pre-flight: {len(evaluation.prompts)} prompts as the {role}")
         evaluation.run(lambda: params, directory / role)
-        rows[role] = distributed.from_first(
-            lambda role=role: jsonl.read_json_lines(directory / role / "responses.jsonl")
-        )
+        rows[role] = distributed.from_first(lambda role=role: jsonl.read(directory / role / "responses.jsonl"))
     result = assess(rows["student"], rows["teacher"], config)
     if distributed.is_first():
         jsonl.replace_text(directory / "preflight.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")

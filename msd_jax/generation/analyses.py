@@ -53,7 +53,5 @@ def _generate(missing, prompt_ids, config, model, mesh, params, store) -> None:
         for first in range(0, len(missing), rows):
             keys = missing[first : first + rows]
             written = generator.write(params, [prompt_ids[key] for key in keys], rows, limit)
-            for row, key in enumerate(keys):
-                tokens = written.response_BxR[row, : written.length_B[row]].tolist()
-                store.add(key, tokens, bool(written.stopped_B[row]))
+            store.add({key: written.row(row) for row, key in enumerate(keys)})
             advance(first + len(keys), "")

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from msd_jax.data import batches
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
 from msd_jax.models import decoder
-from msd_jax.parallel import distributed, sharding
+from msd_jax.parallel import sharding
 
 # Streams of randomness under config.seed.
 _SAMPLE, _POLICY, _TEACHER = 0, 1, 2
@@ -46,20 +46,15 @@ class Store:
     """The frozen teacher's response to each query, drawn once, kept in memory and in a file of the workdir."""
 
     def __init__(self, path: pathlib.Path, fingerprint: str):
-        """Reads what an earlier run stored; all of it is dropped where `fingerprint` is another."""
-        self._path, self._tokens = path, {}
-
-        def stored() -> list[dict[str, Any]]:
-            lines = jsonl.read_json_lines(path)
-            return lines if lines and lines[0].get("fingerprint") == fingerprint else []
-
-        lines = distributed.from_first(stored)
-        if lines:
-            self._tokens = {(x["id"], x["language"]): (x["tokens"], x["stopped"]) for x in lines[1:]}
-        else:
-            lines = [{"fingerprint": fingerprint}]
-        if jax.process_index() == 0:  # also drops a last line that was cut short
-            jsonl.replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        """Reads what an earlier run stored; drops all of it if its fingerprint differs."""
+        self._log = jsonl.JsonLines(path)
+        mark, *rows = self._log.read() or [{}]
+        if mark != {"fingerprint": fingerprint}:
+            rows = []
+            self._log.replace([{"fingerprint": fingerprint}])
+        self._tokens: dict[Key, tuple[list[int], bool]] = {
+            (row["id"], row["language"]): (row["tokens"], row["stopped"]) for row in rows
+        }
 
     def __contains__(self, key: Key) -> bool:
         return key in self._tokens
@@ -67,12 +62,13 @@ class Store:
     def __getitem__(self, key: Key) -> tuple[list[int], bool]:
         return self._tokens[key]
 
-    def add(self, key: Key, tokens: list[int], stopped: bool) -> None:
-        self._tokens[key] = (tokens, stopped)
-        if jax.process_index() == 0:
-            line = {"id": key[0], "language": key[1], "tokens": tokens, "stopped": stopped}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    def add(self, responses: Mapping[Key, tuple[list[int], bool]]) -> None:
+        """Adds {key: (tokens, whether a stop token was reached)}, on disk when this returns."""
+        self._tokens |= responses
+        self._log.append(
+            {"id": key[0], "language": key[1], "tokens": tokens, "stopped": stopped}
+            for key, (tokens, stopped) in responses.items()
+        )
 
 
 def fingerprint(config: ml_collections.ConfigDict, directory: pathlib.Path) -> str:
@@ -138,10 +134,7 @@ class Responder:
             written = self._generate(teacher(), prompts, batch, drawn_B, _TEACHER, draw)
             parts.append((drawn_B, written))
             if self._store is not None:
-                for row in np.flatnonzero(drawn_B):
-                    tokens = written.response_BxR[row, : written.length_B[row]].tolist()
-                    if keys[row] not in self._store:
-                        self._store.add(keys[row], tokens, bool(written.stopped_B[row]))
+                self._store.add({keys[row]: written.row(row) for row in np.flatnonzero(drawn_B)})
 
         B, R = len(keys), self._generator.sampling.max_new_tokens
         response_BxR = np.full((B, R), self._generator.pad_id, np.int32)

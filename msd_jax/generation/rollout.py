@@ -51,6 +51,10 @@ class Rollout(NamedTuple):
     stopped_B: jax.Array
     log_prob_BxR: jax.Array
 
+    def row(self, row: int) -> tuple[list[int], bool]:
+        """(token ids, whether a stop token was reached) of one row of a rollout on the host."""
+        return self.response_BxR[row, : self.length_B[row]].tolist(), bool(self.stopped_B[row])
+
 
 def argmax(x_BxV: jax.Array) -> jax.Array:
     """jnp.argmax(x_BxV, axis=-1) of numbers without NaN, int32; unlike that one, XLA vectorises this on CPU."""

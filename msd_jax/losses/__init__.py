@@ -18,8 +18,9 @@ rescaling to mean 1, top-K + TAIL, and one temperature for divergence and weight
 """
 
 from msd_jax.losses.divergences import DIVERGENCES, OBJECTIVES, cross_entropy, forward_kl, jsd, reverse_kl
-from msd_jax.losses.dpsw import NORMALIZATIONS, dpsw_loss, mean_loss, token_diagnostics
+from msd_jax.losses.dpsw import NORMALIZATIONS, dpsw_loss, mean_loss, per_token_loss
 from msd_jax.losses.fused import fused_dpsw_loss
+from msd_jax.losses.settings import LossSettings, resolve_divergence
 from msd_jax.losses.weights import STUDENT_TOKENS, WEIGHTINGS, dpsw_weights, student_weight, teacher_weight
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "OBJECTIVES",
     "STUDENT_TOKENS",
     "WEIGHTINGS",
+    "LossSettings",
     "cross_entropy",
     "dpsw_loss",
     "dpsw_weights",
@@ -35,8 +37,9 @@ __all__ = [
     "fused_dpsw_loss",
     "jsd",
     "mean_loss",
+    "per_token_loss",
+    "resolve_divergence",
     "reverse_kl",
     "student_weight",
     "teacher_weight",
-    "token_diagnostics",
 ]

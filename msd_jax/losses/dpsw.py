@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from msd_jax.losses.checks import check_choice, check_cross_entropy, check_pair, check_top_k
 from msd_jax.losses.divergences import DIVERGENCES, OBJECTIVES, cross_entropy
 from msd_jax.losses.numerics import entropy, log_softmax
+from msd_jax.losses.settings import LossSettings
 from msd_jax.losses.weights import WEIGHTINGS, perspectives
 
 NORMALIZATIONS = ("mean", "none")
 
 
-def token_diagnostics(
+def per_token_loss(
     student_logits: jax.Array,
     teacher_logits: jax.Array,
     response_tokens: jax.Array | None = None,
@@ -55,7 +56,7 @@ def token_diagnostics(
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> student, teacher = jnp.zeros((1, 2)), jnp.array([[9.0, 0.0]])
-      >>> for name, value in losses.token_diagnostics(student, teacher, weight_top_k=2).items():
+      >>> for name, value in losses.per_token_loss(student, teacher, weight_top_k=2).items():
       ...     print(f"{name} {value[0]:.4f}")
       kl 3.8070
       weight 0.4991
@@ -64,24 +65,16 @@ def token_diagnostics(
       teacher_entropy 0.0012
       student_entropy 0.6931
     """
-    check_choice("divergence", divergence, OBJECTIVES)
-    check_choice("weighting", weighting, WEIGHTINGS)
-    if divergence == "cross_entropy":
-        check_cross_entropy(response_tokens, top_k)
-        kl = cross_entropy(student_logits, response_tokens, temperature=temperature)
-    else:
-        options = {"beta": beta} if divergence == "jsd" else {}
-        kl = DIVERGENCES[divergence](student_logits, teacher_logits, temperature=temperature, top_k=top_k, **options)
-    check_top_k("weight_top_k", weight_top_k, 2, teacher_logits.shape[-1])
-    w_T, w_S = perspectives(student_logits, teacher_logits, response_tokens, weight_top_k, student_token, temperature)
-    return {
-        "kl": kl,
-        "weight": WEIGHTINGS[weighting](w_T, w_S),
-        "w_T": w_T,
-        "w_S": w_S,
-        "teacher_entropy": entropy(log_softmax(jax.lax.stop_gradient(teacher_logits), temperature)),
-        "student_entropy": entropy(log_softmax(jax.lax.stop_gradient(student_logits), temperature)),
-    }
+    settings = LossSettings(
+        divergence=divergence,
+        beta=beta,
+        top_k=top_k,
+        weighting=weighting,
+        weight_top_k=weight_top_k,
+        student_token=student_token,
+        temperature=temperature,
+    )
+    return token_values(student_logits, teacher_logits, response_tokens, settings)
 
 
 def dpsw_loss(
@@ -135,10 +128,10 @@ def dpsw_loss(
       normaliser: float32 scalar Z, without gradient; 0 if there is no response token.
       aux: float32 scalars without gradient, SUMS over response tokens, to be added like loss_sum and divided by
         `tokens` for means: `tokens` (their number), and `kl`, `weight`, `w_T`, `w_S`, `teacher_entropy`,
-        `student_entropy` of :func:`token_diagnostics`.
+        `student_entropy` of :func:`per_token_loss`.
 
     Raises:
-      ValueError: for an unknown normalize, shapes other than the above, and as :func:`token_diagnostics`.
+      ValueError: for an unknown normalize, shapes other than the above, and as :func:`per_token_loss`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -155,32 +148,17 @@ def dpsw_loss(
     References:
       Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
     """
-    check_choice("normalize", normalize, NORMALIZATIONS)
-    check_pair(student_logits_BxRxV, teacher_logits_BxRxV)
-    if mask_BxR.shape != student_logits_BxRxV.shape[:-1]:
-        raise ValueError(
-            f"mask must have the shape of the logits without their last axis, "
-            f"{student_logits_BxRxV.shape[:-1]}, got {mask_BxR.shape}"
-        )
-    mask_BxR = mask_BxR.astype(bool)
-    # Masked rows are replaced BEFORE anything is computed from them: 0 * NaN is NaN, in the gradient too.
-    token_values = token_diagnostics(
-        jnp.where(mask_BxR[..., None], student_logits_BxRxV, 0.0),
-        jnp.where(mask_BxR[..., None], teacher_logits_BxRxV, 0.0),
-        response_BxR,
+    settings = LossSettings(
         divergence=divergence,
         beta=beta,
         top_k=top_k,
         weighting=weighting,
         weight_top_k=weight_top_k,
         student_token=student_token,
+        normalize=normalize,
         temperature=temperature,
     )
-    sum_tokens = functools.partial(jnp.sum, where=mask_BxR, dtype=jnp.float32)
-    loss_sum = sum_tokens(token_values["weight"] * token_values["kl"])
-    aux = jax.lax.stop_gradient({name: sum_tokens(values) for name, values in token_values.items()})
-    aux["tokens"] = jnp.sum(mask_BxR, dtype=jnp.float32)
-    return loss_sum, aux["weight"] if normalize == "mean" else aux["tokens"], aux
+    return weighted_loss(student_logits_BxRxV, teacher_logits_BxRxV, response_BxR, mask_BxR, settings)
 
 
 def mean_loss(loss_sum: jax.Array, normaliser: jax.Array) -> jax.Array:
@@ -203,3 +181,57 @@ def mean_loss(loss_sum: jax.Array, normaliser: jax.Array) -> jax.Array:
       1.5 0.0
     """
     return loss_sum / jnp.where(normaliser == 0, 1.0, normaliser)
+
+
+def token_values(
+    student_logits: jax.Array, teacher_logits: jax.Array, response_tokens: jax.Array | None, settings: LossSettings
+) -> dict[str, jax.Array]:
+    """:func:`per_token_loss` with its options as one value."""
+    s = settings
+    check_choice("divergence", s.divergence, OBJECTIVES)
+    check_choice("weighting", s.weighting, WEIGHTINGS)
+    check_top_k("weight_top_k", s.weight_top_k, 2, teacher_logits.shape[-1])
+    if s.divergence == "cross_entropy":
+        check_cross_entropy(response_tokens, s.top_k)
+        kl = cross_entropy(student_logits, response_tokens, temperature=s.temperature)
+    else:
+        options = {"beta": s.beta} if s.divergence == "jsd" else {}
+        divergence = DIVERGENCES[s.divergence]
+        kl = divergence(student_logits, teacher_logits, temperature=s.temperature, top_k=s.top_k, **options)
+    w_T, w_S = perspectives(
+        student_logits, teacher_logits, response_tokens, s.weight_top_k, s.student_token, s.temperature
+    )
+    return {
+        "kl": kl,
+        "weight": WEIGHTINGS[s.weighting](w_T, w_S),
+        "w_T": w_T,
+        "w_S": w_S,
+        "teacher_entropy": entropy(log_softmax(jax.lax.stop_gradient(teacher_logits), s.temperature)),
+        "student_entropy": entropy(log_softmax(jax.lax.stop_gradient(student_logits), s.temperature)),
+    }
+
+
+def weighted_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    response: jax.Array | None,
+    mask: jax.Array,
+    settings: LossSettings,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """:func:`dpsw_loss` with its options as one value."""
+    check_choice("normalize", settings.normalize, NORMALIZATIONS)
+    check_pair(student_logits, teacher_logits)
+    if mask.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"mask must have the shape of the logits without their last axis, "
+            f"{student_logits.shape[:-1]}, got {mask.shape}"
+        )
+    mask = mask.astype(bool)
+    # Masked rows are replaced BEFORE anything is computed from them: 0 * NaN is NaN, in the gradient too.
+    student_logits, teacher_logits = (jnp.where(mask[..., None], x, 0.0) for x in (student_logits, teacher_logits))
+    values = token_values(student_logits, teacher_logits, response, settings)
+    sum_tokens = functools.partial(jnp.sum, where=mask, dtype=jnp.float32)
+    loss_sum = sum_tokens(values["weight"] * values["kl"])
+    aux = jax.lax.stop_gradient({name: sum_tokens(value) for name, value in values.items()})
+    aux["tokens"] = jnp.sum(mask, dtype=jnp.float32)
+    return loss_sum, aux["weight"] if settings.normalize == "mean" else aux["tokens"], aux

@@ -11,6 +11,7 @@ That the head's gradient can be had in the forward pass is the idea of Liger Ker
 al., `Liger Kernel <https://arxiv.org/abs/2410.10989>`_, 2024).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,7 +20,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from msd_jax.losses import dpsw
+from msd_jax.losses.dpsw import weighted_loss
+from msd_jax.losses.settings import LossSettings
+
+Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]  # loss_sum, normaliser, aux
+Gradients = tuple[jax.Array | None, jax.Array | None]
 
 TOKEN_AXES = ("data", "fsdp")  # mesh axes that split the tokens
 HEAD_AXES = ("fsdp", "tensor")  # those that split a head's rows and its vocabulary
@@ -86,25 +91,17 @@ def fused_dpsw_loss(
       Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
     """
     _check(student_hidden_NxD, student_head_DxV, teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N, mesh)
-    run = functools.partial(
-        _losses_and_gradients,
-        loss=functools.partial(dpsw.dpsw_loss, **options),
-        chunk=chunk,
-        dtype=dtype,
-        softcap=logit_softcap,
-        tied=tied,
-        mesh=mesh,
-    )
+    layout = _Layout(LossSettings(**options), chunk, dtype, logit_softcap, tied, mesh)
     data = (teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N)
 
     @jax.custom_vjp
     def fused(hidden, head, data):
-        return run(hidden, head, *data, wanted=(False, False))[0]
+        return _losses_and_gradients(hidden, head, *data, layout, wanted=(False, False))[0]
 
     def forward(hidden, head, data):
         values = jax.tree.map(lambda x: x.value, data, is_leaf=lambda x: hasattr(x, "perturbed"))
         wanted = (hidden.perturbed, head.perturbed)
-        return run(hidden.value, head.value, *values, wanted=wanted)
+        return _losses_and_gradients(hidden.value, head.value, *values, layout, wanted)
 
     def backward(gradients, cotangents):
         scale = cotangents[0]  # of loss_sum; normaliser and aux carry no gradient
@@ -116,25 +113,47 @@ def fused_dpsw_loss(
     return fused(student_hidden_NxD, student_head_DxV, data)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The static arguments of `fused_dpsw_loss`."""
+
+    loss: LossSettings
+    chunk: int
+    dtype: jnp.dtype | None
+    softcap: float | None
+    tied: bool
+    mesh: Mesh | None
+
+    def cast(self, x: jax.Array) -> jax.Array:
+        return x if self.dtype is None else x.astype(self.dtype)
+
+    def capped(self, logits: jax.Array) -> jax.Array:
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+
 def _losses_and_gradients(
-    hidden, head, teacher_hidden, teacher_head, response, mask, *, loss, chunk, dtype, softcap, tied, mesh, wanted
-):
+    hidden: jax.Array,
+    head: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    response: jax.Array | None,
+    mask: jax.Array,
+    layout: _Layout,
+    wanted: tuple[bool, bool],
+) -> tuple[Sums, Gradients]:
     """((loss_sum, normaliser, aux), (gradient of hidden or None, of head or None)) on all devices of the mesh."""
-    local = functools.partial(_local, loss=loss, chunk=chunk, softcap=softcap, tied=tied, wanted=wanted)
-    dtypes = (hidden.dtype, head.dtype)
+    local = functools.partial(_local, layout=layout, wanted=wanted)
+    dtypes, mesh = (hidden.dtype, head.dtype), layout.mesh
 
-    def cast(x):
-        return x if dtype is None else x.astype(dtype)
-
-    def as_it_lies(x):  # a head, or the two mesh axes of one; its own inverse
-        return (x[::-1] if isinstance(x, tuple) else x.T) if tied else x
+    def as_stored(x):  # a head, or the two mesh axes of one; its own inverse
+        return (x[::-1] if isinstance(x, tuple) else x.T) if layout.tied else x
 
     def returned(d_hidden, d_head):
-        gradients = (d_hidden, None if d_head is None else as_it_lies(d_head))
+        gradients = (d_hidden, None if d_head is None else as_stored(d_head))
         return tuple(None if g is None else g.astype(d) for g, d in zip(gradients, dtypes))
 
-    hidden, teacher_hidden, head, teacher_head = map(cast, (hidden, teacher_hidden, head, teacher_head))
-    head, teacher_head = as_it_lies(head), as_it_lies(teacher_head)
+    hidden, teacher_hidden, head, teacher_head = map(layout.cast, (hidden, teacher_hidden, head, teacher_head))
+    head, teacher_head = as_stored(head), as_stored(teacher_head)
     if mesh is None:
         sums, gradients = local(hidden, head, teacher_hidden, teacher_head, response, mask)
         return sums, returned(*gradients)
@@ -142,17 +161,17 @@ def _losses_and_gradients(
     def constrain(x, *spec):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    def of_one_device(*operands):
+    def on_one_device(*operands):
         sums, (d_hidden, d_head) = local(*operands)
         return jax.lax.psum(sums, TOKEN_AXES), (d_hidden, None if d_head is None else d_head[None])
 
     # Heads are gathered here, not inside: there XLA would gather their vocabulary as well. For the same reason the
     # devices' gradients of the head come out side by side, and are added under their final sharding.
-    gathered = as_it_lies((None, HEAD_AXES[1]))
+    gathered = as_stored((None, HEAD_AXES[1]))
     head, teacher_head = (constrain(w, *gathered) for w in (head, teacher_head))
     tokens, whole = PartitionSpec(TOKEN_AXES), PartitionSpec()
     sums, (d_hidden, d_head) = jax.shard_map(
-        of_one_device,
+        on_one_device,
         mesh=mesh,
         in_specs=(tokens, whole, tokens, whole, tokens, tokens),
         out_specs=(whole, (tokens, tokens)),
@@ -160,54 +179,58 @@ def _losses_and_gradients(
         check_vma=False,
     )(hidden, head, teacher_hidden, teacher_head, response, mask)
     if d_head is not None:
-        d_head = constrain(jnp.sum(constrain(d_head, TOKEN_AXES, *gathered), axis=0), *as_it_lies(HEAD_AXES))
+        d_head = constrain(jnp.sum(constrain(d_head, TOKEN_AXES, *gathered), axis=0), *as_stored(HEAD_AXES))
     return sums, returned(d_hidden, d_head)
 
 
 def _local(
-    hidden_NxD, head, teacher_hidden_NxD, teacher_head, response_N, mask_N, *, loss, chunk, softcap, tied, wanted
-):
-    """The sums, and float32 gradients of loss_sum where `wanted`, over the tokens given, `chunk` at a time.
+    hidden_NxD: jax.Array,
+    head: jax.Array,
+    teacher_hidden_NxD: jax.Array,
+    teacher_head: jax.Array,
+    response_N: jax.Array | None,
+    mask_N: jax.Array,
+    *,
+    layout: _Layout,
+    wanted: tuple[bool, bool],
+) -> tuple[Sums, Gradients]:
+    """The sums, and float32 gradients of loss_sum where `wanted`, over the tokens given, one chunk at a time.
 
-    The heads, and the gradient of one, are [V, D] where they are `tied`, and else [D, V].
+    The heads, and the gradient of one, are [V, D] if they are tied, and [D, V] otherwise.
     """
     N = len(mask_N)
-    chunks = -(-N // chunk)
+    chunks = -(-N // layout.chunk)
     size = -(-N // chunks)
 
     def split(x):  # the last chunk is filled up with tokens that are masked out
         return jnp.pad(x, [(0, chunks * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
-    def of_chunk(d_head, tokens):
+    def one_chunk(d_head, tokens):
         hidden, teacher_hidden, response, mask = tokens
         hidden = jnp.where(mask[:, None], hidden, 0)  # what is masked out may be NaN, and 0 * NaN is not 0
         # Transposed here, within the loop, where a product takes its operands either way.
-        head_DxV, teacher_head_DxV = (w.T if tied else w for w in (head, teacher_head))
-        teacher_logits = _capped(_matmul(teacher_hidden, teacher_head_DxV), softcap)
+        head_DxV, teacher_head_DxV = (w.T if layout.tied else w for w in (head, teacher_head))
+        teacher_logits = layout.capped(_matmul(teacher_hidden, teacher_head_DxV))
 
-        def loss_of(product):
-            total, normaliser, aux = loss(_capped(product, softcap), teacher_logits, response, mask)
-            return total, (total, normaliser, aux)
+        def loss(product):
+            sums = weighted_loss(layout.capped(product), teacher_logits, response, mask, layout.loss)
+            return sums[0], sums
 
         if not any(wanted):
-            return d_head, (loss_of(_matmul(hidden, head_DxV))[1], None)
-        _, pullback, sums = jax.vjp(loss_of, _matmul(hidden, head_DxV), has_aux=True)
+            return d_head, (loss(_matmul(hidden, head_DxV))[1], None)
+        _, pullback, sums = jax.vjp(loss, _matmul(hidden, head_DxV), has_aux=True)
         (gradient,) = pullback(jnp.ones((), jnp.float32))
         d_hidden = _matmul(gradient, head_DxV.T) if wanted[0] else None
         if wanted[1]:
-            d_head += _matmul(gradient.T, hidden) if tied else _matmul(hidden.T, gradient)
+            d_head += _matmul(gradient.T, hidden) if layout.tied else _matmul(hidden.T, gradient)
         return d_head, (sums, d_hidden)
 
     start = jnp.zeros(head.shape, jnp.promote_types(head.dtype, jnp.float32)) if wanted[1] else None
     tokens = jax.tree.map(split, (hidden_NxD, teacher_hidden_NxD, response_N, mask_N))
-    d_head, (sums, d_hidden) = jax.lax.scan(of_chunk, start, tokens)
+    d_head, (sums, d_hidden) = jax.lax.scan(one_chunk, start, tokens)
     if d_hidden is not None:
         d_hidden = d_hidden.reshape(chunks * size, -1)[:N]
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), (d_hidden, d_head)
-
-
-def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from msd_jax.errors import UserError, UserFileError
+
 SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -104,46 +106,46 @@ def read(directory: pathlib.Path) -> DecoderConfig:
     """Reads DIRECTORY/config.json; raises one clear error for what is missing or not implemented."""
     path = pathlib.Path(directory) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {directory} is not a Hugging Face model directory")
+        raise UserFileError(f"{path} is missing: {directory} is not a Hugging Face model directory")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
+        raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}")
     try:
         return from_dict(values)
     except KeyError as error:
-        raise ValueError(f"{path}: the key {error} is missing") from error
+        raise UserError(f"{path}: the key {error} is missing") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def from_dict(values: dict[str, Any]) -> DecoderConfig:
     """DecoderConfig from the contents of a config.json.
 
     Raises:
-      ValueError: the configuration asks for something that the decoder does not implement; it is named.
+      UserError: the configuration asks for something that the decoder does not implement; it is named.
       KeyError: a key without a default is missing.
     """
     family = values.get("model_type")
     if family not in SUPPORTED:
-        raise ValueError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED)}")
+        raise UserError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED)}")
     gemma = family.startswith("gemma")
     for key, harmless in _ONLY.items():
         if (values.get(key) or harmless) != harmless:
-            raise ValueError(f"{key}={values[key]!r} is not implemented (only {harmless!r})")
+            raise UserError(f"{key}={values[key]!r} is not implemented (only {harmless!r})")
     for key in values:
         if "expert" in key and values[key]:
-            raise ValueError(f"{key}={values[key]!r}: mixture-of-experts models are not implemented")
+            raise UserError(f"{key}={values[key]!r}: mixture-of-experts models are not implemented")
     # Qwen2 has its biases by architecture; elsewhere `attention_bias` would put one on the output as well.
     if values.get("attention_bias"):
-        raise ValueError("attention_bias=True is not implemented")
+        raise UserError("attention_bias=True is not implemented")
 
     activation = values.get("hidden_activation") or values.get("hidden_act") or "silu"
     activations = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
     if activation not in activations:
-        raise ValueError(f"hidden_act={activation!r} is not implemented (only {', '.join(activations)})")
+        raise UserError(f"hidden_act={activation!r} is not implemented (only {', '.join(activations)})")
 
     layers, width, heads = values["num_hidden_layers"], values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim") or width // heads
@@ -203,10 +205,10 @@ def _layer_kinds(values: dict[str, Any]) -> tuple[str, ...]:
         else:
             kinds = ["sliding_attention"] * layers
     if len(kinds) != layers:
-        raise ValueError(f"layer_types names {len(kinds)} layers, num_hidden_layers says {layers}")
+        raise UserError(f"layer_types names {len(kinds)} layers, num_hidden_layers says {layers}")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
-            raise ValueError(f"layer_types holds {kind!r}, which is not implemented")
+            raise UserError(f"layer_types holds {kind!r}, which is not implemented")
     return tuple(kinds)
 
 
@@ -231,14 +233,14 @@ def _rope(values: dict[str, Any], kind: str) -> Rope:
         theta = parameters.get("rope_theta", values.get("rope_theta", 10_000.0))
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if rope_type not in _ROPE_KEYS:
-        raise ValueError(f"rope_type {rope_type!r} is not implemented (only {', '.join(_ROPE_KEYS)})")
+        raise UserError(f"rope_type {rope_type!r} is not implemented (only {', '.join(_ROPE_KEYS)})")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1.0 is not implemented")
+        raise UserError("partial_rotary_factor other than 1.0 is not implemented")
     for key in ("mscale", "mscale_all_dim"):
         if parameters.get(key):
-            raise ValueError(f"the rope parameter {key} is not implemented")
+            raise UserError(f"the rope parameter {key} is not implemented")
     if parameters.get("truncate") is False:
-        raise ValueError("the rope parameter truncate=False is not implemented")
+        raise UserError("the rope parameter truncate=False is not implemented")
     scaling: dict[str, float | str] = {}
     if rope_type != "default":
         scaling["rope_type"] = rope_type

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, weights
 from msd_jax.models.lora import Lora, is_adapter
@@ -165,14 +166,14 @@ def load(path: str, **options: Any) -> Pretrained:
         lora: a mapping with rank (0: no adapters), alpha, targets and base_dtype.
 
     Raises:
-      FileNotFoundError, ValueError: with one message that names the file and what is wrong with it.
+      UserError: with one message that names the file and what is wrong with it.
     """
     directory = weights.resolve(path)
     config = model_config.read(directory)
     files = weights.check(directory, config)
     tokenizer = load_tokenizer(str(directory))
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
         )
     stop_ids = stop_token_ids(tokenizer, str(directory))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msd_jax.errors import UserError, UserFileError
+
 if TYPE_CHECKING:
     import transformers
 
@@ -35,7 +37,7 @@ def token_ids(
         `date_string` is given, and then prompts differ from day to day.
 
     Raises:
-      ValueError: there is no chat template, or it refuses the messages.
+      UserError: there is no chat template, or it refuses the messages.
     """
     return np.asarray(_apply_chat_template(tokenizer, messages, template_kwargs, tokenize=True), np.int32)
 
@@ -44,7 +46,7 @@ def _apply_chat_template(tokenizer: Any, messages: Messages, template_kwargs: Ma
     import jinja2
 
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; take an instruction-tuned model, or put "
             "the template beside the tokenizer as chat_template.jinja"
         )
@@ -52,11 +54,11 @@ def _apply_chat_template(tokenizer: Any, messages: Messages, template_kwargs: Ma
     variables = dict(template_kwargs)
     # transformers takes both from the same keywords, and some of its own would cut a prompt.
     for key in variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys():
-        raise ValueError(f"config.prompts: {key!r} in template_kwargs is not a variable of the chat template")
+        raise UserError(f"config.prompts: {key!r} in template_kwargs is not a variable of the chat template")
     try:  # transformers renders it in jinja2's ImmutableSandboxedEnvironment
         return tokenizer.apply_chat_template(messages, **options, **variables)
     except jinja2.TemplateError as error:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.name_or_path}: the chat template does not take {[m['role'] for m in messages]} messages with "
             f"{variables} ({error}); see config.prompts"
         ) from error
@@ -79,24 +81,24 @@ def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face directory or hub id. Code that a model brings along is never run.
 
     Raises:
-      FileNotFoundError, ValueError: with one line that names `path`.
+      UserError: with one line that names `path`.
     """
     import transformers
 
     if not path:
-        raise ValueError("config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)")
+        raise UserError("config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)")
     local = os.path.isdir(path)
     if not local and not is_hub_id(path):
-        raise FileNotFoundError(f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)")
+        raise UserFileError(f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)")
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
         if not local:
-            raise FileNotFoundError(
+            raise UserFileError(
                 f"config.model.path={path!r} is not a directory here, and the hub did not give its tokenizer ({reason})"
             ) from error
-        raise ValueError(
+        raise UserError(
             f"{path}: the tokenizer does not load ({reason}); it needs tokenizer.json and tokenizer_config.json"
         ) from error
 
@@ -108,14 +110,14 @@ def stop_token_ids(tokenizer: "transformers.PreTrainedTokenizerBase", directory:
     which the chat template closes an assistant's message.
 
     Raises:
-      NotADirectoryError: `directory` is none.
-      ValueError: generation_config.json is broken, or there is no stop token at all.
+      UserFileError: `directory` is none.
+      UserError: generation_config.json is broken, or there is no stop token at all.
     """
     if not os.path.isdir(directory):
-        raise NotADirectoryError(f"{directory} is not a directory; resolve a hub id to its local snapshot first")
+        raise UserFileError(f"{directory} is not a directory; resolve a hub id to its local snapshot first")
     stops = {tokenizer.eos_token_id, _end_of_turn(tokenizer), *_generation_stops(directory)} - {None}
     if not stops:
-        raise ValueError(f"{directory}: no token ends a reply; set eos_token in tokenizer_config.json")
+        raise UserError(f"{directory}: no token ends a reply; set eos_token in tokenizer_config.json")
     return tuple(sorted(stops))
 
 
@@ -126,10 +128,10 @@ def _generation_stops(directory: str) -> list[int | None]:
     try:
         eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is not a JSON object ({error})") from None
+        raise UserError(f"{file} is not a JSON object ({error})") from None
     stops = eos if isinstance(eos, list) else [eos]
     if not all(stop is None or type(stop) is int for stop in stops):
-        raise ValueError(f"{file}: eos_token_id={eos!r} must be a token id or a list of them")
+        raise UserError(f"{file}: eos_token_id={eos!r} must be a token id or a list of them")
     return stops
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from msd_jax.errors import UserFileError
 from msd_jax.models import decoder, pretrained, weights
 
 
@@ -18,7 +19,7 @@ def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> Any:
       mesh: from sharding.make_mesh.
 
     Raises:
-      FileNotFoundError, ValueError: `path` is neither, or does not fit the model.
+      UserError: `path` is neither, or does not fit the model.
     """
     directory = pathlib.Path(path).resolve() if path else model.directory
     if any(directory.glob("*.safetensors")):  # not by config.json, which a run's workdir has too
@@ -26,7 +27,7 @@ def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> Any:
         return model.params(mesh, directory)
     saved = directory / "state"
     if not saved.is_dir():
-        raise FileNotFoundError(f"--checkpoint={path} is neither a Hugging Face directory nor WORKDIR/checkpoints/STEP")
+        raise UserFileError(f"--checkpoint={path} is neither a Hugging Face directory nor WORKDIR/checkpoints/STEP")
     trained, _ = model.split(model.target(mesh))
     args = ocp.args.PyTreeRestore(
         item={"params": trained},

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from msd_jax.errors import UserError, UserFileError
 from msd_jax.models import decoder
 from msd_jax.models.config import DecoderConfig
 from msd_jax.models.tokenizer import is_hub_id
@@ -35,7 +36,7 @@ def resolve(path: str) -> pathlib.Path:
     if path and directory.is_dir():
         return directory
     if not is_hub_id(path):
-        raise FileNotFoundError(
+        raise UserFileError(
             f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)"
             if path
             else "config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)"
@@ -45,7 +46,7 @@ def resolve(path: str) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_PATTERNS)))
     except Exception as error:  # the hub's own errors are many; what the user can do is always the same
-        raise FileNotFoundError(
+        raise UserFileError(
             f"config.model.path={path!r} is not a directory here, and the hub did not give it "
             f"({type(error).__name__}); copy the model to this machine and give its directory"
         ) from error
@@ -96,7 +97,7 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
         slices that this process holds.
 
     Raises:
-      FileNotFoundError, ValueError: as `check`.
+      UserError: as `check`.
     """
     files = check(directory, config)
     table = layout(config)
@@ -165,7 +166,7 @@ def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
     """The open safetensors file of each tensor, all of them there and of the right shape; reads headers alone.
 
     Raises:
-      FileNotFoundError, ValueError: a file is missing, truncated or not safetensors, or tensors are missing, left
+      UserError: a file is missing, truncated or not safetensors, or tensors are missing, left
         over or of another shape; the message names the file and the tensors.
     """
     _, abstract, _ = decoder.abstract(config)
@@ -182,14 +183,14 @@ def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
     derived |= {"lm_head.weight"} if config.tied_embeddings else set()
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - derived
     if missing or extra:
-        raise ValueError(
+        raise UserError(
             f"{directory}: the tensors do not fit config.json; missing: {_some(missing)}; left over: {_some(extra)}"
         )
     files = {path: safetensors.safe_open(path, framework="np") for path in set(found.values())}
     for tensor, shape in expected.items():
         actual = tuple(files[found[tensor]].get_slice(tensor).get_shape())
         if actual != shape:
-            raise ValueError(f"{found[tensor]}: {tensor} has shape {actual}, config.json asks for {shape}")
+            raise UserError(f"{found[tensor]}: {tensor} has shape {actual}, config.json asks for {shape}")
     return {tensor: files[path] for tensor, path in found.items()}
 
 
@@ -276,10 +277,10 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
         try:
             weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{index} is not a safetensors index ({error!r})") from error
+            raise UserError(f"{index} is not a safetensors index ({error!r})") from error
         for name in set(weight_map.values()):
             if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{index} points to {name!r}, which is not a .safetensors file beside it")
+                raise UserError(f"{index} points to {name!r}, which is not a .safetensors file beside it")
         paths = [directory / name for name in sorted(set(weight_map.values()))]
     else:
         paths = [directory / "model.safetensors"]
@@ -288,11 +289,11 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
         if not path.is_file():
             pickled = sorted(p.name for p in directory.glob("*.bin"))
             hint = f"; {', '.join(pickled)} will not be opened: convert to safetensors" if pickled else ""
-            raise FileNotFoundError(f"{path} is missing{hint}")
+            raise UserFileError(f"{path} is missing{hint}")
         _check_link(directory, path)
         for tensor in _tensor_names(path):
             if weight_map is not None and weight_map.get(tensor) != path.name:
-                raise ValueError(f"{path} holds {tensor}, which {index.name} does not expect there")
+                raise UserError(f"{path} holds {tensor}, which {index.name} does not expect there")
             found[tensor] = path
     return found
 
@@ -302,7 +303,7 @@ def _check_link(directory: pathlib.Path, path: pathlib.Path) -> None:
     root = directory.resolve()
     allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise ValueError(f"{path} is a link to {path.resolve()}, outside of the model's directory; copy the file there")
+        raise UserError(f"{path} is a link to {path.resolve()}, outside of the model's directory; copy the file there")
 
 
 def _tensor_names(path: pathlib.Path) -> list[str]:
@@ -311,14 +312,14 @@ def _tensor_names(path: pathlib.Path) -> list[str]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, count in collections.Counter(name for name, _ in pairs).items():
             if count > 1:
-                raise ValueError(f"{path} holds {name} twice")
+                raise UserError(f"{path} holds {name} twice")
         return dict(pairs)
 
     try:
         with safetensors.safe_open(path, framework="np") as file:
             names = list(file.keys())
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+        raise UserError(f"{path} is truncated or not a safetensors file: {error}") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         json.loads(file.read(length), object_pairs_hook=unique)

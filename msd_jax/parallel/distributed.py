@@ -29,6 +29,8 @@ from absl import flags
 from jax._src import distributed as jax_distributed  # the only way to the key-value store that the processes share
 from jax.experimental import multihost_utils
 
+from msd_jax.errors import UserError
+
 # Their own set, for they are needed before --config is read: a config file may touch a device.
 _FLAGS = flags.FlagValues()
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -49,7 +51,7 @@ def start(argv: list[str]) -> None:
     """Joins the run that this process is a part of; to be called before any device is touched.
 
     Raises:
-      ValueError: only some of the three flags are given.
+      UserError: only some of the three flags are given.
       RuntimeError: the coordinator did not answer.
     """
     global _peers
@@ -60,7 +62,7 @@ def start(argv: list[str]) -> None:
     process_id = _FLAGS.process_id if _FLAGS.process_id is not None else environment[2]
     told = [value is not None for value in (coordinator, processes, process_id)]
     if any(told) and not all(told):
-        raise ValueError(
+        raise UserError(
             "--coordinator, --processes and --process_id (or "
             + ", ".join(_ENVIRONMENT)
             + ") go together; give all three or none"
@@ -133,7 +135,7 @@ def from_first(look_up: Callable[[], Any]) -> Any:
 
 
 def require_same(what: str, look_up: Callable[[], Any]) -> None:
-    """Raises a ValueError, on every process, where `look_up` (of a JSON value) differs between processes."""
+    """Raises a UserError, on every process, where `look_up` (of a JSON value) differs between processes."""
     if jax.process_count() == 1:
         return
     digest_H = np.frombuffer(hashlib.sha256(json.dumps(look_up(), sort_keys=True).encode()).digest(), np.uint8)
@@ -142,7 +144,7 @@ def require_same(what: str, look_up: Callable[[], Any]) -> None:
 
 
 def require_shared(directory: pathlib.Path) -> None:
-    """Raises a ValueError, on every process, where one does not see in `directory` what process 0 writes there."""
+    """Raises a UserError, on every process, where one does not see in `directory` what process 0 writes there."""
     if jax.process_count() == 1:
         return
 
@@ -162,7 +164,7 @@ def require_shared(directory: pathlib.Path) -> None:
 
 def _require(good_P: np.ndarray, otherwise: str) -> None:
     for process in np.flatnonzero(~good_P):
-        raise ValueError(f"{_peers.names[process] if _peers else f'process {process}'} {otherwise}")
+        raise UserError(f"{_peers.names[process] if _peers else f'process {process}'} {otherwise}")
 
 
 class _Peers:

@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from msd_jax.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -37,23 +39,23 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     TPU slices are joined by the data-center network, which only `data` crosses.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
+      UserError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = [data, fsdp, tensor], len(devices)
     asked = "x".join(map(str, sizes))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"config.mesh={asked}: sizes are positive, and at most one is -1 (what is left)")
+        raise UserError(f"config.mesh={asked}: sizes are positive, and at most one is -1 (what is left)")
     if -1 in sizes:
         sizes[sizes.index(-1)] = count // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != count:
-        raise ValueError(
+        raise UserError(
             f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices: the product must be {count}"
         )
     # Not jax.make_mesh: it knows no slices, and takes only meshes whose axes are axes of the torus.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
-        raise ValueError(
+        raise UserError(
             f"config.mesh={asked} (data x fsdp x tensor) over {slices} slices: data must be a multiple of {slices}, "
             "for only data crosses the network between slices"
         )
@@ -69,7 +71,7 @@ def spec(rules: Rules, mesh: Mesh, shape: Sequence[int], axes: Sequence[str | No
     """The mesh axes that split an array of this shape and these logical axes (None: an axis that is whole).
 
     Raises:
-      ValueError: two axes fall on one mesh axis, or a size is not divisible by the mesh axes that split it; the message
+      UserError: two axes fall on one mesh axis, or a size is not divisible by the mesh axes that split it; the message
         names the array, as `name`, and the axis.
     """
     used: set[str] = set()
@@ -81,12 +83,12 @@ def spec(rules: Rules, mesh: Mesh, shape: Sequence[int], axes: Sequence[str | No
         if axis == "kv_heads" and size % count and count % size == 0:
             assigned, mesh_axes = None, ()  # fewer heads than devices: each has all of them
         elif size % count:
-            raise ValueError(
+            raise UserError(
                 f"{name}: axis {axis!r} of size {size} does not divide over mesh axis {assigned!r} of size {count}; "
                 "choose another config.mesh"
             )
         if used & set(mesh_axes):
-            raise ValueError(f"{name}: axis {axis!r} falls on mesh axis {assigned!r}, already taken")
+            raise UserError(f"{name}: axis {axis!r} falls on mesh axis {assigned!r}, already taken")
         used |= set(mesh_axes)
         parts.append(assigned)
     return PartitionSpec(*parts)
@@ -129,7 +131,7 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any, rules: Rules) -> Any:
       rules: TRAIN or ROLLOUT.
 
     Raises:
-      ValueError: as `spec`, with the parameter's name.
+      UserError: as `spec`, with the parameter's name.
     """
 
     def one(path: tuple, leaf: Any, logical: tuple[str | None, ...]) -> NamedSharding:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
+from msd_jax.errors import UserError
 from msd_jax.planning import topology
 
 
@@ -53,11 +54,11 @@ def devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
     """Devices of `slices` slices called `name`, to compile for; nothing can run on them.
 
     Raises:
-      ValueError: libtpu is missing, or its compiler knows no such slice; one line says what to do.
+      UserError: libtpu is missing, or its compiler knows no such slice; one line says what to do.
     """
     generation = topology.parse(name).generation.name
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("a plan needs XLA's TPU compiler, which runs without a TPU: pip install 'msd-jax[plan]'")
+        raise UserError("a plan needs XLA's TPU compiler, which runs without a TPU: pip install 'msd-jax[plan]'")
     # libtpu looks for a TPU and for its metadata server, and tells at length that there is none.
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
@@ -72,7 +73,7 @@ def devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"XLA's TPU compiler knows no slice {name!r}: {error}") from error
+        raise UserError(f"XLA's TPU compiler knows no slice {name!r}: {error}") from error
 
 
 _QUIET = {

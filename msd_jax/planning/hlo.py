@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from msd_jax.errors import UserError
+
 # --- FLOPs of a jaxpr ---------------------------------------------------------------------------------------------
 
 
@@ -356,7 +358,7 @@ def _closing(text: str, start: int) -> int:
         depth += {"(": 1, ")": -1}.get(text[i], 0)
         if not depth:
             return i
-    raise ValueError(f"no closing bracket in {text[:80]!r}")
+    raise UserError(f"no closing bracket in {text[:80]!r}")
 
 
 def _offset(body: Computation, name: str, index: int) -> int | None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
+from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import evaluator
 from msd_jax.generation import rollout
 from msd_jax.models import config as model_config
@@ -117,7 +118,7 @@ def read_architecture(path: str) -> tuple[model_config.DecoderConfig, str]:
     """The sizes of config.model.path and where they come from: its directory, this package, or the hub's config.json.
 
     Raises:
-      FileNotFoundError, ValueError: none of them has it, or the decoder does not implement it.
+      UserError: none of them has it, or the decoder does not implement it.
     """
     directory = pathlib.Path(path).expanduser()
     if path and directory.is_dir():
@@ -131,7 +132,7 @@ def read_architecture(path: str) -> tuple[model_config.DecoderConfig, str]:
     try:
         file = huggingface_hub.hf_hub_download(path, "config.json")
     except Exception as error:  # the hub's own errors are many; what the user can do is always the same
-        raise FileNotFoundError(
+        raise UserFileError(
             f"config.model.path={path!r} is no directory here, its sizes are not among those that this package has "
             f"({', '.join(published)}), and the hub did not give them ({type(error).__name__}); "
             "copy its config.json into a directory and give that"
@@ -166,7 +167,7 @@ def tasks(config: ml_collections.ConfigDict, model: pretrained.Architecture, mes
     The teacher's forward pass is part of the train step.
 
     Raises:
-      ValueError: the batch does not divide over the mesh, or a parameter does not.
+      UserError: the batch does not divide over the mesh, or a parameter does not.
     """
     train_step.check_batch(config, mesh)
     prompts, length, batch_size = config.prompts, config.rollout.max_new_tokens, config.data.batch_size
@@ -252,11 +253,11 @@ def needed_bytes(message: str) -> int:
     """What a program needs, from XLA's message that it has not.
 
     Raises:
-      ValueError: the message is about something else.
+      UserError: the message is about something else.
     """
     match = re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     if "RESOURCE_EXHAUSTED" not in message or not match:
-        raise ValueError(f"XLA's TPU compiler failed: {message.splitlines()[0]}")
+        raise UserError(f"XLA's TPU compiler failed: {message.splitlines()[0]}")
     number, unit = (part for part in match.groups() if part)
     return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
 
@@ -298,17 +299,17 @@ def make_pod(config: ml_collections.ConfigDict, name: str, mesh: str) -> tuple[m
     """The pod of the flags or, where they are empty, of config.launch, and the config with its mesh.
 
     Raises:
-      ValueError: the flags or the config name no pod that the mesh fits.
+      UserError: the flags or the config name no pod that the mesh fits.
     """
     slices = config.launch.slices
     if not name and config.launch.accelerator != "tpu":
-        raise ValueError(
+        raise UserError(
             f"config.launch.accelerator={config.launch.accelerator!r}: a plan compiles for TPUs only, for which XLA's "
             "compiler needs no chip at hand; --topology v5e:8x8, for one, says how the recipe would sit on TPUs"
         )
     if mesh:
         if not re.fullmatch(r"-?\d+,-?\d+,-?\d+", mesh):
-            raise ValueError(f"--mesh={mesh}: give data,fsdp,tensor as in --mesh 1,16,4 (-1: what is left)")
+            raise UserError(f"--mesh={mesh}: give data,fsdp,tensor as in --mesh 1,16,4 (-1: what is left)")
         sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), map(int, mesh.split(","))))
         config = with_values(config, **sizes)
     name = name or config.launch.topology

@@ -10,6 +10,8 @@ import re
 
 import ml_collections
 
+from msd_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -94,19 +96,19 @@ def parse(name: str) -> Slice:
     """The slice called `name`, as in "v5e:8x8" or "v5p:2x2x2" (chips along each axis).
 
     Raises:
-      ValueError: no such generation, or not a shape of it.
+      UserError: no such generation, or not a shape of it.
     """
     generation, _, shape = name.partition(":")
     if generation not in GENERATIONS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
-        raise ValueError(
+        raise UserError(
             f"config.launch.topology={name!r}: write GENERATION:SHAPE, as in v5e:8x8 or v5p:2x2x2; generations are "
             + ", ".join(GENERATIONS)
         )
     slice_ = Slice(GENERATIONS[generation], tuple(map(int, shape.split("x"))))
     if len(slice_.shape) != slice_.generation.rank:
-        raise ValueError(f"config.launch.topology={name!r}: a shape of {generation} has {slice_.generation.rank} axes")
+        raise UserError(f"config.launch.topology={name!r}: a shape of {generation} has {slice_.generation.rank} axes")
     if slice_.chips % slice_.chips_per_host:
-        raise ValueError(f"config.launch.topology={name!r}: {slice_.chips} chips do not fill hosts of four")
+        raise UserError(f"config.launch.topology={name!r}: {slice_.chips} chips do not fill hosts of four")
     return slice_
 
 
@@ -122,7 +124,7 @@ def facts(config: ml_collections.ConfigDict) -> dict[str, str | int]:
     """NAME -> value, for the scripts of launch/.
 
     Raises:
-      ValueError: config.launch is none, or config.mesh does not fit it.
+      UserError: config.launch is none, or config.mesh does not fit it.
     """
     launch = config.launch
     _check_mesh(config)
@@ -146,12 +148,10 @@ def _check_mesh(config: ml_collections.ConfigDict) -> None:
     fixed = math.prod(size for size in sizes if size != -1)
     asked = "x".join(map(str, sizes))
     if (fixed != count and -1 not in sizes) or count % fixed:
-        raise ValueError(
-            f"config.mesh={asked} (data x fsdp x tensor) does not fit the {count} devices of config.launch"
-        )
+        raise UserError(f"config.mesh={asked} (data x fsdp x tensor) does not fit the {count} devices of config.launch")
     data = config.mesh.data if config.mesh.data != -1 else count // fixed
     if config.launch.accelerator == "tpu" and data % config.launch.slices:
-        raise ValueError(
+        raise UserError(
             f"config.mesh={asked}: data={data} does not divide over config.launch.slices={config.launch.slices}; the "
             "other axes need the fast links within a slice"
         )

@@ -6,6 +6,7 @@ from absl import flags
 
 from msd_jax import cli, report
 from msd_jax.configs import default
+from msd_jax.errors import UserError
 
 
 def main(argv: list[str]) -> None:
@@ -14,7 +15,7 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(cli.FLAGS.out) if cli.FLAGS.out else None
     with cli.clear_errors():
         if bool(workdirs) == bool(evaluations):
-            raise ValueError("name what to report: --workdir DIR (of a run), or --evaluation DIR (of msd_jax.evaluate)")
+            raise UserError("name what to report: --workdir DIR (of a run), or --evaluation DIR (of msd_jax.evaluate)")
         if evaluations:
             report.write_evaluations(evaluations, out or evaluations[-1] / "report")
         elif len(workdirs) > 1:

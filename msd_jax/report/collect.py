@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation.rates import Summary
 from msd_jax.io import jsonl
 
@@ -27,7 +28,7 @@ class Evaluation:
     summary: Summary
 
     def responses(self) -> list[dict[str, Any]]:
-        return jsonl.read_json_lines(self.directory / "responses.jsonl")
+        return jsonl.read(self.directory / "responses.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +71,20 @@ def workdir(directory: pathlib.Path) -> Run:
     """The run of `directory`, finished or not.
 
     Raises:
-      FileNotFoundError: it holds no run.
-      ValueError: a file of it is damaged.
+      UserFileError: it holds no run.
+      UserError: a file of it is damaged.
     """
     config = directory / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"--workdir={directory} holds no run: there is no config.json in it")
+        raise UserFileError(f"--workdir={directory} holds no run: there is no config.json in it")
     model = directory / "model"
     steps = sorted(int(path.name) for path in (directory / "eval").glob("*") if path.name.isdecimal())
     found = [(step, directory / "eval" / str(step)) for step in steps]
     return Run(
         directory,
         _read(config),
-        jsonl.read_json_lines(directory / "metrics.jsonl"),
-        jsonl.read_json_lines(directory / "completions.jsonl"),
+        jsonl.read(directory / "metrics.jsonl"),
+        jsonl.read(directory / "completions.jsonl"),
         tuple(_evaluation(path, step) for step, path in found if (path / "summary.json").is_file()),
         model if (model / "config.json").is_file() else None,
     )
@@ -93,21 +94,21 @@ def evaluations(directories: Sequence[pathlib.Path]) -> Run:
     """One evaluation by itself, or two to compare: before, after.
 
     Raises:
-      ValueError: other than one or two, or a file is damaged.
-      FileNotFoundError: a directory holds no finished evaluation.
+      UserError: other than one or two, or a file is damaged.
+      UserFileError: a directory holds no finished evaluation.
     """
     if not 1 <= len(directories) <= 2:
-        raise ValueError("--evaluation takes one directory, or two to compare: BEFORE,AFTER")
+        raise UserError("--evaluation takes one directory, or two to compare: BEFORE,AFTER")
     for directory in directories:
         if not (directory / "summary.json").is_file():
-            raise FileNotFoundError(f"--evaluation={directory} holds no finished evaluation: no summary.json in it")
+            raise UserFileError(f"--evaluation={directory} holds no finished evaluation: no summary.json in it")
     return Run(directories[-1], evaluations=tuple(_evaluation(path, None) for path in directories))
 
 
 def _evaluation(directory: pathlib.Path, step: int | None) -> Evaluation:
     summary = _read(directory / "summary.json")
     if not all(isinstance(levels, dict) and {"languages", "groups"} <= levels.keys() for levels in summary.values()):
-        raise ValueError(
+        raise UserError(
             f"{directory / 'summary.json'} is of another version of msd_jax; evaluate again into a new directory"
         )
     label = directory.name if step is None else f"after {step} steps" if step else "before training"
@@ -118,4 +119,4 @@ def _read(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+        raise UserError(f"{path} is damaged ({error})") from None

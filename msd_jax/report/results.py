@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from msd_jax import settings
+from msd_jax import losses
 from msd_jax.data.records import language_name
 from msd_jax.evaluation import comparison
 from msd_jax.evaluation.intervals import Paired
@@ -364,7 +364,7 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
         yield "trained languages", ", ".join(code for code, weight in get("data.languages").items() if weight)
         yield "policy", f"{get('rollout.policy')}, {get('rollout.max_new_tokens')} new tokens"
         yield "teacher", f"{get('teacher.kind')}, cot {get('prompts.cot')}"
-        divergence = settings.divergence(get("loss.divergence"), get("rollout.policy"))
+        divergence = losses.resolve_divergence(get("loss.divergence"), get("rollout.policy"))
         yield "loss", f"{divergence}, {get('loss.weighting')} weights"
         rank = get("model.lora.rank")
         yield "trained weights", f"LoRA, rank {rank}" if rank else "all"

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.traverse_util
 
+from msd_jax.errors import UserError
 from msd_jax.evaluation import comparison
 from msd_jax.evaluation.intervals import OverSeeds
 from msd_jax.evaluation.rates import GROUPS, Summary
@@ -38,7 +39,7 @@ def settings(directories: Sequence[pathlib.Path]) -> list[Setting]:
     """The finished evaluations of `directories`, gathered by setting, in their order.
 
     Raises:
-      FileNotFoundError, ValueError: a directory holds no run, or no evaluation.
+      UserError: a directory holds no run, or no evaluation.
     """
     runs = [_evaluated(directory) for directory in directories]
     flat = [
@@ -68,7 +69,7 @@ def named(directories: Mapping[str, Sequence[pathlib.Path]]) -> list[Setting]:
 def _evaluated(directory: pathlib.Path) -> Run:
     run = collect.workdir(directory)
     if run.after is None:
-        raise ValueError(f"--workdir={directory} holds no finished evaluation to compare")
+        raise UserError(f"--workdir={directory} holds no finished evaluation to compare")
     return run
 
 

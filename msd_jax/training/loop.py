@@ -15,6 +15,7 @@ import numpy as np
 from msd_jax import losses, report, settings
 from msd_jax.data import batches, near_duplicates, sources
 from msd_jax.data.records import Query
+from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import evaluator
 from msd_jax.generation import analyses, responses, rollout
 from msd_jax.io import jsonl
@@ -31,7 +32,7 @@ class Trainer:
         """Reads and checks everything; nothing is compiled and nothing long begins.
 
         Raises:
-          ValueError, OSError: one clear message for what is wrong with the config, a file or the workdir.
+          UserError: one clear message for what is wrong with the config, a file or the workdir.
         """
         settings.check(config)
         host_memory.give_back_after_compilations()
@@ -42,7 +43,7 @@ class Trainer:
         self.model = pretrained.load(**config.model, mesh=self.mesh)
         for key in ("top_k", "weight_top_k"):
             if config.loss[key] > self.model.config.vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"config.loss.{key}={config.loss[key]} exceeds the vocabulary of {self.model.config.vocab_size}"
                 )
         self.records = sources.load(config.data, say)
@@ -107,7 +108,7 @@ class Trainer:
             records = tuple(record for record in records if record.id not in shared)
             say(f"near-duplicates: {len(self.records) - len(records)} of {len(self.records)} training queries dropped")
             if not records:
-                raise ValueError("config.data.near_duplicates='drop' leaves no query: all are in the evaluation too")
+                raise UserError("config.data.near_duplicates='drop' leaves no query: all are in the evaluation too")
         return records, rows
 
     def _store(self, name: str) -> responses.Store:
@@ -296,7 +297,7 @@ class Trainer:
         train_batch = sharding.put_batch(self.mesh, train_step.TrainBatch(*(array[:rows] for array in train_batch)))
         teacher = state.params if state.teacher is None else state.teacher
         both = (decoder.join(self.frozen, trained) for trained in (state.params, teacher))
-        tokens = sharding.fetch(self._token_diagnostics(*both, train_batch))
+        tokens = sharding.fetch(self._per_token_loss(*both, train_batch))
         decode = self.model.tokenizer.decode
         entries = []
         for row in range(min(self.config.train.completions_kept, len(batch.examples))):
@@ -318,12 +319,12 @@ class Trainer:
         return entries
 
     @functools.cached_property
-    def _token_diagnostics(self) -> Any:
-        keywords = {k: v for k, v in self.loss.items() if k != "normalize"}
+    def _per_token_loss(self) -> Any:
+        keywords = {k: v for k, v in vars(self.loss).items() if k != "normalize"}
 
         def run(student, teacher, batch):
             logits = train_step.both_logits(self.model.graphdef, student, teacher, batch)
-            return losses.token_diagnostics(*logits, batch.response_BxR, **keywords)
+            return losses.per_token_loss(*logits, batch.response_BxR, **keywords)
 
         return jax.jit(run)
 
@@ -338,7 +339,7 @@ class Trainer:
             + f"; mesh: {mesh} ({jax.devices()[0].device_kind})"
         )
         say(
-            f"MSD: {c.rollout.policy}, {c.teacher.kind} teacher, {self.loss['divergence']}, "
+            f"MSD: {c.rollout.policy}, {c.teacher.kind} teacher, {self.loss.divergence}, "
             f"{c.loss.weighting} weights; scored at temperature {c.loss.temperature}"
         )
         say(
@@ -366,8 +367,8 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Makes `workdir` this config's own; refuses one that holds the run of another config.
 
     Raises:
-      ValueError: keys differ that may not; they are listed.
-      OSError: the directory cannot be written.
+      UserError: keys differ that may not; they are listed.
+      UserFileError: the directory cannot be written.
     """
     path = workdir / "config.json"
 
@@ -375,7 +376,7 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         return checkpoint.config_changes(json.loads(path.read_text("utf-8")), config) if path.exists() else []
 
     if changes := distributed.from_first(compare):
-        raise ValueError(
+        raise UserError(
             f"{workdir} holds a run with another config; take another --workdir, or undo\n  " + "\n  ".join(changes)
         )
     try:
@@ -384,4 +385,4 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
             jsonl.replace_text(path, json.dumps(json.loads(config.to_json_best_effort()), indent=1) + "\n")
         distributed.require_shared(workdir)
     except OSError as error:
-        raise OSError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+        raise UserFileError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ from typing import Any
 
 import ml_collections
 
+from msd_jax.errors import UserError
 from msd_jax.evaluation import evaluator, rates
 from msd_jax.io import jsonl
 from msd_jax.io.console import say
@@ -20,11 +21,11 @@ class Monitor:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, evaluation: evaluator.Evaluation):
-        """Raises ValueError where a floor is set and no prompt has an answer to tell utility by."""
+        """Raises UserError where a floor is set and no prompt has an answer to tell utility by."""
         self._config, self._evaluation, self.floor = config, evaluation, 0.0
         self._prompts = evaluation.slice(config.eval.slice)
         if config.eval.utility_floor and not any(prompt.query.answers.get(prompt.language) for prompt in self._prompts):
-            raise ValueError(
+            raise UserError(
                 f"config.eval.utility_floor={config.eval.utility_floor}: no prompt of config.eval has a reference "
                 "answer to tell utility by; add a benchmark that has them (mgsm, mmmlu), or set it to 0"
             )
@@ -32,7 +33,7 @@ class Monitor:
     def start(self, directory: pathlib.Path) -> None:
         """Sets the floor from the evaluation of the initial weights, which `directory` holds."""
         keys, passes = {prompt.key for prompt in self._prompts}, self._evaluation.slice_passes
-        rows = distributed.from_first(lambda: jsonl.read_json_lines(directory / "responses.jsonl"))
+        rows = distributed.from_first(lambda: jsonl.read(directory / "responses.jsonl"))
         rows = [r for r in rows if (r["benchmark"], r["id"], r["language"]) in keys and r["pass"] in passes]
         self.floor = self._config.eval.utility_floor * slice_rates(rows, self._config).get("slice_utility", 0.0)
         if self._config.eval.utility_floor and not self.floor:

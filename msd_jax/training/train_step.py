@@ -12,7 +12,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from msd_jax import losses, settings
+from msd_jax import losses
+from msd_jax.errors import UserError
 from msd_jax.models import decoder, forward, pretrained
 from msd_jax.parallel import sharding
 from msd_jax.training import optimizer
@@ -138,10 +139,10 @@ def next_teacher(
     return old  # frozen, or None: live
 
 
-def loss_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of losses.dpsw_loss that config.loss asks for."""
-    divergence = settings.divergence(config.loss.divergence, config.rollout.policy)
-    return dict(config.loss) | {"divergence": divergence, "top_k": config.loss.top_k or None}
+def loss_settings(config: ml_collections.ConfigDict) -> losses.LossSettings:
+    """What config.loss asks for."""
+    divergence = losses.resolve_divergence(config.loss.divergence, config.rollout.policy)
+    return losses.LossSettings(**dict(config.loss) | {"divergence": divergence, "top_k": config.loss.top_k or None})
 
 
 def jit_train_step(
@@ -158,7 +159,7 @@ def jit_train_step(
         logit_softcap=model.config.logit_softcap,
         tied=model.config.tied_embeddings,
         mesh=mesh,
-        **loss_settings(config),
+        **vars(loss_settings(config)),
     )
     step = functools.partial(
         train_step,
@@ -198,10 +199,10 @@ def abstract_state(
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises ValueError where the rows of a micro-batch do not divide over the devices."""
+    """Raises UserError where the rows of a micro-batch do not divide over the devices."""
     rows, shards = config.data.batch_size // config.train.micro_batches, sharding.batch_shards(mesh)
     if rows % shards:
-        raise ValueError(
+        raise UserError(
             f"config.data.batch_size={config.data.batch_size} over {config.train.micro_batches} "
             f"micro-batches gives {rows} rows, which do not divide over {shards} devices (data x fsdp)"
         )

@@ -80,7 +80,7 @@ def test_as_path_reads_what_training_reads(config, tmp_path):
 
 
 def drawn(workdir) -> list[tuple[int, str]]:
-    return [(row["step"], row["id"]) for row in jsonl.read_json_lines(workdir / "completions.jsonl")]
+    return [(row["step"], row["id"]) for row in jsonl.read(workdir / "completions.jsonl")]
 
 
 def test_a_run_on_mixed_sources_goes_on_where_it_stopped(config, tmp_path):
@@ -111,7 +111,7 @@ def test_queries_of_the_evaluation_are_reported_or_dropped(config, tmp_path, cap
     trainer.checkpoints.close()
     assert "near-duplicates: of 3 queries of benchmark queries, training has" in capsys.readouterr().out
     assert len(trainer.records) == 5
-    rows = jsonl.read_json_lines(tmp_path / "report/near_duplicates.jsonl")
+    rows = jsonl.read(tmp_path / "report/near_duplicates.jsonl")
     exact = {(row["train_id"], row["eval_id"], row["language"]) for row in rows if row["exact"]}
     assert exact == {(id, id, language) for id in "01" for language in ("en", "sw")}
     config.data.near_duplicates = "drop"

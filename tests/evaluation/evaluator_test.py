@@ -51,7 +51,7 @@ def make(config, devices=1):
 def test_every_prompt_once_a_pass_with_its_verdict(config, tmp_path):
     evaluation, params = make(config)
     summary = evaluation.run(params, tmp_path / "out")
-    rows = jsonl.read_json_lines(tmp_path / "out" / "responses.jsonl")
+    rows = jsonl.read(tmp_path / "out" / "responses.jsonl")
     asked = {(row["pass"], row["id"], row["language"]) for row in rows}
     assert len(rows) == len(asked) == 2 * 2 * 11
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
@@ -70,7 +70,7 @@ def test_greedy_responses_do_not_depend_on_batches_or_devices(config, tmp_path):
         config.eval.batch_size = batch_size
         evaluation, params = make(config, devices)
         evaluation.run(params, tmp_path / name)
-        rows = jsonl.read_json_lines(tmp_path / name / "responses.jsonl")
+        rows = jsonl.read(tmp_path / name / "responses.jsonl")
         return {(row["pass"], row["id"], row["language"]): row["response"] for row in rows}
 
     assert responses("a", 1, 4) == responses("b", 8, 16)
@@ -145,7 +145,7 @@ def test_an_interrupted_evaluation_repeats_neither_a_generated_nor_a_judged_prom
     assert len(runs[2][2]) == 7 and sorted(set(runs[2][2] + runs[3][2])) == sorted(set(judged))
     assert not set(runs[2][2]) & set(runs[3][2])
     assert runs[3][0] == whole
-    rows = [jsonl.read_json_lines(tmp_path / name / "responses.jsonl") for name in ("whole", "out")]
+    rows = [jsonl.read(tmp_path / name / "responses.jsonl") for name in ("whole", "out")]
     assert rows[0] == rows[1] and len(rows[0]) == len(asked)
 
 
@@ -248,7 +248,7 @@ def test_what_the_judges_endpoints_were_asked_is_kept_per_evaluation(config, tmp
     evaluation._judge = Asking()
     for name in ("a", "b"):
         evaluation.run(params, tmp_path / name)
-        assert jsonl.read_json_lines(tmp_path / name / "judge_usage.jsonl") == [{"model": "m", "requests": 44}]
+        assert jsonl.read(tmp_path / name / "judge_usage.jsonl") == [{"model": "m", "requests": 44}]
 
 
 def test_questions_of_four_choices_are_scored_and_not_generated(config, tmp_path):
@@ -264,7 +264,7 @@ def test_questions_of_four_choices_are_scored_and_not_generated(config, tmp_path
     evaluation, params = make(config)
     summary = evaluation.run(params, tmp_path / "out")
     assert list(summary) == ["queries", "mmmlu"]
-    rows = [r for r in jsonl.read_json_lines(tmp_path / "out" / "responses.jsonl") if r["benchmark"] == "mmmlu"]
+    rows = [r for r in jsonl.read(tmp_path / "out" / "responses.jsonl") if r["benchmark"] == "mmmlu"]
     assert len(rows) == 8 and {r["pass"] for r in rows} == {"likelihood"} and {r["verdict"] for r in rows} == {None}
     for code in ("en", "sw"):
         its = [r for r in rows if r["language"] == code]

@@ -39,14 +39,14 @@ def test_each_is_written_once_and_stands_in_the_teachers_prompt(config, tmp_path
     frozen = ml_collections.FrozenConfigDict(config)
     trainer = loop.Trainer(frozen, tmp_path / "run")
     trainer.train()
-    lines = jsonl.read_json_lines(tmp_path / "run/analyses.jsonl")[1:]
+    lines = jsonl.read(tmp_path / "run/analyses.jsonl")[1:]
     assert sorted(int(line["id"]) for line in lines) == list(range(21)) and {line["language"] for line in lines} == {
         "en"
     }
     tokenizer = trainer.model.tokenizer
     texts = {line["id"]: tokenizer.decode(line["tokens"], skip_special_tokens=True).strip() for line in lines}
     assert len(set(texts.values())) > 5
-    entries = jsonl.read_json_lines(tmp_path / "run/completions.jsonl")
+    entries = jsonl.read(tmp_path / "run/completions.jsonl")
     assert entries and all(texts[entry["id"]] in entry["teacher_prompt"] for entry in entries)
     assert not any(texts[entry["id"]] in entry["student_prompt"] for entry in entries if texts[entry["id"]])
 

@@ -14,31 +14,31 @@ def test_a_resume_drops_what_comes_after_its_step_and_a_torn_line(tmp_path):
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    assert [row["step"] for row in jsonl.read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in jsonl.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     resumed = metrics.Metrics(tmp_path, 2)
     resumed.scalars(3, {"loss": 7.0})
     resumed.close()
-    rows = jsonl.read_json_lines(tmp_path / "metrics.jsonl")
+    rows = jsonl.read(tmp_path / "metrics.jsonl")
     assert rows == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 7.0}]
-    assert [row["step"] for row in jsonl.read_json_lines(tmp_path / "completions.jsonl")] == [1, 2]
+    assert [row["step"] for row in jsonl.read(tmp_path / "completions.jsonl")] == [1, 2]
     assert any((tmp_path / "tensorboard").iterdir())
 
 
 def test_a_log_loses_its_last_line_at_most(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
-    log = jsonl.Log(path)
-    assert log.rows == [] and not path.exists()
+    log = jsonl.JsonLines(path)
+    assert log.read() == [] and not path.exists()
     rows = [{"text": "línea\u2028\n\x85"}, {"n": 1}, {"n": 2}]
     log.append(rows[:2])
     log.append(rows[2:])
-    assert log.rows == rows == jsonl.read_json_lines(path)
+    assert log.read() == rows == jsonl.read(path)
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        kept = jsonl.Log(path).rows
+        kept = jsonl.JsonLines(path).read()
         assert kept == rows[: whole[:size].count(b"\n")]
-        jsonl.Log(path).append([{"new": size}])
-        assert jsonl.read_json_lines(path) == [*kept, {"new": size}]
+        jsonl.JsonLines(path).append([{"new": size}])
+        assert jsonl.read(path) == [*kept, {"new": size}]
 
 
 def test_what_is_not_finite_is_null(tmp_path):

@@ -83,7 +83,7 @@ def test_a_job_that_is_told_to_end_saves_its_step(environment, tmp_path):
     script = str(REPOSITORY / "launch/slurm.sbatch")
     flags = [f"--workdir={run}", "--config.train.steps=100000", "--config.eval.path="]
     job = submit(environment, tmp_path, "sbatch", "--nodes=2", script, config, *flags)
-    wait(environment, job, lambda state: ended(state) or len(jsonl.read_json_lines(run / "metrics.jsonl")) > 3)
+    wait(environment, job, lambda state: ended(state) or len(jsonl.read(run / "metrics.jsonl")) > 3)
     subprocess.run(["scancel", "--signal=TERM", str(job)], env=environment, check=True)
     assert wait(environment, job, ended, 60) == "FAILED"
     log = (tmp_path / f"slurm-{job}.log").read_text()

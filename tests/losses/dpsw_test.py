@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from msd_jax import losses
+from msd_jax.losses import divergences, dpsw, fused, settings, weights
 
 each_divergence = pytest.mark.parametrize("name", losses.DIVERGENCES)
 WEIGHTINGS = ["dpsw", "teacher", "student", "uniform"]
@@ -640,10 +642,10 @@ def test_cross_entropy_is_supervised_fine_tuning_on_the_response(rng):
         np.testing.assert_allclose(gradient, np.where(mask[..., None], (p - y) / 0.8, 0), rtol=1e-5, atol=1e-7)
 
 
-def test_token_diagnostics_are_the_terms_of_the_loss(rng):
+def test_per_token_loss_are_the_terms_of_the_loss(rng):
     student, teacher, response, mask = random_batch(rng)
     options = {"divergence": "jsd", "beta": 0.3, "student_token": "sampled", "temperature": 0.9}
-    tokens = losses.token_diagnostics(student, teacher, response, **options)
+    tokens = losses.per_token_loss(student, teacher, response, **options)
     loss_sum, _, aux = losses.dpsw_loss(student, teacher, response, mask, **options)
     np.testing.assert_allclose((tokens["weight"] * tokens["kl"])[mask].sum(), loss_sum, rtol=1e-6)
     for name, values in tokens.items():
@@ -767,10 +769,9 @@ def test_wrong_arguments_are_named(call, message):
 
 
 def test_docstring_examples():
-    result = doctest.testmod(losses)
-    assert result.failed == 0 and result.attempted > 0
-    # One for each public function.
-    examples = {test.name.split(".")[-1] for test in doctest.DocTestFinder().find(losses) if test.examples}
-    public = {name for name, value in vars(losses).items() if callable(value) and name[0] != "_"}
-    public = {name for name in public if getattr(vars(losses)[name], "__module__", "") == losses.__name__}
-    assert public and public <= examples
+    functions = {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))}
+    examples = set()
+    for module in (divergences, dpsw, fused, settings, weights):
+        assert doctest.testmod(module).failed == 0
+        examples |= {test.name.split(".")[-1] for test in doctest.DocTestFinder().find(module) if test.examples}
+    assert functions and functions <= examples

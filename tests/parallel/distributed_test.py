@@ -70,7 +70,7 @@ def run(processes: int, workdir: pathlib.Path) -> str:
 
 
 def steps(workdir: pathlib.Path) -> list[dict]:
-    return jsonl.read_json_lines(workdir / "metrics.jsonl")
+    return jsonl.read(workdir / "metrics.jsonl")
 
 
 def same_run(one: pathlib.Path, other: pathlib.Path, first: int = 1) -> None:
@@ -106,9 +106,9 @@ def four(tmp_path_factory) -> pathlib.Path:
 def test_four_processes_compute_what_one_does(alone, four):
     assert len(steps(alone)) == 4
     same_run(alone, four)
-    assert jsonl.read_json_lines(alone / "completions.jsonl")[0]["response"]
+    assert jsonl.read(alone / "completions.jsonl")[0]["response"]
     for name in ("id", "response"):
-        texts = [[line[name] for line in jsonl.read_json_lines(w / "completions.jsonl")] for w in (alone, four)]
+        texts = [[line[name] for line in jsonl.read(w / "completions.jsonl")] for w in (alone, four)]
         assert texts[0] == texts[1]
     # Gathered from four processes, written by one.
     sizes = [(w / "model/model.safetensors").stat().st_size for w in (alone, four)]

@@ -45,7 +45,7 @@ def run(config, workdir: pathlib.Path):
     trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), workdir)
     trainer.train()
     state, _ = checkpoint.Checkpoints(workdir).restore(config.train.steps, checkpoint.abstract(trainer.initial_state()))
-    return state, jsonl.read_json_lines(workdir / "metrics.jsonl")
+    return state, jsonl.read(workdir / "metrics.jsonl")
 
 
 TIMES = ("seconds", "per_second", "compilations")
@@ -77,13 +77,13 @@ def test_a_killed_run_ends_bit_identical(config, tmp_path, policy, kind, rank):
 
     with pytest.raises(Killed):
         Dies(ml_collections.FrozenConfigDict(config), tmp_path / "killed").train()
-    assert len(jsonl.read_json_lines(tmp_path / "killed" / "metrics.jsonl")) == 5
+    assert len(jsonl.read(tmp_path / "killed" / "metrics.jsonl")) == 5
     resumed, resumed_rows = run(config, tmp_path / "killed")
     jax.tree.map(np.testing.assert_array_equal, resumed, unbroken)
     assert without_times(resumed_rows) == without_times(unbroken_rows)
     assert [row["step"] for row in resumed_rows] == [1, 2, 3, 4, 5, 6]
-    seen = jsonl.read_json_lines(tmp_path / "killed" / "completions.jsonl")
-    assert seen == jsonl.read_json_lines(tmp_path / "unbroken" / "completions.jsonl") and len(seen) == 8
+    seen = jsonl.read(tmp_path / "killed" / "completions.jsonl")
+    assert seen == jsonl.read(tmp_path / "unbroken" / "completions.jsonl") and len(seen) == 8
 
 
 @pytest.mark.parametrize("policy", ["on_policy", "off_policy"])
@@ -117,7 +117,7 @@ def test_responses_are_written_to_the_prompts_that_are_trained_on(config, tmp_pa
 def test_completions_tell_what_each_role_saw(config, tmp_path):
     config.train.steps = 3
     run(config, tmp_path / "run")
-    entry = jsonl.read_json_lines(tmp_path / "run" / "completions.jsonl")[0]
+    entry = jsonl.read(tmp_path / "run" / "completions.jsonl")[0]
     assert entry["step"] == 3 and entry["language"] == "sw" and entry["policy"] == "on_policy"
     assert "kikombe" in entry["student_prompt"] and "answer in" not in entry["student_prompt"]
     assert "answer in" in entry["teacher_prompt"] and "kikombe" not in entry["teacher_prompt"]
@@ -132,7 +132,7 @@ def test_a_retained_query_costs_nothing_while_the_student_is_the_initial_model(c
     config.train.steps, config.train.completions_every, config.train.completions_kept = 1, 1, 8
     run(config, tmp_path / "run")
     kl = {True: [], False: []}
-    for row in jsonl.read_json_lines(tmp_path / "run" / "completions.jsonl"):
+    for row in jsonl.read(tmp_path / "run" / "completions.jsonl"):
         assert (row["student_prompt"] == row["teacher_prompt"]) == (row["language"] == "en")
         kl[row["language"] == "en"] += row["kl"]
     assert kl[True] and set(kl[True]) == {0.0} and min(kl[False]) > 0

@@ -69,7 +69,7 @@ def test_the_slice_is_measured_when_it_is_due_and_is_part_of_the_evaluation(tmp_
     config = small()
     run = trainer(config, tmp_path)
     run.train()
-    rows = jsonl.read_json_lines(tmp_path / "metrics.jsonl")
+    rows = jsonl.read(tmp_path / "metrics.jsonl")
     seen = [{key for key in r if key.startswith("slice_")} for r in rows]
     assert [bool(keys) for keys in seen] == [False, True] * 4 and len(seen[1]) == 5
     # After the last step the slice says of its prompts what the whole evaluation says of them.
@@ -77,7 +77,7 @@ def test_the_slice_is_measured_when_it_is_due_and_is_part_of_the_evaluation(tmp_
     keys = {prompt.key for prompt in prompts}
     parts = collections.Counter((prompt.language, prompt.query.harmful) for prompt in prompts)
     assert len(parts) == 3 * 2 and set(parts.values()) <= {7, 8}  # evenly spread, so not always the full number
-    whole = jsonl.read_json_lines(tmp_path / "eval" / "8" / "responses.jsonl")
+    whole = jsonl.read(tmp_path / "eval" / "8" / "responses.jsonl")
     of_slice = [r for r in whole if (r["benchmark"], r["id"], r["language"]) in keys]
     assert monitor.rates(of_slice, config) == {key: rows[-1][key] for key in seen[-1]}
 
@@ -87,7 +87,7 @@ def test_training_ends_at_the_floor_and_goes_back_to_what_held_it(tmp_path, caps
     config.eval.utility_floor = 0.9
     run = trainer(config, tmp_path)
     run.train()
-    rows = [r for r in jsonl.read_json_lines(tmp_path / "metrics.jsonl") if "slice_utility" in r]
+    rows = [r for r in jsonl.read(tmp_path / "metrics.jsonl") if "slice_utility" in r]
     floor = 0.9 * utility(tmp_path / "eval" / "0")
     held = [r["step"] for r in rows if r["slice_utility"] >= floor]
     assert rows[-1]["slice_utility"] < floor and rows[-1]["step"] < 8, "the setting is not ruinous enough"
@@ -120,7 +120,7 @@ def test_where_no_checkpoint_holds_the_floor_the_initial_weights_are_left(tmp_pa
 
 
 def utility(directory):
-    rows = jsonl.read_json_lines(directory / "responses.jsonl")
+    rows = jsonl.read(directory / "responses.jsonl")
     return monitor.rates(rows, small())["slice_utility"]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from msd_jax.data import files, hub
 from msd_jax.data.records import Query, require_languages
+from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation.benchmarks import mmmlu, safety, utility
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def load(config: "ml_collections.ConfigDict") -> tuple[Loaded, ...]:
     """The user's own file first, then config.eval.benchmarks in their order; `config` is config.eval.
 
     Raises:
-      ValueError, OSError: one message that names the key, the path and what to do.
+      UserError: one message that names the key, the path and what to do.
     """
     loaded = [_load_own(config)] if config.path else []
     return (*loaded, *(_load(name, config) for name in config.benchmarks))
@@ -133,21 +134,21 @@ def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
     key = f"config.eval.{name}"
     remedy = f"name a file or directory that holds {benchmark.get}, or hf://OWNER/NAME where there is a network"
     if not settings.path:
-        raise ValueError(f"{key}.path is empty: {remedy}")
+        raise UserError(f"{key}.path is empty: {remedy}")
     if hub.is_uri(settings.path):
         path = hub.fetch(settings.path, key=f"{key}.path")
     else:
         path = pathlib.Path(settings.path).expanduser()
         if not path.exists():
-            raise FileNotFoundError(f"{key}.path={settings.path}: there is no such file or directory; {remedy}")
+            raise UserFileError(f"{key}.path={settings.path}: there is no such file or directory; {remedy}")
     records = benchmark.read(path)
     have = dict.fromkeys(language for record in records for language in record.texts)
     asked = tuple(settings.languages) or tuple(config.languages)
     if settings.languages and (missing := [language for language in asked if language not in have]):
-        raise ValueError(f"{key}.languages: {settings.path} has no {', '.join(missing)}; it has {', '.join(have)}")
+        raise UserError(f"{key}.languages: {settings.path} has no {', '.join(missing)}; it has {', '.join(have)}")
     languages = tuple(language for language in asked if language in have)
     if not languages:
-        raise ValueError(
+        raise UserError(
             f"{settings.path} has none of config.eval.languages={asked}; it has {', '.join(have)}: take {name} out of "
             "config.eval.benchmarks, or add one of its languages"
         )

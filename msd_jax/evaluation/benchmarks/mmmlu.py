@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from msd_jax.data.records import Query
+from msd_jax.errors import UserError
 from msd_jax.evaluation.benchmarks import tables
 from msd_jax.io.console import say
 
@@ -45,20 +46,20 @@ def read_mmmlu(path: pathlib.Path) -> tuple[Query, ...]:
         for row, (where, cells) in enumerate(_parquet(file) if file.suffix == ".parquet" else _csv(file)):
             key = str(cells.get("index") or row)
             if key in seen:
-                raise ValueError(f"{where}: question {key} is there already; give each row its own number")
+                raise UserError(f"{where}: question {key} is there already; give each row its own number")
             seen.add(key)
             if cells["answer"] not in tuple(LETTERS):
-                raise ValueError(f"{where}: the answer is {cells['answer']!r}, and must be one of A, B, C and D")
+                raise UserError(f"{where}: the answer is {cells['answer']!r}, and must be one of A, B, C and D")
             if not cells["question"] or not any(cells["options"]):
                 empty += 1
                 continue
             query = merged.setdefault(key, Query(key, False, cells["subject"], {}))
             if language in query.texts:
-                raise ValueError(f"{file}: there is another file in {language!r}; leave one of them")
+                raise UserError(f"{file}: there is another file in {language!r}; leave one of them")
             query.texts[language] = text(cells["question"], cells["options"])
             query.answers[language] = cells["answer"]
         if not seen:
-            raise ValueError(f"{file}: there are no questions in it")
+            raise UserError(f"{file}: there are no questions in it")
         if empty:
             say(f"mmmlu: {empty} of {len(seen)} questions in {language} left out: they have no text")
     return tuple(merged.values())
@@ -69,10 +70,10 @@ def _language(file: pathlib.Path) -> str:
     code = re.fullmatch(r"mmlu_([A-Za-z]{2})([-_][A-Za-z]{2})?", file.stem)
     if not code:
         if file.stem.startswith("mmlu_"):
-            raise ValueError(f"{file}: the name must end in a language and region, as in mmlu_SW-KE.csv")
+            raise UserError(f"{file}: the name must end in a language and region, as in mmlu_SW-KE.csv")
         return "en"
     if (language := code[1].lower()) not in _LANGUAGES:
-        raise ValueError(f"{file}: MMMLU has no language {language!r}; it has {', '.join(_LANGUAGES)}")
+        raise UserError(f"{file}: MMMLU has no language {language!r}; it has {', '.join(_LANGUAGES)}")
     return language
 
 
@@ -81,14 +82,14 @@ def _csv(file: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     header, *rows = tables.csv_rows(file) or [[]]
     columns = {name.strip().lower(): i for i, name in enumerate(header)}
     if missing := [name for name in _COLUMNS if name not in columns]:
-        raise ValueError(f"{file}: there is no column {' and no '.join(missing)}; it has {', '.join(header)}")
+        raise UserError(f"{file}: there is no column {' and no '.join(missing)}; it has {', '.join(header)}")
     index = next((columns[name] for name in _INDEX if name in columns), None)
     for number, row in enumerate(rows, start=2):
         if not any(row):
             continue
         where = f"{file}, row {number}"
         if len(row) != len(header):
-            raise ValueError(f"{where}: {len(row)} cells under {len(header)} columns; quote cells that hold a comma")
+            raise UserError(f"{where}: {len(row)} cells under {len(header)} columns; quote cells that hold a comma")
         cell = {name: row[columns[name]].strip() for name in _COLUMNS}
         yield (
             where,
@@ -110,11 +111,11 @@ def _parquet(file: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         rows = pyarrow.parquet.read_table(file, columns=["question", "choices", "answer", "subject"]).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a table of MMLU ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{file}: not a table of MMLU ({str(error).splitlines()[0]})") from None
     for number, row in enumerate(rows):
         where = f"{file}, row {number}"
         if len(row["choices"] or ()) != len(LETTERS):
-            raise ValueError(f"{where}: {len(row['choices'] or ())} choices, and must be {len(LETTERS)}")
+            raise UserError(f"{where}: {len(row['choices'] or ())} choices, and must be {len(LETTERS)}")
         answer = row["answer"]
         yield (
             where,

@@ -7,6 +7,7 @@ import re
 
 from msd_jax.data import files
 from msd_jax.data.records import Query, language_name
+from msd_jax.errors import UserError
 from msd_jax.evaluation.benchmarks import tables
 from msd_jax.io.console import say
 
@@ -34,7 +35,7 @@ def read_multijail(path: pathlib.Path) -> tuple[Query, ...]:
     """MultiJail: one CSV with a column a language; all queries are harmful. A directory holds one such file."""
     found = tables.find(path, "*.csv")
     if len(found) > 1:
-        raise ValueError(f"{path}: {len(found)} CSV files in it; name one: {', '.join(file.name for file in found)}")
+        raise UserError(f"{path}: {len(found)} CSV files in it; name one: {', '.join(file.name for file in found)}")
     return files.read(found[0], harmful="true")
 
 
@@ -72,7 +73,7 @@ def _xsafety_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
         spelled = _letters(re.sub(r"_(n|en)$", "", file.stem))
         near = difflib.get_close_matches(spelled, kinds, n=1, cutoff=0.85)
         if not near:
-            raise ValueError(f"{file}: XSafety has no such kind; name it after one of {', '.join(_XSAFETY_KINDS)}")
+            raise UserError(f"{file}: XSafety has no such kind; name it after one of {', '.join(_XSAFETY_KINDS)}")
         key = (language, kinds[near[0]])
         if key in chosen:
             right = spelled == near[0]
@@ -113,18 +114,18 @@ def read_pku_saferlhf(path: pathlib.Path) -> tuple[Query, ...]:
                 record = json.loads(line)
                 prompt, language = record["prompt"], record.get("language", default)
                 if not (isinstance(prompt, str) and prompt.strip()) or record.get("harmful") not in (None, True, False):
-                    raise ValueError("prompt must be a text that is not empty, harmful true, false or absent")
+                    raise UserError("prompt must be a text that is not empty, harmful true, false or absent")
                 language_name(language)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-                raise ValueError(f"{file}, line {number}: not a record of PKU-SafeRLHF ({reason})") from None
+                raise UserError(f"{file}, line {number}: not a record of PKU-SafeRLHF ({reason})") from None
             if (language, prompt) in seen:
                 continue
             seen.add((language, prompt))
             key = str(record.get("id", "/".join(filter(None, (where, str(number))))))
             query = merged.setdefault(key, Query(key, record.get("harmful"), str(record.get("category", "")), {}))
             if language in query.texts:
-                raise ValueError(f"{file}, line {number}: id {key!r} is there twice in {language!r}; give each its own")
+                raise UserError(f"{file}, line {number}: id {key!r} is there twice in {language!r}; give each its own")
             query.texts[language] = prompt
     return tuple(merged.values())
 
@@ -144,22 +145,22 @@ def read_xstest(path: pathlib.Path) -> tuple[Query, ...]:
         header, *rows = tables.csv_rows(file) or [[]]
         columns = {name.strip().lower(): i for i, name in enumerate(header)}
         if missing := [name for name in ("prompt", "type") if name not in columns]:
-            raise ValueError(f"{file}: XSTest has columns prompt and type; there is no {' and no '.join(missing)}")
+            raise UserError(f"{file}: XSTest has columns prompt and type; there is no {' and no '.join(missing)}")
         suffix = re.split(r"[_.]", file.stem)[-1]
         language = suffix if _is_language(suffix) else "en"
         for number, row in enumerate(rows, start=2):
             if not any(row):
                 continue
             if len(row) != len(header):
-                raise ValueError(f"{file}, row {number}: {len(row)} cells under {len(header)} columns")
+                raise UserError(f"{file}, row {number}: {len(row)} cells under {len(header)} columns")
             cell = {name: row[i] for name, i in columns.items()}
             key = cell.get("id") or str(number - 1)
             label = cell.get("label", "unsafe" if cell["type"].startswith("contrast_") else "safe")
             if label not in ("safe", "unsafe"):
-                raise ValueError(f"{file}, row {number}: label={label!r} must be safe or unsafe")
+                raise UserError(f"{file}, row {number}: label={label!r} must be safe or unsafe")
             query = merged.setdefault(key, Query(key, label == "unsafe", cell["type"], {}))
             if language in query.texts or query.harmful != (label == "unsafe"):
-                raise ValueError(
+                raise UserError(
                     f"{file}, row {number}: id {key!r} is there already, in {language!r} or otherwise labelled"
                 )
             query.texts[language] = cell["prompt"]

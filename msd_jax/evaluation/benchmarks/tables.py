@@ -4,6 +4,8 @@ import csv
 import io
 import pathlib
 
+from msd_jax.errors import UserError, UserFileError
+
 
 def find(path: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
     """`path` itself if it is a file, else the files below it that match one of `patterns`, sorted.
@@ -14,7 +16,7 @@ def find(path: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
         return [path]
     found = sorted({file for pattern in patterns for file in path.rglob(pattern)})
     if not found:
-        raise FileNotFoundError(f"{path}: there is no {' or '.join(patterns)} in it")
+        raise UserFileError(f"{path}: there is no {' or '.join(patterns)} in it")
     return found
 
 
@@ -23,7 +25,7 @@ def text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
 def csv_rows(path: pathlib.Path) -> list[list[str]]:
@@ -31,7 +33,7 @@ def csv_rows(path: pathlib.Path) -> list[list[str]]:
     try:
         return list(csv.reader(io.StringIO(text(path), newline=""), strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path}: malformed CSV ({error})") from None
+        raise UserError(f"{path}: malformed CSV ({error})") from None
 
 
 def xlsx_rows(path: pathlib.Path) -> list[list[str]]:
@@ -42,4 +44,4 @@ def xlsx_rows(path: pathlib.Path) -> list[list[str]]:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         return [["" if cell is None else str(cell) for cell in row] for row in book.worksheets[0].values]
     except Exception as error:  # of zipfile, xml or openpyxl
-        raise ValueError(f"{path}: this is no xlsx workbook ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: this is no xlsx workbook ({type(error).__name__}: {error})") from None

@@ -5,6 +5,7 @@ import re
 import unicodedata
 
 from msd_jax.data.records import Query
+from msd_jax.errors import UserError
 from msd_jax.evaluation.benchmarks import tables
 from msd_jax.evaluation.benchmarks.final_number import last_number
 
@@ -50,16 +51,16 @@ def read_mgsm(path: pathlib.Path) -> tuple[Query, ...]:
         language = file.stem.removeprefix("mgsm_")
         if language not in _MGSM_INSTRUCTIONS:
             known = ", ".join(_MGSM_INSTRUCTIONS)
-            raise ValueError(f"{file}: MGSM has no language {language!r}; it has {known}")
+            raise UserError(f"{file}: MGSM has no language {language!r}; it has {known}")
         rows[language] = []
         for number, line in enumerate(tables.text(file).splitlines(), start=1):
             problem, tab, answer = line.rpartition("\t")
             if not tab or not re.search(r"\d", answer):
-                raise ValueError(f"{file}, line {number}: a line is a problem, a tab and a number")
+                raise UserError(f"{file}, line {number}: a line is a problem, a tab and a number")
             rows[language].append((problem, answer.strip()))
     lengths = {language: len(problems) for language, problems in rows.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{path}: the files of MGSM have different numbers of problems: {lengths}; get them anew")
+        raise UserError(f"{path}: the files of MGSM have different numbers of problems: {lengths}; get them anew")
     return tuple(
         Query(
             id=f"{i + 1:03d}",

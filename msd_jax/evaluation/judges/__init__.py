@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from msd_jax.errors import UserError
 from msd_jax.evaluation.judges.ensemble import EnsembleJudge
 from msd_jax.evaluation.judges.interface import Judge, Judgement, Keep, Response, Verdict, ignore
 from msd_jax.evaluation.judges.rules import RulesJudge, compile_phrase, normalize
@@ -47,7 +48,7 @@ def make(config: "ml_collections.ConfigDict", mesh: "Mesh", itself: "Callable[[]
     `itself` makes the translator of config.judge.translate = "model": the model that is evaluated.
 
     Raises:
-      ValueError, OSError: it cannot work, for what one line says; nothing was judged or sent.
+      UserError: it cannot work, for what one line says; nothing was judged or sent.
     """
     kinds = config.members if config.kind == "ensemble" else (config.kind,)
     members = [_make(kind, config, mesh) for kind in kinds]
@@ -57,7 +58,7 @@ def make(config: "ml_collections.ConfigDict", mesh: "Mesh", itself: "Callable[[]
         if config.translate == "endpoint":
             translator = EndpointTranslator(config.openai)
         elif itself is None:
-            raise ValueError("config.judge.translate='model': there is no model here; set it to endpoint or no")
+            raise UserError("config.judge.translate='model': there is no model here; set it to endpoint or no")
         else:
             translator = itself()
         work = Translations(translator)

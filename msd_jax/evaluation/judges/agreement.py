@@ -9,6 +9,7 @@ from typing import Any
 
 import rich.table
 
+from msd_jax.errors import UserError
 from msd_jax.evaluation.intervals import agreement
 from msd_jax.evaluation.judges.interface import Judge, Judgement, Response, Verdict
 
@@ -23,24 +24,24 @@ def read(path: pathlib.Path) -> tuple[list[Response], list[str]]:
     harmful (of the query). Others are ignored.
 
     Raises:
-      OSError, ValueError: with the file, the line and what is wrong there.
+      UserFileError, ValueError: with the file, the line and what is wrong there.
     """
     responses, labels = [], []
     for line, row in _rows(path):
         where = f"{path}, line {line}"
         for field in ("response", "label", "language"):
             if not isinstance(row.get(field), str) or (field != "response" and not row[field].strip()):
-                raise ValueError(f"{where}: {field!r} is missing or no text; fields: response, label, language")
+                raise UserError(f"{where}: {field!r} is missing or no text; fields: response, label, language")
         label, harmful = row["label"].strip().lower(), row.get("harmful")
         if label not in LABELS:
-            raise ValueError(f"{where}: label {row['label']!r} is none of {', '.join(LABELS)}")
+            raise UserError(f"{where}: label {row['label']!r} is none of {', '.join(LABELS)}")
         harmful = _HARMFUL.get(str("" if harmful is None else harmful).strip().lower(), "?")
         if harmful == "?":
-            raise ValueError(f"{where}: harmful={row['harmful']!r} must be true, false or empty")
+            raise UserError(f"{where}: harmful={row['harmful']!r} must be true, false or empty")
         responses.append(Response(row["language"].strip(), row.get("prompt") or "", row["response"], harmful, True))
         labels.append(label)
     if not labels:
-        raise ValueError(f"{path} holds no labelled response")
+        raise UserError(f"{path} holds no labelled response")
     return responses, labels
 
 
@@ -48,7 +49,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at offset {error.start})") from None
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at offset {error.start})") from None
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
         yield from ((reader.line_num, row) for row in reader)
@@ -58,9 +59,9 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: malformed JSON ({error})") from None
+                raise UserError(f"{path}, line {number}: malformed JSON ({error})") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is not a JSON object")
+                raise UserError(f"{path}, line {number} is not a JSON object")
             yield number, row
 
 

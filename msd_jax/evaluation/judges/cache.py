@@ -22,8 +22,8 @@ class CachedJudge:
         # A version may come from files, which another machine sees otherwise; what is missing must be the same on all.
         self.name, self.version = judge.name, distributed.from_first(lambda: judge.version)
         self._judge, self.endpoints = judge, judge.endpoints
-        self._log = jsonl.Log(path)
-        self._known = {row["key"]: self._judgement(row) for row in self._log.rows if self._is_mine(row)}
+        self._log = jsonl.JsonLines(path)
+        self._known = {row["key"]: self._judgement(row) for row in self._log.read() if self._is_mine(row)}
 
     def judge(self, responses: Sequence[Response], keep: Keep = ignore) -> list[Judgement]:
         keys = [self.key(response) for response in responses]

@@ -9,6 +9,7 @@ import pathlib
 import re
 from collections.abc import Callable
 
+from msd_jax.errors import UserError
 from msd_jax.evaluation.judges.interface import Response, Verdict
 from msd_jax.evaluation.judges.rules import RulesJudge
 
@@ -165,4 +166,4 @@ def instruction(name: str, path: str) -> str:
     try:
         return pathlib.Path(path).read_text(encoding="utf-8").strip() if path else FORMATS[name].instruction
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8; it should hold the instruction that the judge is given") from None
+        raise UserError(f"{path} is not UTF-8; it should hold the instruction that the judge is given") from None

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from msd_jax.errors import UserError
 from msd_jax.evaluation.judges import formats
 from msd_jax.evaluation.judges.interface import Judgement, Keep, Response, Verdict, ignore
 from msd_jax.evaluation.judges.rules import RulesJudge
@@ -43,10 +44,10 @@ class GuardJudge:
     endpoints = ()
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
-        """`config` is config.judge.guard. Raises ValueError or OSError where the model is not fit to be this judge."""
+        """`config` is config.judge.guard. Raises UserError where the model is not fit to be this judge."""
         self._config, self._mesh, self._rules = config, mesh, RulesJudge()
         if not config.path:
-            raise ValueError("config.judge.guard.path is empty: name the guard model's directory or hub id")
+            raise UserError("config.judge.guard.path is empty: name the guard model's directory or hub id")
         self._model = pretrained.load(
             config.path, dtype=config.dtype, param_dtype=config.dtype, remat="none", mesh=mesh
         )
@@ -58,7 +59,7 @@ class GuardJudge:
         lead, safe, unsafe = _WORDS[config.format]
         self._words_2 = np.array([self._next_token(lead, word) for word in (safe, unsafe)], np.int32)
         if self._words_2[0] == self._words_2[1]:
-            raise ValueError(f"{config.path}: {safe!r} and {unsafe!r} begin with the same token")
+            raise UserError(f"{config.path}: {safe!r} and {unsafe!r} begin with the same token")
         self._lead = self._encode(lead)
         files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self._model.directory.glob("*.safetensors")]
         template = self._model.tokenizer.chat_template
@@ -173,7 +174,7 @@ class GuardJudge:
         probe = Response(language="en", prompt="probe-query", text="probe-reply", harmful=None, finished=True)
         text = self._render(self._format.messages(self._instruction, probe))
         if "probe-query" not in text or "probe-reply" not in text:
-            raise ValueError(
+            raise UserError(
                 f"{self._config.path}: the chat template leaves out query or response, so that it is not one of "
                 f"config.judge.guard.format={self._config.format!r}"
             )
@@ -182,7 +183,7 @@ class GuardJudge:
         try:
             return render(self._model.tokenizer, messages, {})
         except ValueError as error:
-            raise ValueError(f"config.judge.guard: {error}") from error
+            raise UserError(f"config.judge.guard: {error}") from error
 
     def _encode(self, text: str) -> np.ndarray:
         # The chat template has written BOS already.
@@ -195,5 +196,5 @@ class GuardJudge:
         """The token that `word` begins with after `lead`."""
         before, after = self._encode(lead), self._encode(lead + word)
         if len(after) <= len(before) or (after[: len(before)] != before).any():
-            raise ValueError(f"{self._config.path}: the tokenizer does not part {lead!r} and {word!r}")
+            raise UserError(f"{self._config.path}: the tokenizer does not part {lead!r} and {word!r}")
         return int(after[len(before)])

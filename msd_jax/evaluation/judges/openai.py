@@ -26,6 +26,7 @@ from typing import Any
 import httpx2 as httpx
 import ml_collections
 
+from msd_jax.errors import UserError
 from msd_jax.evaluation.judges import formats
 from msd_jax.evaluation.judges.interface import Judgement, Keep, Response, Verdict, ignore
 from msd_jax.evaluation.judges.rules import RulesJudge
@@ -72,18 +73,18 @@ class Endpoint:
         except httpx.InvalidURL:
             url = httpx.URL("")
         if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-            raise ValueError(
+            raise UserError(
                 "config.judge.openai.url must be the base of an OpenAI-compatible API, such as https://HOST/v1"
             )
         if url.userinfo:
-            raise ValueError("config.judge.openai.url must not hold a user or password; see key_variable")
+            raise UserError("config.judge.openai.url must not hold a user or password; see key_variable")
         if url.scheme == "http" and config.addresses == "public":
-            raise ValueError(
+            raise UserError(
                 f"config.judge.openai.url={config.url!r} would send key and prompts in the clear; use https, or "
                 "config.judge.openai.addresses='private' for a server of your own"
             )
         if not config.model:
-            raise ValueError("config.judge.openai.model is empty: name the model that the endpoint is to run")
+            raise UserError("config.judge.openai.model is empty: name the model that the endpoint is to run")
         self._url, self._key = url, _key(config.key_variable)
         self._client = httpx.Client(
             transport=CheckedTransport(config.addresses, config.concurrency),
@@ -204,7 +205,7 @@ class OpenAIJudge:
     name = "openai"
 
     def __init__(self, config: ml_collections.ConfigDict):
-        """Raises ValueError or OSError where the config is not fit."""
+        """Raises UserError where the config is not fit."""
         self.endpoint = Endpoint(config)
         self.endpoints = (self.endpoint,)
         self._format = formats.FORMATS[config.format]
@@ -313,12 +314,12 @@ def _key(variable: str) -> str:
         return ""
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ValueError(
+        raise UserError(
             f"the environment variable {variable} (config.judge.openai.key_variable) is not set; "
             "set it, or key_variable='' for an endpoint without a key"
         )
     if not key.isascii() or not key.isprintable() or " " in key:  # the HTTP library would quote it in its error
-        raise ValueError(f"the environment variable {variable} does not hold a key: blanks or unusual characters in it")
+        raise UserError(f"the environment variable {variable} does not hold a key: blanks or unusual characters in it")
     return key
 
 

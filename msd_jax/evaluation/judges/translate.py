@@ -153,8 +153,8 @@ class Translations:
 
     def __init__(self, translator: Translator, path: pathlib.Path | None = None):
         self._translator, self.endpoints = translator, translator.endpoints
-        self._log = jsonl.Log(path) if path else None
-        self._known = {row["key"]: (row["request"], row["response"]) for row in (self._log.rows if self._log else [])}
+        self._log = jsonl.JsonLines(path) if path else None
+        self._known = {row["key"]: (row["request"], row["response"]) for row in (self._log.read() if self._log else [])}
 
     @property
     def version(self) -> str:
