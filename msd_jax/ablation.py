@@ -13,7 +13,7 @@ import ml_collections
 from msd_jax import report, settings
 from msd_jax.configs import default
 from msd_jax.errors import UserError
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 from msd_jax.parallel import distributed
 from msd_jax.training import loop
 
@@ -39,7 +39,7 @@ class Grid:
         """Trains, or goes on with, the runs that are not finished."""
         first = next(iter(self.configs))[0]
         for name, seed in self._left:
-            say(f"run {list(self.configs).index((name, seed)) + 1} of {len(self.configs)}: {name}, seed {seed}")
+            log(f"run {list(self.configs).index((name, seed)) + 1} of {len(self.configs)}: {name}, seed {seed}")
             directory = self.directories[name, seed]
             _take_responses(self.directories[first, seed] / "eval" / "0", directory / "eval" / "0")
             trainer, self._next = self._next or loop.Trainer(self.configs[name, seed], directory), None

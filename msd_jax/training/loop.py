@@ -19,7 +19,7 @@ from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import evaluator
 from msd_jax.generation import analyses, responses, rollout
 from msd_jax.io import jsonl
-from msd_jax.io.console import progress, say
+from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export, pretrained
 from msd_jax.parallel import distributed, host_memory, padding, sharding
 from msd_jax.training import checkpoint, metrics, monitor, optimizer, train_step
@@ -46,7 +46,7 @@ class Trainer:
                 raise UserError(
                     f"config.loss.{key}={config.loss[key]} exceeds the vocabulary of {self.model.config.vocab_size}"
                 )
-        self.records = sources.load(config.data, say)
+        self.records = sources.load(config.data, log)
         self.evaluation = evaluator.Evaluation(config, self.model, self.mesh) if evaluator.wanted(config) else None
         self.monitor = monitor.Monitor(config, self.evaluation) if config.eval.every else None
         self.records, duplicates = self._look_for_duplicates()
@@ -78,7 +78,7 @@ class Trainer:
     def _make_batches(self, encoded: batches.Encoded) -> Any:
         data = self.config.data
         for line in encoded.describe_dropped():
-            say(line)
+            log(line)
         stream = batches.batches(
             encoded,
             dict(data.languages),
@@ -101,12 +101,12 @@ class Trainer:
             self.records, {name: tuple(by_id.values()) for name, by_id in benchmarks.items()}
         )
         for line in lines:
-            say(line)
+            log(line)
         records, drop = self.records, self.config.data.near_duplicates == "drop"
         if rows and drop:
             shared = {row["train_id"] for row in rows}
             records = tuple(record for record in records if record.id not in shared)
-            say(f"near-duplicates: {len(self.records) - len(records)} of {len(self.records)} training queries dropped")
+            log(f"near-duplicates: {len(self.records) - len(records)} of {len(self.records)} training queries dropped")
             if not records:
                 raise UserError("config.data.near_duplicates='drop' leaves no query: all are in the evaluation too")
         return records, rows
@@ -160,7 +160,7 @@ class Trainer:
         if step:
             state, position = self.checkpoints.restore(step, checkpoint.abstract(state))
             self.batches.set_state(position)
-            say(f"resumed from step {step} of {self.workdir}")
+            log(f"resumed from step {step} of {self.workdir}")
         self._describe()
         if self.evaluation:
             initial = lambda: self.rollout_params(self.model.params(self.mesh))  # noqa: E731
@@ -204,7 +204,7 @@ class Trainer:
         self, step: int, state: train_step.TrainState, row: dict[str, float]
     ) -> tuple[int, train_step.TrainState]:
         """The last checkpoint whose utility holds the floor, or the initial weights: (its step, its state)."""
-        say(
+        log(
             f"stopped after step {step}: the slice's utility is {row['slice_utility']:.1%}, below "
             f"{self.monitor.floor:.1%} (config.eval.utility_floor={self.config.eval.utility_floor} of what it was)"
         )
@@ -215,10 +215,10 @@ class Trainer:
             restored, _ = self.checkpoints.restore(earlier, like)
             seen = self.monitor.look(self.rollout_params(restored.params))
             if self.monitor.holds(seen):
-                say(f"gone back to step {earlier}, whose utility is {seen['slice_utility']:.1%}")
+                log(f"gone back to step {earlier}, whose utility is {seen['slice_utility']:.1%}")
                 return earlier, restored
             jax.tree.map(lambda x: x.delete(), restored)
-        say("gone back to the initial weights: no checkpoint that is kept holds the floor")
+        log("gone back to the initial weights: no checkpoint that is kept holds the floor")
         return 0, self.initial_state()
 
     def step(
@@ -280,10 +280,10 @@ class Trainer:
             self.model.directory,
             lora=self.model.lora,
         )
-        say(f"aligned model: {self.workdir / 'model'}")
+        log(f"aligned model: {self.workdir / 'model'}")
         if self.model.lora:
             export.save_adapter(self.workdir / "adapter", state.params, self.model, self.config.model.path)
-            say(f"its adapter: {self.workdir / 'adapter'}")
+            log(f"its adapter: {self.workdir / 'adapter'}")
 
     def completions(
         self,
@@ -333,26 +333,26 @@ class Trainer:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.model.abstract))
         mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         trained = sum(leaf.size for leaf in jax.tree.leaves(self.model.split(self.model.abstract)[0]))
-        say(
+        log(
             f"model: {self.model.directory}, {count:,} parameters"
             + (f", {trained:,} of them trained" if trained < count else "")
             + f"; mesh: {mesh} ({jax.devices()[0].device_kind})"
         )
-        say(
+        log(
             f"MSD: {c.rollout.policy}, {c.teacher.kind} teacher, {self.loss.divergence}, "
             f"{c.loss.weighting} weights; scored at temperature {c.loss.temperature}"
         )
-        say(
+        log(
             f"sampling: temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}, "
             f"at most {sampling.max_new_tokens} tokens, stop at {list(self.model.stop_ids)}"
         )
         if sampling.temperature != c.loss.temperature:
-            say(
+            log(
                 f"note: responses are sampled at temperature {sampling.temperature} and scored at "
                 f"{c.loss.temperature} (config.rollout.temperature, config.loss.temperature)"
             )
         if c.teacher.kind == "live":
-            say("note: a live teacher can collapse within 100 steps; ema with decay 0.95 held where it did not")
+            log("note: a live teacher can collapse within 100 steps; ema with decay 0.95 held where it did not")
 
 
 def describe(row: dict[str, float]) -> str:
