@@ -25,20 +25,33 @@ def log(text: str) -> None:
 def progress(what: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
     """Yields advance(done, status): how many of `total` are done, and a few words on how it goes."""
     if not distributed.is_first() or not shown:
-        yield lambda done, status="": None
-        return
-    if not console.is_terminal:
+        yield _ignore
+    elif console.is_terminal:
+        with _bar() as bar:
+            task = bar.add_task(what, total=total, completed=done, status="")
+
+            def move(done: int, status: str) -> None:
+                bar.update(task, completed=done, status=status)
+
+            yield move
+    else:
         last = 0.0
 
-        def advance(done: int, status: str = "") -> None:
+        def print_line(done: int, status: str) -> None:
             nonlocal last
             if time.monotonic() - last >= SECONDS_BETWEEN_LINES or done == total:
                 last = time.monotonic()
                 log(f"{what} {done}/{total}  {status}")
 
-        yield advance
-        return
-    bar = rich.progress.Progress(
+        yield print_line
+
+
+def _ignore(done: int, status: str) -> None:
+    """Shows nothing."""
+
+
+def _bar() -> rich.progress.Progress:
+    return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(bar_width=12),  # leaves room for the figures at 80 columns
         rich.progress.MofNCompleteColumn(),
@@ -46,6 +59,3 @@ def progress(what: str, total: int, done: int = 0, shown: bool = True) -> Iterat
         rich.progress.TextColumn("{task.fields[status]}", markup=False),
         console=console,
     )
-    with bar:
-        task = bar.add_task(what, total=total, completed=done, status="")
-        yield lambda done, status="": bar.update(task, completed=done, status=status)
