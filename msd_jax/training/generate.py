@@ -3,6 +3,8 @@
 import dataclasses
 import time
 
+import jax
+
 from msd_jax.data import batches
 from msd_jax.generation.responses import Responses
 from msd_jax.models import decoder
@@ -19,24 +21,30 @@ class Generated:
       queries: the prompts of both roles.
       responses: one per query.
       batch: both as train_step takes them; R is the bucket of the longest response.
-      asked, had: the host's clock when it asked for the responses, and when it had them.
+      free: the host's clock when the devices were done with the step before, whose weights generation needs; None
+        where nothing was generated, and the host did not wait for them.
+      had: the clock when the host had the responses.
     """
 
     queries: batches.Batch
     responses: Responses
     batch: TrainBatch
-    asked: float
+    free: float | None
     had: float
 
 
 def generate(run: Run, frozen: decoder.Params, state: TrainState, queries: batches.Batch, step: int) -> Generated:
     """Responses to `queries` after `step` finished steps, whose results are `state`."""
-    asked = time.perf_counter()
+    free = None
+
+    def weights(trained: decoder.Params) -> decoder.Params:
+        nonlocal free
+        jax.block_until_ready(trained)
+        free = free or time.perf_counter()
+        return rollout_params(run, frozen, trained)
+
     responses = run.respond(
-        step,
-        queries,
-        student=lambda: rollout_params(run, frozen, state.params),
-        teacher=lambda: rollout_params(run, frozen, state.teacher_params),
+        step, queries, student=lambda: weights(state.params), teacher=lambda: weights(state.teacher_params)
     )
     had = time.perf_counter()
     R = padding.bucket(max(int(responses.length_B.max()), 1), run.config.rollout.max_new_tokens)
@@ -48,4 +56,4 @@ def generate(run: Run, frozen: decoder.Params, state: TrainState, queries: batch
         responses.response_BxR[:, :R],
         responses.length_B,
     )
-    return Generated(queries, responses, batch, asked, had)
+    return Generated(queries, responses, batch, free, had)

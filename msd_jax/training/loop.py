@@ -57,7 +57,8 @@ def take_steps(
             learning_rate, step = float(run.learning_rates[step]), step + 1
             rows.add(Dispatched(step, scalars, learning_rate, generated, run.generator.compilations))
             if run.monitor and run.monitor.due(step):
-                row = rows.flush(run.monitor.look(rollout_params(run, frozen, state.params)))
+                done = rows.wait()
+                row = rows.flush(run.monitor.look(rollout_params(run, frozen, state.params)), done)
                 if not run.monitor.holds(row):
                     low = row
                     break

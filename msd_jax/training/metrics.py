@@ -1,6 +1,5 @@
 """What a run writes while it trains: metrics.jsonl, TensorBoard events and completions.jsonl."""
 
-import concurrent.futures
 import dataclasses
 import math
 import pathlib
@@ -62,19 +61,15 @@ class Dispatched:
     generated: Generated
     rollout_compilations: int
 
-    def row(self, free: float, done: float) -> dict[str, float]:
-        """The step's row of metrics.jsonl; waits for the devices.
-
-        Its two times leave out what the devices still spent on the step before, so that the times of a run add up:
-        rollout_seconds until the host had the responses, train_seconds from then until the update was done.
+    def row(self, begun: float, done: float) -> dict[str, float]:
+        """The step's row of metrics.jsonl, once the devices are done with it.
 
         Args:
-          free: the host's clock when the step before was done.
-          done: the clock when this one was.
+          begun, done: the host's clock when the devices began with the update, and when they were done.
         """
         batch, responses = self.generated.batch, self.generated.responses
-        rollout_seconds = max(self.generated.had - max(self.generated.asked, free), 0.0)
-        train_seconds = done - max(self.generated.had, free)
+        rollout_seconds = self.generated.had - (self.generated.free or self.generated.had)
+        train_seconds = done - begun
         columns = batch.student_prompt_BxP.size + batch.teacher_prompt_BxP.size + 2 * batch.response_BxR.size
         real = int(batch.student_length_B.sum() + batch.teacher_length_B.sum() + 2 * batch.response_length_B.sum())
         return {name: float(value) for name, value in sharding.fetch(self.scalars).items()} | {
@@ -92,43 +87,50 @@ class Dispatched:
 
 
 class LateRows:
-    """Writes the row of each step while the devices are at the next, so that they never wait for the host to write."""
+    """Writes the row of each step while the devices are at the next, so that they do not wait for the host to write.
+
+    rollout_seconds is the time from when the devices were done with the step before until the host had the responses; 0
+    where all were stored. train_seconds is the time from then, or from when the devices were done with the step before
+    if that is later, until they were done with the update. Together they add up to the time that a run takes, but for
+    what it measures and saves.
+    """
 
     def __init__(self, files: Metrics, every: int, last: int, advance: Callable[[int, str], None]):
         """Writes the steps that `every` divides, and `last`; shows each by `advance(step, status)`."""
         self._files, self._every, self._last, self._advance = files, every, last, advance
-        self._clock = concurrent.futures.ThreadPoolExecutor(1)  # waits for the devices in the host's place
-        self._free = -math.inf
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of batches; each costs one compilation
-        self._late: tuple[Dispatched, concurrent.futures.Future[float]] | None = None
+        self._late: Dispatched | None = None
+        self._free = -math.inf  # the host's clock when the devices were done with the step that was written last
 
     def add(self, dispatched: Dispatched) -> None:
         """Takes the next step, and writes the row of the one before."""
-        done = self._clock.submit(_when_done, dispatched.scalars)
-        self.flush()
+        self.flush(done=dispatched.generated.free)
         self._shapes.add(tuple(array.shape for array in dispatched.generated.batch))
-        self._late = dispatched, done
+        self._late = dispatched
 
-    def flush(self, measured: dict[str, float] | None = None) -> dict[str, float]:
-        """Waits for the step that was added last and writes its row; {} where that has been done already.
+    def wait(self) -> float:
+        """The host's clock when the devices are done with the step that was added last."""
+        if self._late:
+            jax.block_until_ready(self._late.scalars)
+        return time.perf_counter()
+
+    def flush(self, measured: dict[str, float] | None = None, done: float | None = None) -> dict[str, float]:
+        """Writes the row of the step that was added last; {} where it is written already.
 
         Args:
           measured: columns to add to the row, which is then written whatever its step.
+          done: as `wait` gives it; None waits.
         """
         if self._late is None:
             return {}
-        (dispatched, done), self._late = self._late, None
-        row = dispatched.row(self._free, done.result()) | {"train_compilations": len(self._shapes)} | (measured or {})
-        self._free = done.result()
+        done = done or self.wait()
+        dispatched, self._late = self._late, None
+        begun, self._free = max(dispatched.generated.had, self._free), done
+        row = dispatched.row(begun, done) | {"train_compilations": len(self._shapes)} | (measured or {})
         if measured is not None or dispatched.step % self._every == 0 or dispatched.step == self._last:
             self._files.scalars(dispatched.step, row)
         self._advance(dispatched.step, describe(row))
         return row
-
-
-def _when_done(arrays: dict[str, jax.Array]) -> float:
-    jax.block_until_ready(arrays)
-    return time.perf_counter()
 
 
 def describe(row: dict[str, float]) -> str:
