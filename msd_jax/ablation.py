@@ -2,7 +2,7 @@
 
     python -m msd_jax.main --config configs/ablation.py --workdir DIR
 
-DIR/VARIANT/SEED is the workdir of a run, DIR/report what they come to. The same command goes on where it was stopped.
+DIR/VARIANT/SEED is the workdir of a run, DIR/report compares them. The same command resumes an interrupted grid.
 """
 
 import pathlib
@@ -13,49 +13,18 @@ import ml_collections
 from msd_jax import report, settings
 from msd_jax.configs import default
 from msd_jax.errors import UserError
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 from msd_jax.parallel import distributed
-from msd_jax.training import loop
+from msd_jax.training import loop, run
+
+Grid = dict[tuple[str, int], ml_collections.FrozenConfigDict]  # (variant, seed) -> the whole config of a run
 
 
-class Grid:
-    """Every variant with every seed: made with every check done, then `train()`, then `report()`."""
+def configs(config: ml_collections.ConfigDict) -> Grid:
+    """Every variant with every seed, one seed after the other.
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
-        """Raises UserError where a variant is not fit, or a run in `workdir` had other settings."""
-        self.workdir, self.configs = workdir, configs(config)
-        self.directories = {(name, seed): workdir / name / str(seed) for name, seed in self.configs}
-        self._left = [run for run in self.configs if not self._finished(run)]
-        # What is wrong with the model, the queries or the machine is wrong with the first run already.
-        self._next = loop.Trainer(self.configs[self._left[0]], self.directories[self._left[0]]) if self._left else None
-        for run, one in self.configs.items():
-            loop.claim(self.directories[run], one)
-
-    def _finished(self, run: tuple[str, int]) -> bool:
-        last = self.directories[run] / "eval" / str(self.configs[run].train.steps) / "summary.json"
-        return distributed.from_first(last.exists)
-
-    def train(self) -> None:
-        """Trains, or goes on with, the runs that are not finished."""
-        first = next(iter(self.configs))[0]
-        for name, seed in self._left:
-            say(f"run {list(self.configs).index((name, seed)) + 1} of {len(self.configs)}: {name}, seed {seed}")
-            directory = self.directories[name, seed]
-            _take_responses(self.directories[first, seed] / "eval" / "0", directory / "eval" / "0")
-            trainer, self._next = self._next or loop.Trainer(self.configs[name, seed], directory), None
-            trainer.train()
-
-    def report(self) -> None:
-        """Shows the table, and writes WORKDIR/report/comparison.md and comparison.json."""
-        names = dict.fromkeys(name for name, _ in self.configs)
-        gathered = {name: [self.directories[run] for run in self.configs if run[0] == name] for name in names}
-        report.compare_named(gathered, self.workdir / "report")
-
-
-def configs(config: ml_collections.ConfigDict) -> dict[tuple[str, int], ml_collections.FrozenConfigDict]:
-    """{(variant, seed): the whole config of a run}, a seed after the other.
-
-    Raises UserError where a variant changes a key that is not there, or to what it cannot be.
+    Raises:
+      UserError: a variant changes a key that does not exist, or to a value that it cannot take.
     """
     grid = {}
     for seed in range(config.seed, config.seed + config.ablation.seeds):
@@ -70,6 +39,63 @@ def configs(config: ml_collections.ConfigDict) -> dict[tuple[str, int], ml_colle
                 raise UserError(f"config.ablation.variants.{name}: {error}") from error
             grid[name, seed] = ml_collections.FrozenConfigDict(one)
     return grid
+
+
+def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Grid:
+    """The grid, with every check of every run done before the first one trains.
+
+    Raises:
+      UserError: names the variant, or the workdir, that is at fault.
+    """
+    grid = configs(config)
+    checked = set()
+    for name, seed in _unfinished(grid, workdir):
+        if name not in checked:  # seeds differ in what is drawn alone
+            log(f"checking {name}")
+            _check(name, grid[name, seed])
+            checked.add(name)
+    for (name, seed), one in grid.items():
+        run.claim(_directory(workdir, name, seed), one)
+    return grid
+
+
+def train(grid: Grid, workdir: pathlib.Path) -> None:
+    """Trains, or resumes, the runs that are not finished."""
+    first = next(name for name, _ in grid)
+    for name, seed in _unfinished(grid, workdir):
+        log(f"run {list(grid).index((name, seed)) + 1} of {len(grid)}: {name}, seed {seed}")
+        directory = _directory(workdir, name, seed)
+        _take_responses(_directory(workdir, first, seed) / "eval" / "0", directory / "eval" / "0")
+        loop.train(run.setup(grid[name, seed], directory))
+
+
+def compare(grid: Grid, workdir: pathlib.Path) -> None:
+    """Shows the table, and writes WORKDIR/report/comparison.md and comparison.json."""
+    directories: dict[str, list[pathlib.Path]] = {}
+    for name, seed in grid:
+        directories.setdefault(name, []).append(_directory(workdir, name, seed))
+    report.compare_named(directories, workdir / "report")
+
+
+def _directory(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+    return workdir / name / str(seed)
+
+
+def _unfinished(grid: Grid, workdir: pathlib.Path) -> list[tuple[str, int]]:
+    """The runs whose last evaluation is missing."""
+
+    def look_up() -> list[tuple[str, int]]:
+        last = {key: _directory(workdir, *key) / "eval" / str(one.train.steps) for key, one in grid.items()}
+        return [key for key, directory in last.items() if not (directory / "summary.json").exists()]
+
+    return [(name, seed) for name, seed in distributed.from_first(look_up)]
+
+
+def _check(name: str, config: ml_collections.ConfigDict) -> None:
+    try:
+        run.read(config)
+    except UserError as error:
+        raise UserError(f"config.ablation.variants.{name}: {error}") from error
 
 
 def _take_responses(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from msd_jax import cli, report
 from msd_jax.errors import UserError
 from msd_jax.evaluation import evaluator, preflight
 from msd_jax.generation import rollout
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 from msd_jax.models import pretrained, trained
 from msd_jax.parallel import distributed, sharding
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         out = pathlib.Path(cli.FLAGS.out)
         if cli.FLAGS.preflight:
             preflight.show(preflight.run(config, model, mesh, out))
-            say(f"responses of both roles: {out}")
+            log(f"responses of both roles: {out}")
             return
         if not evaluator.wanted(config):
             raise UserError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     layout = model.shardings(mesh, sharding.ROLLOUT)
     summary = evaluation.run(lambda: rollout.relayout(params, model.dtype, layout), out)
     report.print_summary(summary)
-    say(f"responses and verdicts: {out / 'responses.jsonl'}")
+    log(f"responses and verdicts: {out / 'responses.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pathlib
 
 from msd_jax import cli
 from msd_jax.errors import UserError
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 from msd_jax.models import export, pretrained, trained
 from msd_jax.parallel import distributed, sharding
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
         if distributed.from_first(out.exists):
             raise UserError(f"--out={out} is there already; name a new directory")
     export.save(out, params, model.directory, lora=model.lora)
-    say(f"exported: {out}")
+    log(f"exported: {out}")
 
 
 if __name__ == "__main__":

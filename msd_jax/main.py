@@ -4,18 +4,25 @@ import pathlib
 
 import jax
 
-from msd_jax import ablation, cli
-from msd_jax.training import loop
+from msd_jax import ablation, cli, report
+from msd_jax.parallel import host_memory
+from msd_jax.training import loop, run
 
 
 def main(argv: list[str]) -> None:
     del argv
     workdir = pathlib.Path(cli.FLAGS.workdir)
+    host_memory.give_back_after_compilations()
     with cli.clear_errors():
         config = cli.config()
-        job = (ablation.Grid if config.ablation.variants else loop.Trainer)(config, workdir)
-    job.train()
-    job.report()
+        grid = ablation.setup(config, workdir) if config.ablation.variants else None
+        single = None if grid else run.setup(config, workdir)
+    if grid:
+        ablation.train(grid, workdir)
+        ablation.compare(grid, workdir)
+    elif single:
+        loop.train(single)
+        report.write(workdir)
 
 
 if __name__ == "__main__":

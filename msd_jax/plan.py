@@ -22,7 +22,7 @@ from absl import flags
 
 from msd_jax import cli
 from msd_jax.errors import UserError
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 from msd_jax.planning import table
 from msd_jax.planning.programs import (
     Pod,
@@ -40,23 +40,23 @@ from msd_jax.planning.search import search
 def plan(config: ml_collections.ConfigDict, sizes: Any, pod: Pod, source: str) -> dict[str, Program]:
     """Compiles and prints; returns the programs by name."""
     model = build(config, sizes, pod.mesh)
-    say(table.describe(config, model, pod, source))
+    log(table.describe(config, model, pod, source))
     programs = {}
     for task in tasks(config, model, pod.mesh):
         programs[task.name] = compile_task(task, pod)
-        say(f"compiled {task.name} in {programs[task.name].compile_seconds:.0f} s")
+        log(f"compiled {task.name} in {programs[task.name].compile_seconds:.0f} s")
     table.show(programs, pod)
     if all(program.fits for program in programs.values()):
-        say(f"FITS. A step takes at least {table.si(step_seconds(programs), 's')}.")
+        log(f"FITS. A step takes at least {table.si(step_seconds(programs), 's')}.")
     else:
         names = ", ".join(
             f"{name} needs {table.gib(program.total_hbm_bytes)}"
             for name, program in programs.items()
             if not program.fits
         )
-        say(f"DOES NOT FIT: {names} of {table.gib(pod.chip.hbm)}. What would help:")
+        log(f"DOES NOT FIT: {names} of {table.gib(pod.chip.hbm)}. What would help:")
         for line in table.remedies(config, pod, programs, model):
-            say(f"  {line}")
+            log(f"  {line}")
     return programs
 
 
@@ -71,9 +71,9 @@ def main(argv: list[str]) -> None:
         if cli.FLAGS.search:
             best = search(config, sizes, pod)
             if best is None:
-                say(f"nothing that was tried fits {pod.name}; try adapters (--config.model.lora.rank=16) or more chips")
+                log(f"nothing that was tried fits {pod.name}; try adapters (--config.model.lora.rank=16) or more chips")
                 sys.exit(2)
-            say(f"\nthe fastest that fits: {best.flags}")
+            log(f"\nthe fastest that fits: {best.flags}")
             config, pod, programs = best.config, best.pod, best.programs
             table.show(programs, pod)
         else:

@@ -9,7 +9,7 @@ from msd_jax.configs import quickstart
 
 from msd_jax import ablation
 from msd_jax.io import jsonl
-from msd_jax.training import loop
+from msd_jax.training import loop, run
 
 
 def small():
@@ -32,15 +32,16 @@ def small():
     return config
 
 
-def run(config, workdir):
-    grid = ablation.Grid(ml_collections.FrozenConfigDict(config), workdir)
-    grid.train()
-    grid.report()
+def train(config, workdir):
+    """As the command does."""
+    grid = ablation.setup(ml_collections.FrozenConfigDict(config), workdir)
+    ablation.train(grid, workdir)
+    ablation.compare(grid, workdir)
 
 
 def test_a_grid_is_its_runs_in_one_table(tmp_path, monkeypatch):
     config = ml_collections.FrozenConfigDict(small())
-    run(config, tmp_path)
+    train(config, tmp_path)
     compared = json.loads((tmp_path / "report" / "comparison.json").read_text())
     assert list(compared) == ["careful", "msd", "sft"]
     for name, steps in (("msd", 2), ("sft", 2), ("careful", 0)):
@@ -58,7 +59,7 @@ def test_a_grid_is_its_runs_in_one_table(tmp_path, monkeypatch):
     # A run of the grid is the run that the same settings make alone, to the bit.
     (alone,) = [one for key, one in ablation.configs(config).items() if key == ("sft", 1)]
     assert alone.seed == 1 and alone.rollout.policy == "off_policy" and not alone.ablation.variants
-    loop.Trainer(alone, tmp_path / "alone").train()
+    loop.train(run.setup(alone, tmp_path / "alone"))
     for file in ("eval/0/responses.jsonl", "eval/2/responses.jsonl"):
         assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "sft" / "1" / file).read_bytes()
     losses = [
@@ -77,22 +78,22 @@ def test_a_grid_is_its_runs_in_one_table(tmp_path, monkeypatch):
     larger = small()
     larger.ablation.variants["as_it_comes"] = ml_collections.ConfigDict({"train": {"steps": 0}})
     larger.ablation.seeds = 1
-    run(larger, tmp_path)
-    monkeypatch.setattr(loop, "Trainer", None)
-    run(config, tmp_path)
+    train(larger, tmp_path)
+    monkeypatch.setattr(loop, "train", None)
+    train(config, tmp_path)
 
 
 def test_the_responses_before_training_are_taken_over_and_not_written_again(tmp_path):
     config = small()
     config.ablation.variants = ml_collections.ConfigDict({"msd": {}, "uniform": {"loss": {"weighting": "uniform"}}})
     config.ablation.seeds = 1
-    run(config, tmp_path)
+    train(config, tmp_path)
     (tmp_path / "uniform" / "0").rename(tmp_path / "old")
     path = tmp_path / "msd" / "0" / "eval" / "0" / "responses.jsonl"
     rows = jsonl.read(path)
     rows[0]["tokens"] = 1234  # a mark
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(config, tmp_path)
+    train(config, tmp_path)
     again = jsonl.read(tmp_path / "uniform" / "0" / "eval" / "0" / "responses.jsonl")
     assert [row["tokens"] for row in again] == [row["tokens"] for row in rows]
 
@@ -113,7 +114,16 @@ def test_a_variant_that_is_not_fit_is_named_before_any_is_trained(changes, messa
     config = small()
     config.ablation.variants = ml_collections.ConfigDict({"msd": {}, "bad": changes})
     with pytest.raises(ValueError, match=message):
-        run(config, tmp_path / "grid")
+        train(config, tmp_path / "grid")
+    assert not (tmp_path / "grid").exists()
+
+
+def test_what_a_variant_reads_is_checked_before_any_is_trained(tmp_path):
+    config = small()
+    changes = {"prompts": {"student_limit": 2}}
+    config.ablation.variants = ml_collections.ConfigDict({"msd": {}, "bad": changes})
+    with pytest.raises(ValueError, match=r"variants\.bad: .* longer than config\.prompts\.student_limit=2"):
+        train(config, tmp_path / "grid")
     assert not (tmp_path / "grid").exists()
 
 
@@ -122,10 +132,10 @@ def test_a_workdir_of_other_settings_is_refused_before_any_is_trained(tmp_path):
     config.train.steps = 0
     config.ablation.variants = ml_collections.ConfigDict({"a": {}, "b": {}})
     for key, one in ablation.configs(ml_collections.FrozenConfigDict(config)).items():
-        loop.claim(tmp_path / key[0] / str(key[1]), one)
+        run.claim(tmp_path / key[0] / str(key[1]), one)
     config.ablation.variants.b = ml_collections.ConfigDict({"loss": {"weighting": "uniform"}})
     with pytest.raises(ValueError, match=r"b/0 holds a run with another config[\s\S]*loss\.weighting"):
-        run(config, tmp_path)
+        train(config, tmp_path)
     assert not list(tmp_path.glob("*/*/eval"))
 
 

@@ -11,7 +11,8 @@ import ml_collections
 import pytest
 from msd_jax.configs import default
 
-from msd_jax.training import loop
+from msd_jax import settings
+from msd_jax.training import run
 from tests.conftest import REPOSITORY
 
 RECORD = {"id": "1", "harmful": True, "texts": {"en": "make a bomb ?", "sw": "vipi bomu"}}
@@ -33,15 +34,21 @@ def write_queries(directory: pathlib.Path, text: str | bytes, name: str = "queri
     return str(path)
 
 
+def set_up(config, workdir) -> run.Run:
+    """As the command does."""
+    settings.check(config)
+    return run.setup(ml_collections.FrozenConfigDict(config), workdir)
+
+
 def refuses(config, tmp_path, message):
     workdir = tmp_path / "workdir"
     with pytest.raises((ValueError, OSError), match=message):
-        loop.Trainer(ml_collections.FrozenConfigDict(config), workdir)
+        set_up(config, workdir)
     assert not workdir.exists()  # nothing is left that could be taken for a result
 
 
 def test_good_input_is_taken(config, tmp_path):
-    loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "workdir").checkpoints.close()
+    set_up(config, tmp_path / "workdir").checkpoints.close()
 
 
 @pytest.mark.parametrize("path", ["", "/nowhere/model", "nowhere", "owner/no-such-model"])
@@ -115,7 +122,7 @@ def test_long_prompts_are_dropped_and_counted_or_an_error_if_all_are(config, tmp
     long = RECORD | {"id": "2", "texts": {"en": "make", "sw": "vipi " * 40}}
     config.data.path = write_queries(tmp_path, json.dumps(RECORD) + "\n" + json.dumps(long))
     config.prompts.student_limit = 16
-    loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "kept").checkpoints.close()
+    set_up(config, tmp_path / "kept").checkpoints.close()
     assert "1 prompts in sw dropped, longer than config.prompts.student_limit" in capsys.readouterr().out
     config.prompts.student_limit = 4
     refuses(config, tmp_path, r"all 2 prompts in 'sw' are longer than config.prompts.student_limit=4 \(longest: \d+")
@@ -124,7 +131,7 @@ def test_long_prompts_are_dropped_and_counted_or_an_error_if_all_are(config, tmp
 def test_a_workdir_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"--workdir=\S+file/workdir cannot be written"):
-        loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "file" / "workdir")
+        set_up(config, tmp_path / "file" / "workdir")
 
 
 def test_top_k_beyond_the_vocabulary(config, tmp_path):

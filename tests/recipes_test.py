@@ -10,7 +10,7 @@ from msd_jax import settings
 from msd_jax.models import config as model_config
 from msd_jax.planning import topology
 from msd_jax.testbed import tiny
-from msd_jax.training import loop
+from msd_jax.training import loop, run
 
 RECIPES = {
     "qwen2_5_7b": "qwen2",
@@ -54,6 +54,6 @@ def test_the_smoke_variant_runs_two_steps(name, tmp_path, monkeypatch):
     for key in ("loss", "teacher", "optimizer"):  # nothing of the method is another
         expected, actual = recipe(name)[key], config[key]
         assert expected == actual, key
-    loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run").train()
+    loop.train(run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "run"))
     assert (tmp_path / "run/eval/2/summary.json").exists()
     assert model_config.read(tmp_path / "run/model") == model_config.read(tiny.model(name))

@@ -30,7 +30,7 @@ from msd_jax.evaluation.judges.translate import ModelTranslator, Translator
 from msd_jax.evaluation.rates import Summary, summarise
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
-from msd_jax.io.console import progress, say
+from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
 
@@ -98,7 +98,7 @@ class Evaluation:
                 + (", or its query has no text in config.data.source_language" if role == "teacher" else "")
             )
         for (name, language), count in self.dropped.items():
-            say(f"{name}: {count} prompts in {language} dropped, longer than {key}")
+            log(f"{name}: {count} prompts in {language} dropped, longer than {key}")
         self._judge = judges.make(config.judge, mesh, self._translator)
         self._rows = sharding.batch_rows(mesh, config.eval.batch_size)
         self._chooser = None
@@ -152,17 +152,19 @@ class Evaluation:
         if earlier is not None:
             return earlier
         weights = params()
-        log = jsonl.JsonLines(directory / "responses.jsonl")
+        file = jsonl.JsonLines(directory / "responses.jsonl")
         self._weights, self._fingerprint = params, self._drawn_from(weights)
-        rows = [row for name in (*self._generators, CHOICES) for row in self._respond(name, weights, self.prompts, log)]
+        rows = [
+            row for name in (*self._generators, CHOICES) for row in self._respond(name, weights, self.prompts, file)
+        ]
         del weights  # a guard model may need the room
         rows = judged(rows, judges.cached(self._judge, directory / "judgements.jsonl"))
         self._keep_usage(directory)
         summary = summarise(rows, self.config)
         unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
         if unjudged:
-            say(f"evaluation: {unjudged} of {len(rows)} responses unjudged; each may be unsafe, so that ASR is too low")
-        log.replace(rows)
+            log(f"evaluation: {unjudged} of {len(rows)} responses unjudged; each may be unsafe, so that ASR is too low")
+        file.replace(rows)
         if distributed.is_first():
             jsonl.replace_text(path, json.dumps(summary, indent=1) + "\n")
         return summary

@@ -21,7 +21,7 @@ from msd_jax.evaluation.intervals import wilson_interval
 from msd_jax.evaluation.judges import Verdict
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
-from msd_jax.io.console import console, say
+from msd_jax.io.console import console, log
 from msd_jax.models import pretrained
 from msd_jax.parallel import distributed, sharding
 
@@ -43,7 +43,7 @@ def run(
     layout = model.shardings(mesh, sharding.ROLLOUT)
     params = rollout.relayout(model.params(mesh), model.dtype, layout)
     for role, evaluation in made.items():
-        say(f"pre-flight: {len(evaluation.prompts)} prompts as the {role}")
+        log(f"pre-flight: {len(evaluation.prompts)} prompts as the {role}")
         evaluation.run(lambda: params, directory / role)
         rows[role] = distributed.from_first(lambda role=role: jsonl.read(directory / role / "responses.jsonl"))
     result = assess(rows["student"], rows["teacher"], config)
@@ -159,4 +159,4 @@ def show(result: dict[str, dict[str, Any]]) -> None:
     console.print(table)
     decided = {language: figures["go"] for language, figures in result.items() if figures["go"] is not None}
     good = [language for language, go in decided.items() if go]
-    say(f"pre-flight: {'go' if good else 'no-go'}; worth training: {', '.join(good) or 'no language'}")
+    log(f"pre-flight: {'go' if good else 'no-go'}; worth training: {', '.join(good) or 'no language'}")

@@ -1,8 +1,9 @@
 """What the teacher writes about each query before it replies, with config.prompts.cot = "generated": once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from msd_jax.data import prompts
@@ -28,15 +29,15 @@ def write(
       records: the queries.
       config: the whole config.
       model, mesh: what writes, and where.
-      params: gives the frozen teacher's weights in the rollout layout; not called where all is stored already.
-      store: of an earlier run with the same teacher and prompts; what is missing is added, batch by batch.
+      params: gives the frozen teacher's weights in the rollout layout; not called where everything is stored.
+      store: what was written before with the same teacher and prompts; what is missing is added, batch by batch.
     """
     source, limit = config.data.source_language, config.prompts.teacher_limit
     prompt_ids = {}
     for record in records:
         messages = prompts.analysis_messages(record, config.prompts, source)
         ids = token_ids(model.tokenizer, messages, config.prompts.teacher_template_kwargs)
-        if len(ids) <= limit:  # a longer one's query is dropped with its teacher's prompt, which holds this one
+        if len(ids) <= limit:  # of a longer one the teacher's prompt is longer still, and the query dropped with it
             prompt_ids[record.id, source] = ids
     missing = sorted((key for key in prompt_ids if key not in store), key=lambda key: len(prompt_ids[key]))
     if missing:
@@ -45,7 +46,16 @@ def write(
     return {key[0]: decode(store[key][0], skip_special_tokens=True).strip() for key in prompt_ids}
 
 
-def _generate(missing, prompt_ids, config, model, mesh, params, store) -> None:
+def _generate(
+    missing: Sequence[responses.Key],
+    prompt_ids: Mapping[responses.Key, np.ndarray],
+    config: ml_collections.ConfigDict,
+    model: pretrained.Pretrained,
+    mesh: Mesh,
+    params: decoder.Params,
+    store: responses.Store,
+) -> None:
+    """Writes those that are `missing`, the shortest prompts first, and stores them."""
     greedy = rollout.Sampling(config.prompts.analysis_tokens, temperature=0.0)
     generator = rollout.Generator(model.graphdef, mesh, greedy, model.stop_ids, model.pad_id)
     rows, limit = sharding.batch_rows(mesh, config.data.batch_size), config.prompts.teacher_limit

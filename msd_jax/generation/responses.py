@@ -5,7 +5,6 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import ml_collections
@@ -25,14 +24,14 @@ Key = tuple[str, str]  # query id, language
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """One response a query, on the host.
+    """One response per query, on the host.
 
     Attributes:
       response_BxR: int32, right-padded; R is the full config.rollout.max_new_tokens.
       length_B: int32.
       stopped_B: bool, whether a stop token was reached.
       on_policy_B: bool, whether the student wrote it.
-      generated: number of tokens that were generated now, not taken from the store.
+      generated: number of tokens generated for this batch, those taken from the store left out.
     """
 
     response_BxR: np.ndarray
@@ -43,10 +42,10 @@ class Responses:
 
 
 class Store:
-    """The frozen teacher's response to each query, drawn once, kept in memory and in a file of the workdir."""
+    """What the frozen teacher wrote for each query, once, in memory and in a file of the workdir."""
 
     def __init__(self, path: pathlib.Path, fingerprint: str):
-        """Reads what an earlier run stored; drops all of it if its fingerprint differs."""
+        """Reads what an earlier run stored, and drops all of it if its fingerprint differs."""
         self._log = jsonl.JsonLines(path)
         mark, *rows = self._log.read() or [{}]
         if mark != {"fingerprint": fingerprint}:
@@ -72,7 +71,7 @@ class Store:
 
 
 def fingerprint(config: ml_collections.ConfigDict, directory: pathlib.Path) -> str:
-    """Of everything that a stored response depends on: the teacher's weights, its prompts and the sampling."""
+    """A hash of everything that a stored response depends on: the teacher's weights, its prompts and the sampling."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(directory.glob("*.safetensors"))]
     settings = [config.seed, *(config[key].to_json_best_effort() for key in ("model", "prompts", "rollout"))]
     return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
@@ -89,10 +88,10 @@ def _uniform(key: jax.Array, query_hash_B: jax.Array) -> jax.Array:
 
 
 class Responder:
-    """Responses for each batch, by config.rollout.policy."""
+    """Gives each batch its responses, as config.rollout.policy says."""
 
     def __init__(self, config: ml_collections.ConfigDict, generator: rollout.Generator, store: Store | None):
-        """`store` None: the teacher's responses are drawn anew each time."""
+        """`store` keeps the teacher's responses, each drawn once; with None they are drawn anew at each step."""
         self._generator, self._store = generator, store
         self._root = jax.random.key(config.seed)
         self._fraction = {
@@ -101,9 +100,6 @@ class Responder:
             "mixed": config.rollout.on_policy_fraction,
         }[config.rollout.policy]
 
-    def _key(self, stream: int, step: int) -> jax.Array:
-        return _fold(self._root, *jax.device_put((np.uint32(stream), np.uint32(step))))
-
     def __call__(
         self,
         step: int,
@@ -111,43 +107,44 @@ class Responder:
         student: Callable[[], decoder.Params],
         teacher: Callable[[], decoder.Params],
     ) -> Responses:
-        """Every draw is a function of (seed, step, query), for a stored response of (seed, query) alone.
+        """One response per query; every draw is a function of (seed, step, query), for a stored one of (seed, query).
 
         Args:
-          step: of the training.
+          step: number of finished steps.
           batch: the queries.
-          student, teacher: give params in the rollout layout; called only where they are needed.
+          student, teacher: give weights in the rollout layout; called only where they are needed.
         """
+        store, keys = self._store, [(example.query_id, example.language) for example in batch.examples]
         draws_B = _uniform(self._key(_POLICY, step), jax.device_put(batch.query_hash_B))
         on_policy_B = jax.device_get(draws_B) < self._fraction
-        keys = [(example.query_id, example.language) for example in batch.examples]
-        stored_B = np.array([self._store is not None and key in self._store for key in keys]) & ~on_policy_B
-        parts: list[tuple[np.ndarray, rollout.Rollout]] = []
-
-        if on_policy_B.any():
-            prompts = (batch.student_prompt_BxP, batch.student_lengths_B)
-            parts.append((on_policy_B, self._generate(student(), prompts, batch, on_policy_B, _SAMPLE, step)))
+        stored_B = np.array([store is not None and key in store for key in keys]) & ~on_policy_B
         drawn_B = ~on_policy_B & ~stored_B
-        if drawn_B.any():
-            prompts = (batch.teacher_prompt_BxP, batch.teacher_lengths_B)
-            draw = 0 if self._store is not None else step
-            written = self._generate(teacher(), prompts, batch, drawn_B, _TEACHER, draw)
-            parts.append((drawn_B, written))
-            if self._store is not None:
-                self._store.add({keys[row]: written.row(row) for row in np.flatnonzero(drawn_B)})
 
         B, R = len(keys), self._generator.sampling.max_new_tokens
         response_BxR = np.full((B, R), self._generator.pad_id, np.int32)
         length_B, stopped_B = np.zeros(B, np.int32), np.zeros(B, bool)
-        for rows_B, written in parts:
+
+        def generate(params, prompt_BxP, prompt_length_B, rows_B, key) -> rollout.Rollout:
+            written = self._generator(params, prompt_BxP, prompt_length_B, batch.query_hash_B, rows_B, key)
+            written = sharding.fetch(written)
             response_BxR[rows_B] = written.response_BxR[rows_B]
             length_B[rows_B], stopped_B[rows_B] = written.length_B[rows_B], written.stopped_B[rows_B]
+            return written
+
+        if on_policy_B.any():
+            prompts = (batch.student_prompt_BxP, batch.student_length_B)
+            generate(student(), *prompts, on_policy_B, self._key(_SAMPLE, step))
+        if drawn_B.any():
+            prompts = (batch.teacher_prompt_BxP, batch.teacher_length_B)
+            written = generate(teacher(), *prompts, drawn_B, self._key(_TEACHER, step if store is None else 0))
+            if store is not None:
+                store.add({keys[row]: written.row(row) for row in np.flatnonzero(drawn_B).tolist()})
         generated = int(length_B.sum())
-        for row in np.flatnonzero(stored_B):
-            tokens, stopped_B[row] = self._store[keys[row]]
-            response_BxR[row, : len(tokens)], length_B[row] = tokens, len(tokens)
+        if store is not None:
+            for row in np.flatnonzero(stored_B):
+                tokens, stopped_B[row] = store[keys[row]]
+                response_BxR[row, : len(tokens)], length_B[row] = tokens, len(tokens)
         return Responses(response_BxR, length_B, stopped_B, on_policy_B, generated)
 
-    def _generate(self, params: Any, prompts: Any, batch: Any, rows_B: np.ndarray, stream: int, step: int) -> Any:
-        key = self._key(stream, step)
-        return sharding.fetch(self._generator(params, *prompts, batch.query_hash_B, rows_B, key))
+    def _key(self, stream: int, step: int) -> jax.Array:
+        return _fold(self._root, *jax.device_put((np.uint32(stream), np.uint32(step))))

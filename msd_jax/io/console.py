@@ -4,9 +4,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-import jax
 import rich.console
 import rich.progress
+
+from msd_jax.parallel import distributed
 
 # Only process 0 of a pod prints. Off a terminal, rich would fold wide tables at 80 columns.
 _width = None if rich.console.Console().is_terminal else 140
@@ -14,30 +15,43 @@ console = rich.console.Console(width=_width, highlight=False)
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """One line of plain text, from process 0."""
-    if jax.process_index() == 0:
+    if distributed.is_first():
         console.print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
     """Yields advance(done, status): how many of `total` are done, and a few words on how it goes."""
-    if jax.process_index() != 0 or not shown:
-        yield lambda done, status="": None
-        return
-    if not console.is_terminal:
+    if not distributed.is_first() or not shown:
+        yield _ignore
+    elif console.is_terminal:
+        with _bar() as bar:
+            task = bar.add_task(what, total=total, completed=done, status="")
+
+            def move(done: int, status: str) -> None:
+                bar.update(task, completed=done, status=status)
+
+            yield move
+    else:
         last = 0.0
 
-        def advance(done: int, status: str = "") -> None:
+        def print_line(done: int, status: str) -> None:
             nonlocal last
             if time.monotonic() - last >= SECONDS_BETWEEN_LINES or done == total:
                 last = time.monotonic()
-                say(f"{what} {done}/{total}  {status}")
+                log(f"{what} {done}/{total}  {status}")
 
-        yield advance
-        return
-    bar = rich.progress.Progress(
+        yield print_line
+
+
+def _ignore(done: int, status: str) -> None:
+    """Shows nothing."""
+
+
+def _bar() -> rich.progress.Progress:
+    return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(bar_width=12),  # leaves room for the figures at 80 columns
         rich.progress.MofNCompleteColumn(),
@@ -45,6 +59,3 @@ def progress(what: str, total: int, done: int = 0, shown: bool = True) -> Iterat
         rich.progress.TextColumn("{task.fields[status]}", markup=False),
         console=console,
     )
-    with bar:
-        task = bar.add_task(what, total=total, completed=done, status="")
-        yield lambda done, status="": bar.update(task, completed=done, status=status)

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 from jax.sharding import Mesh
 
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 from msd_jax.parallel import sharding
 from msd_jax.planning import table
 from msd_jax.planning.programs import (
@@ -61,7 +61,7 @@ def search(config: ml_collections.ConfigDict, sizes: Any, pod: Pod) -> Candidate
         candidate = Candidate(setting, place, programs)
         fullest = max(programs.values(), key=lambda program: program.total_hbm_bytes)
         verdict = f"at least {table.si(step_seconds(programs), 's')} a step" if candidate.fits else "does not fit"
-        say(f"{candidate.flags}: {table.gib(fullest.total_hbm_bytes)}, {verdict}")
+        log(f"{candidate.flags}: {table.gib(fullest.total_hbm_bytes)}, {verdict}")
         if candidate.fits and (best is None or step_seconds(programs) < step_seconds(best.programs)):
             best = candidate
         return candidate

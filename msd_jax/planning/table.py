@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import rich.table
 
-from msd_jax.io.console import console, say
+from msd_jax.io.console import console, log
 from msd_jax.models import pretrained
 from msd_jax.parallel import sharding
 from msd_jax.planning.programs import GIB, Pod, Program, bytes_a_chip, rollout_params, step_seconds
@@ -36,18 +36,18 @@ def show(programs: dict[str, Program], pod: Pod) -> None:
             program.bound,
         )
     console.print(table)
-    say("figures are those of one chip" + (" core (two JAX devices a chip)" if "tpu7x" in pod.name else ""))
+    log("figures are those of one chip" + (" core (two JAX devices a chip)" if "tpu7x" in pod.name else ""))
     for name, program in programs.items():
         kinds = sorted(program.collective_bytes.items(), key=lambda item: -item[1])
         text = ", ".join(f"{kind} {si(size, 'B')}" for kind, size in kinds) or "none"
         across = f"; {si(program.dcn_bytes, 'B')} of it between slices" if program.dcn_bytes else ""
         alone = ", ".join(f"{what} {si(seconds, 's')}" for what, seconds in program.seconds.items() if seconds)
-        say(f"{name}: alone {alone}; collectives: {text}{across}")
+        log(f"{name}: alone {alone}; collectives: {text}{across}")
     fullest = max(programs, key=lambda name: programs[name].total_hbm_bytes)
-    say(f"largest buffers of {fullest}:")
+    log(f"largest buffers of {fullest}:")
     for size, shapes in programs[fullest].largest_buffers:
-        say(f"  {gib(size):>9}  {shapes}")
-    say(
+        log(f"  {gib(size):>9}  {shapes}")
+    log(
         f"assumed a chip: {pod.chip.flops / 1e12:.0f} TFLOP/s, HBM {pod.chip.bandwidth / 1e9:.0f} GB/s, a collective "
         f"receives {pod.chip.ici / pod.chip.axes / 1e9:.0f} GB/s (one of the torus's {pod.chip.axes} axes), "
         f"between slices {pod.chip.dcn / 1e9:.1f} GB/s; every response at its longest. "

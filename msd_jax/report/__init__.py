@@ -15,7 +15,7 @@ from typing import Any
 
 from msd_jax.evaluation.rates import Summary
 from msd_jax.io import jsonl
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 from msd_jax.parallel import distributed
 from msd_jax.report import card, collect, page, runs, tables, untrusted
 from msd_jax.report.collect import Run
@@ -81,8 +81,8 @@ def _write(run: Run, out: pathlib.Path) -> None:
     jsonl.replace_text(out / "report.html", page.html(results))
     figures.write(results, out)
     written = card.write(results)
-    say(untrusted.visible(results.verdict))
-    say(f"report: {out / 'report.html'}" + (f"; model card: {written}" if written else ""))
+    log(untrusted.visible(results.verdict))
+    log(f"report: {out / 'report.html'}" + (f"; model card: {written}" if written else ""))
 
 
 def as_json(results: Results) -> dict[str, Any]:

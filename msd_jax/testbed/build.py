@@ -27,7 +27,7 @@ import optax
 
 from msd_jax.data import files, prompts
 from msd_jax.data.records import Query, language_name
-from msd_jax.io.console import progress, say
+from msd_jax.io.console import log, progress
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, export, forward
 from msd_jax.models.tokenizer import token_ids
@@ -142,7 +142,7 @@ def build(out: pathlib.Path, steps: int = STEPS, seed: int = 0, **sizes: int) ->
         (source / "config.json").write_text(json.dumps(values, indent=2))
         config = model_config.read(source)
         export.save(out / "model", train(config, tokens, steps, seed), source)
-    say(f"{out / 'model'}: {sum(f.stat().st_size for f in (out / 'model').iterdir()) / 1e6:.2f} MB")
+    log(f"{out / 'model'}: {sum(f.stat().st_size for f in (out / 'model').iterdir()) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Save and resume everything: parameters, teacher, optimizer, step, data position and the config (Orbax)."""
+"""Saves and restores all that changes in a run: weights, teacher, optimizer, step and data position (by Orbax)."""
 
 import json
 import pathlib
@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
-# Keys that a resumed run may change; all others decide what the run computes.
+# Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
+# shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
 MAY_CHANGE = (
     "train.steps",
     "train.checkpoint_every",
@@ -17,8 +19,18 @@ MAY_CHANGE = (
     "train.completions_every",
     "train.completions_kept",
     "train.export",
-    "eval.",
-    "mesh.",
+    "eval.every",
+    "eval.utility_floor",
+    "eval.batch_size",
+    "preflight.",  # of another command
+    "judge.guard.batch_size",
+    "judge.openai.key_variable",
+    "judge.openai.addresses",
+    "judge.openai.concurrency",
+    "judge.openai.timeout",
+    "judge.openai.retries",
+    "judge.openai.price_per_million_",
+    "mesh.",  # the order in which devices add changes the last bits
     "launch.",
 )
 
@@ -28,50 +40,50 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, kept: int = 2):
         self._manager = ocp.CheckpointManager(
-            workdir.resolve() / "checkpoints",
-            options=ocp.CheckpointManagerOptions(max_to_keep=kept, enable_async_checkpointing=True),
+            workdir.resolve() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=kept)
         )
 
     @property
     def latest(self) -> int | None:
-        """The last step that was saved completely, or None."""
+        """The last step with a complete checkpoint, or None."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
-        """Of the complete checkpoints, the last first."""
+        """The steps with a complete checkpoint, the last first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(self, step: int, state: Any, data: dict[str, Any], config: ml_collections.ConfigDict) -> None:
-        """Saves in the background; a checkpoint exists once all of it is written."""
+        """Saves in the background; the checkpoint exists once all of it is written.
+
+        Args:
+          step: number of finished steps.
+          state: a pytree of arrays.
+          data: the position in the stream of batches, a JSON object.
+          config: kept with the checkpoint, for the reader.
+        """
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=ocp.args.JsonSave(data),
-                config=ocp.args.JsonSave(json.loads(config.to_json_best_effort())),
+                config=ocp.args.JsonSave(plain(config)),
             ),
             force=True,
         )
 
-    def config(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """State, in the shardings of `abstract_state` (ShapeDtypeStructs), and the data position."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),
-        )
+        """(state, data) as `save` took them, the state in the shardings of `abstract_state` (ShapeDtypeStructs)."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
         return restored["state"], restored["data"]
 
     def wait(self) -> None:
-        """Until what is being written is there."""
+        """Waits until every save is complete."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self.wait()
+        """Waits until every save is complete, and lets go of the directory."""
         self._manager.close()
 
 
@@ -80,9 +92,14 @@ def abstract(state: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as JSON holds it."""
+    return json.loads(config.to_json_best_effort())
+
+
 def config_changes(old: dict[str, Any], new: ml_collections.ConfigDict) -> list[str]:
-    """Lines `key: old -> new` of the keys that differ and may not."""
-    before, after = _flatten(old), _flatten(json.loads(new.to_json_best_effort()))
+    """A line `config.KEY: OLD -> NEW` for each key that differs and must not; `old` is `plain` of a config."""
+    before, after = (traverse_util.flatten_dict(config, sep=".") for config in (old, plain(new)))
     return [
         f"config.{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
         for key in sorted(before.keys() | after.keys())
@@ -91,13 +108,6 @@ def config_changes(old: dict[str, Any], new: ml_collections.ConfigDict) -> list[
 
 
 def without_paths(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """All values by their dotted key but paths, which may differ between the machines of a run."""
-    flat = _flatten(json.loads(config.to_json_best_effort()))
+    """Values by dotted key, without paths, which may differ between the machines of a run."""
+    flat = traverse_util.flatten_dict(plain(config), sep=".")
     return {key: value for key, value in flat.items() if not key.endswith((".path", ".data_dir"))}
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

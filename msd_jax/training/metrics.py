@@ -1,23 +1,28 @@
 """What a run writes while it trains: metrics.jsonl, TensorBoard events and completions.jsonl."""
 
+import dataclasses
 import math
 import pathlib
+import time
+from collections.abc import Callable
 
+import jax
 import tensorboardX
 
 from msd_jax.io import jsonl
-from msd_jax.parallel import distributed
+from msd_jax.parallel import distributed, sharding
+from msd_jax.training.generate import Generated
 
 
 class Metrics:
-    """Scalars of each step to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; completions to completions.jsonl."""
+    """The files: WORKDIR/metrics.jsonl, WORKDIR/tensorboard and WORKDIR/completions.jsonl."""
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
-        """Drops what an interrupted run wrote after `resume_step`: it is computed again."""
+        """Drops what an interrupted run wrote after `resume_step`: those steps are computed again."""
         self._scalars = jsonl.JsonLines(workdir / "metrics.jsonl")
         self._completions = jsonl.JsonLines(workdir / "completions.jsonl")
-        for log in (self._scalars, self._completions):
-            log.replace(row for row in log.read() if row["step"] <= resume_step)
+        for file in (self._scalars, self._completions):
+            file.replace(row for row in file.read() if row["step"] <= resume_step)
         self._board = None
         if distributed.is_first():
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
@@ -36,3 +41,101 @@ class Metrics:
     def close(self) -> None:
         if self._board:
             self._board.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """A step that the devices may still be at.
+
+    Attributes:
+      step: number of finished steps once this one is.
+      scalars: what train_step returns, on the devices.
+      learning_rate: of the update.
+      generated: what it trains on.
+      rollout_compilations: of the generator so far.
+    """
+
+    step: int
+    scalars: dict[str, jax.Array]
+    learning_rate: float
+    generated: Generated
+    rollout_compilations: int
+
+    def row(self, begun: float, done: float) -> dict[str, float]:
+        """The step's row of metrics.jsonl, once the devices are done with it.
+
+        Args:
+          begun, done: the host's clock when the devices began with the update, and when they were done.
+        """
+        batch, responses = self.generated.batch, self.generated.responses
+        rollout_seconds = self.generated.had - (self.generated.free or self.generated.had)
+        train_seconds = done - begun
+        columns = batch.student_prompt_BxP.size + batch.teacher_prompt_BxP.size + 2 * batch.response_BxR.size
+        real = int(batch.student_length_B.sum() + batch.teacher_length_B.sum() + 2 * batch.response_length_B.sum())
+        return {name: float(value) for name, value in sharding.fetch(self.scalars).items()} | {
+            "learning_rate": self.learning_rate,
+            "response_length": float(responses.length_B.mean()),
+            "stopped": float(responses.stopped_B.mean()),
+            "on_policy": float(responses.on_policy_B.mean()),
+            "rollout_seconds": rollout_seconds,
+            "train_seconds": train_seconds,
+            "rollout_tokens_per_second": responses.generated / rollout_seconds if responses.generated else 0.0,
+            "train_tokens_per_second": real / train_seconds,
+            "padding": 1 - real / columns,
+            "rollout_compilations": self.rollout_compilations,
+        }
+
+
+class LateRows:
+    """Writes the row of each step while the devices are at the next, so that they do not wait for the host to write.
+
+    rollout_seconds is the time from when the devices were done with the step before until the host had the responses; 0
+    where all were stored. train_seconds is the time from then, or from when the devices were done with the step before
+    if that is later, until they were done with the update. Together they add up to the time that a run takes, but for
+    what it measures and saves.
+    """
+
+    def __init__(self, files: Metrics, every: int, last: int, advance: Callable[[int, str], None]):
+        """Writes the steps that `every` divides, and `last`; shows each by `advance(step, status)`."""
+        self._files, self._every, self._last, self._advance = files, every, last, advance
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of batches; each costs one compilation
+        self._late: Dispatched | None = None
+        self._free = -math.inf  # the host's clock when the devices were done with the step that was written last
+
+    def add(self, dispatched: Dispatched) -> None:
+        """Takes the next step, and writes the row of the one before."""
+        self.flush(done=dispatched.generated.free)
+        self._shapes.add(tuple(array.shape for array in dispatched.generated.batch))
+        self._late = dispatched
+
+    def wait(self) -> float:
+        """The host's clock when the devices are done with the step that was added last."""
+        if self._late:
+            jax.block_until_ready(self._late.scalars)
+        return time.perf_counter()
+
+    def flush(self, measured: dict[str, float] | None = None, done: float | None = None) -> dict[str, float]:
+        """Writes the row of the step that was added last; {} where it is written already.
+
+        Args:
+          measured: columns to add to the row, which is then written whatever its step.
+          done: as `wait` gives it; None waits.
+        """
+        if self._late is None:
+            return {}
+        done = done or self.wait()
+        dispatched, self._late = self._late, None
+        begun, self._free = max(dispatched.generated.had, self._free), done
+        row = dispatched.row(begun, done) | {"train_compilations": len(self._shapes)} | (measured or {})
+        if measured is not None or dispatched.step % self._every == 0 or dispatched.step == self._last:
+            self._files.scalars(dispatched.step, row)
+        self._advance(dispatched.step, describe(row))
+        return row
+
+
+def describe(row: dict[str, float]) -> str:
+    """A step's row in a few words, for the progress bar."""
+    return (
+        f"loss {row['loss']:.4f}  kl {row['kl']:.4f}  "
+        f"{row['rollout_tokens_per_second']:,.0f} + {row['train_tokens_per_second']:,.0f} tok/s"
+    )

@@ -8,7 +8,7 @@ import ml_collections
 from msd_jax.errors import UserError
 from msd_jax.evaluation import evaluator, rates
 from msd_jax.io import jsonl
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 from msd_jax.models import decoder
 from msd_jax.parallel import distributed
 
@@ -37,7 +37,7 @@ class Monitor:
         rows = [r for r in rows if (r["benchmark"], r["id"], r["language"]) in keys and r["pass"] in passes]
         self.floor = self._config.eval.utility_floor * slice_rates(rows, self._config).get("slice_utility", 0.0)
         if self._config.eval.utility_floor and not self.floor:
-            say(
+            log(
                 f"note: config.eval.utility_floor={self._config.eval.utility_floor} has no effect: {directory} "
                 "holds no right answer to a prompt of the slice"
             )

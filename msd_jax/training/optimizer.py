@@ -37,7 +37,7 @@ def make_optimizer(
     else:
         decay = {"weight_decay": config.weight_decay, "mask": _is_matrix}
         rule = optax.adamw(schedule, config.b1, config.b2, config.eps, **decay)
-    rule = kept_in(jnp.dtype(config.moments_dtype), rule)
+    rule = with_state_dtype(rule, jnp.dtype(config.moments_dtype))
     return optax.chain(clip_by_global_norm(config.clip_norm), rule), schedule
 
 
@@ -55,8 +55,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def kept_in(dtype: jnp.dtype, rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`rule`, with the arrays of its state kept in `dtype` from step to step and computed with in float32."""
+def with_state_dtype(rule: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """`rule` with the arrays of its state stored in `dtype` between steps; it computes with them in float32."""
 
     def cast(dtype: jnp.dtype, state: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)

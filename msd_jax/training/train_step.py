@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,6 +18,8 @@ from msd_jax.errors import UserError
 from msd_jax.models import decoder, forward, pretrained
 from msd_jax.parallel import sharding
 from msd_jax.training import optimizer
+
+Array = Any  # of NumPy on the host, of JAX on devices
 
 
 @jax.tree_util.register_dataclass
@@ -38,30 +41,32 @@ class TrainState:
     opt_state: Any
     skipped: jax.Array
 
+    @property
+    def teacher_params(self) -> decoder.Params:
+        """The teacher's weights; the student's own where it is live."""
+        return self.params if self.teacher is None else self.teacher
+
 
 class TrainBatch(NamedTuple):
     """One batch of responses under both prompts, int32; prompts left-padded, responses right-padded."""
 
-    student_prompt_BxP: jax.Array
-    student_length_B: jax.Array
-    teacher_prompt_BxP: jax.Array
-    teacher_length_B: jax.Array
-    response_BxR: jax.Array
-    response_length_B: jax.Array
+    student_prompt_BxP: Array
+    student_length_B: Array
+    teacher_prompt_BxP: Array
+    teacher_length_B: Array
+    response_BxR: Array
+    response_length_B: Array
 
 
-def both_roles(
-    run: Callable, graphdef: nnx.GraphDef, student: decoder.Params, teacher: decoder.Params, batch: TrainBatch
+def student_and_teacher(
+    forward_pass: Callable, graphdef: nnx.GraphDef, student: decoder.Params, teacher: decoder.Params, batch: TrainBatch
 ) -> tuple[Any, Any]:
-    """What a function of forward.py gives for student and teacher over the same response tokens."""
+    """What a forward pass of models/forward.py gives for student and teacher over the same response tokens."""
     response = (batch.response_BxR, batch.response_length_B)
     return (
-        run(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response),
-        run(graphdef, teacher, batch.teacher_prompt_BxP, batch.teacher_length_B, *response),
+        forward_pass(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response),
+        forward_pass(graphdef, teacher, batch.teacher_prompt_BxP, batch.teacher_length_B, *response),
     )
-
-
-both_logits = functools.partial(both_roles, forward.response_logits)
 
 
 def train_step(
@@ -71,7 +76,7 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     optimize: optax.GradientTransformation,
-    loss: functools.partial,
+    loss: Callable,
     teacher: ml_collections.ConfigDict,
     micro_batches: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -79,32 +84,28 @@ def train_step(
 
     Args:
       state: donated.
-      frozen: the weights that are not trained, which student and teacher share; {} where all are.
+      frozen: the weights that are not trained, which student and teacher share; {} where all are trained.
       batch: B rows, divisible by `micro_batches`.
-      graphdef, optimize, loss, teacher, micro_batches: static; `loss` is fused_losses.fused_dpsw_loss with its
-        settings, `teacher` is config.teacher.
+      graphdef, optimize, micro_batches: static.
+      loss: static; losses.fused_dpsw_loss with its options bound.
+      teacher: static; config.teacher.
+
+    Returns:
+      The next state, and scalars: means over the response tokens of the batch, the loss, their number (`tokens`), the
+      gradient's norm before clipping (`grad_norm`), and the steps skipped so far (`skipped`).
     """
-    teacher_params = state.params if state.teacher is None else state.teacher
 
     def loss_sum(params, micro):
-        both = (decoder.join(frozen, trained) for trained in (params, teacher_params))
-        student, teacher = both_roles(forward.response_hidden_and_head, graphdef, *both, micro)
+        both = (decoder.join(frozen, trained) for trained in (params, state.teacher_params))
+        student, teacher = student_and_teacher(forward.response_hidden_and_head, graphdef, *both, micro)
         mask_BxR = forward.response_mask(micro.response_length_B, micro.response_BxR.shape[1])
         total, normaliser, aux = loss(*student, *teacher, micro.response_BxR.ravel(), mask_BxR.ravel())
         return total, (normaliser, aux)
 
-    # Every device keeps its own rows: micro-batch i holds rows i, i + M, i + 2M, ...
-    micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
-    nothing = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micros))
-    ((total, (normaliser, aux)), grads), _ = jax.lax.scan(
-        lambda sums, micro: (jax.tree.map(jnp.add, sums, gradient(state.params, micro)), None),
-        optax.tree.zeros_like(nothing),
-        micros,
-    )
+    (total, (normaliser, aux)), grads = _sum_over_micro_batches(gradient, state.params, batch, micro_batches)
     mean = losses.mean_loss(jnp.ones(()), normaliser)
     norm = mean * optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(total)
 
     def update(params, opt_state):
         # Scaled here, where the factor is fused into the moments: scaled outside, all gradients are held twice.
@@ -113,19 +114,30 @@ def train_step(
         return optax.apply_updates(params, updates), opt_state
 
     # A step that is not finite leaves the weights, the optimizer and the teacher as they were.
+    finite = jnp.isfinite(norm) & jnp.isfinite(total)
     params, opt_state = jax.lax.cond(finite, update, lambda *old: old, state.params, state.opt_state)
-    step = state.step + 1
-    new_state = TrainState(
-        step, params, next_teacher(teacher, step, state.teacher, params), opt_state, state.skipped + ~finite
-    )
+    step, skipped = state.step + 1, state.skipped + ~finite
+    new_state = TrainState(step, params, next_teacher(teacher, step, state.teacher, params), opt_state, skipped)
     means = {name: value / jnp.maximum(aux["tokens"], 1) for name, value in aux.items() if name != "tokens"}
-    loss_mean = losses.mean_loss(total, normaliser)
     return new_state, means | {
-        "loss": loss_mean,
+        "loss": losses.mean_loss(total, normaliser),
         "tokens": aux["tokens"],
         "grad_norm": norm,
-        "skipped": new_state.skipped,
+        "skipped": skipped,
     }
+
+
+def _sum_over_micro_batches(function: Callable, params: decoder.Params, batch: TrainBatch, micro_batches: int) -> Any:
+    """The sum of function(params, micro-batch), leaf by leaf."""
+    # Every device keeps its own rows: micro-batch i holds rows i, i + M, i + 2M, ...
+    micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
+
+    def add(sums, micro):
+        return jax.tree.map(jnp.add, sums, function(params, micro)), None
+
+    shapes = jax.eval_shape(function, params, jax.tree.map(lambda x: x[0], micros))
+    sums, _ = jax.lax.scan(add, optax.tree.zeros_like(shapes), micros)
+    return sums
 
 
 def next_teacher(
@@ -140,7 +152,7 @@ def next_teacher(
 
 
 def loss_settings(config: ml_collections.ConfigDict) -> losses.LossSettings:
-    """What config.loss asks for."""
+    """The loss that config.loss asks for."""
     divergence = losses.resolve_divergence(config.loss.divergence, config.rollout.policy)
     return losses.LossSettings(**dict(config.loss) | {"divergence": divergence, "top_k": config.loss.top_k or None})
 
@@ -151,7 +163,7 @@ def jit_train_step(
     mesh: Mesh,
     optimize: optax.GradientTransformation,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The program of a step: train_step(state, frozen, batch) with all that is static bound; the state is donated."""
+    """The program train_step(state, frozen, batch), with all that is static bound; the state is donated."""
     loss = functools.partial(
         losses.fused_dpsw_loss,
         chunk=config.train.loss_chunk,
@@ -169,8 +181,7 @@ def jit_train_step(
         teacher=config.teacher,
         micro_batches=config.train.micro_batches,
     )
-    arguments = abstract_state(model, mesh, optimize, config.teacher.kind)
-    state, frozen = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+    state, frozen = _shardings(abstract_state(model, mesh, optimize, config.teacher.kind))
     # By default XLA's CPU backend runs early what can be run early: the zeros that the backward pass adds to, which are
     # as large as the weights, before the forward pass.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -188,14 +199,38 @@ def abstract_state(
 ) -> tuple[TrainState, decoder.Params]:
     """(state, frozen) of a run as ShapeDtypeStructs in the training layout.
 
-    The optimizer's moments and the teacher follow the sharding of the weights; counts are replicated. A teacher that
-    stays frozen is in the dtypes of model.frozen_teacher.
+    The optimizer's moments and the teacher are sharded as the weights; counts are replicated. A teacher that stays
+    frozen is in the dtypes of model.frozen_teacher.
     """
     params, frozen = model.split(model.target(mesh))
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     opt_state = optimizer.state_shardings(optimize, params)
-    teacher = None if teacher_kind == "live" else model.frozen_teacher(params) if teacher_kind == "frozen" else params
+    teacher = params if teacher_kind in ("ema", "periodic") else None
+    if teacher_kind == "frozen":
+        teacher = model.frozen_teacher(params)
     return TrainState(scalar, params, teacher, opt_state, scalar), frozen
+
+
+def initial_state(
+    model: pretrained.Pretrained, mesh: Mesh, optimize: optax.GradientTransformation, teacher_kind: str, seed: int
+) -> tuple[TrainState, decoder.Params]:
+    """(state, frozen) at step 0, in the layout of `abstract_state`; reads the weights, `seed` draws new adapters."""
+    params, frozen = model.split(model.params(mesh, seed=seed))
+    target, _ = abstract_state(model, mesh, optimize, teacher_kind)
+    opt_state = jax.jit(optimize.init, out_shardings=_shardings(target.opt_state))(params)
+    step, skipped = (sharding.put_replicated(mesh, np.zeros((), np.int32)) for _ in range(2))
+
+    def copy(params):  # params are donated to every step, and the teacher must outlive them
+        return jax.tree.map(lambda p, leaf: jnp.array(p, leaf.dtype, copy=True), params, target.teacher)
+
+    teacher = None
+    if target.teacher is not None:
+        teacher = jax.jit(copy, out_shardings=_shardings(target.teacher))(params)
+    return TrainState(step, params, teacher, opt_state, skipped), frozen
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

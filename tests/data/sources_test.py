@@ -10,7 +10,7 @@ from msd_jax.configs import default
 from msd_jax.data import files, parallel_queries, sources
 from msd_jax.data.records import Query
 from msd_jax.io import jsonl
-from msd_jax.training import checkpoint, loop
+from msd_jax.training import checkpoint, loop, run
 from tests.conftest import WORDS
 from tests.data.conftest import OWNER_NAME
 
@@ -85,19 +85,22 @@ def drawn(workdir) -> list[tuple[int, str]]:
 
 def test_a_run_on_mixed_sources_goes_on_where_it_stopped(config, tmp_path):
     config.data.harmful_share = 0.25
-    run = lambda workdir: loop.Trainer(ml_collections.FrozenConfigDict(config), workdir).train()  # noqa: E731
-    run(tmp_path / "whole")
+
+    def train(workdir):
+        loop.train(run.setup(ml_collections.FrozenConfigDict(config), workdir))
+
+    train(tmp_path / "whole")
     whole = drawn(tmp_path / "whole")
     counts = collections.Counter(sources.source_of(id) for _, id in whole)
     assert counts == {"plain": 8, "set": 12, "hub": 12}  # of 32; `plain` alone is harmful
     config.train.steps = 2
-    run(tmp_path / "parts")
+    train(tmp_path / "parts")
     first = drawn(tmp_path / "parts")
     # As if it had been stopped: the same config, from the checkpoint after step 2.
     config.train.steps = 4
     config_file = tmp_path / "parts/config.json"
     config_file.write_text(json.dumps(json.loads((tmp_path / "whole/config.json").read_text())))
-    run(tmp_path / "parts")
+    train(tmp_path / "parts")
     assert first == whole[:16] and drawn(tmp_path / "parts") == whole
     assert checkpoint.Checkpoints(tmp_path / "parts").latest == 4
 
@@ -107,19 +110,19 @@ def test_queries_of_the_evaluation_are_reported_or_dropped(config, tmp_path, cap
     files.write_jsonl(tmp_path / "eval.jsonl", shared)
     config.eval.path, config.data.sources = str(tmp_path / "eval.jsonl"), ml_collections.ConfigDict()
     config.data.path = str(tmp_path / "plain.jsonl")
-    trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "report")
-    trainer.checkpoints.close()
+    ready = run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "report")
+    ready.checkpoints.close()
     assert "near-duplicates: of 3 queries of benchmark queries, training has" in capsys.readouterr().out
-    assert len(trainer.records) == 5
+    assert len(ready.records) == 5
     rows = jsonl.read(tmp_path / "report/near_duplicates.jsonl")
     exact = {(row["train_id"], row["eval_id"], row["language"]) for row in rows if row["exact"]}
     assert exact == {(id, id, language) for id in "01" for language in ("en", "sw")}
     config.data.near_duplicates = "drop"
-    trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "drop")
-    trainer.checkpoints.close()
+    ready = run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "drop")
+    ready.checkpoints.close()
     dropped = {row["train_id"] for row in rows}
-    assert "0" in dropped and {query.id for query in trainer.records} == set("01234") - dropped != set()
-    assert not {example.query_id for example in next(trainer.batches).examples} & dropped
+    assert "0" in dropped and {query.id for query in ready.records} == set("01234") - dropped != set()
+    assert not {example.query_id for example in next(iter(ready.batches)).examples} & dropped
     config.eval.path = config.data.path
     with pytest.raises(ValueError, match="leaves no query"):
-        loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "all")
+        run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "all")

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from msd_jax.evaluation.harness import MsdJaxLM  # noqa: E402
 from msd_jax.training import loop  # noqa: E402
+from msd_jax.training import run as training_run  # noqa: E402
 from tests.evaluation.judges.guard_test import CHAT, CORPUS, write_guard  # noqa: E402
 
 SMOLLM2 = os.environ.get("MSD_JAX_SMOLLM2", "")
@@ -212,7 +213,7 @@ def test_command_line_and_a_step_of_a_run(tmp_path, tasks, rows):
     config = quickstart.get_config()
     config.train.steps, config.train.checkpoint_every, config.eval.path = 1, 1, ""
     workdir = tmp_path / "run"
-    loop.Trainer(ml_collections.FrozenConfigDict(config), workdir).train()
+    loop.train(training_run.setup(ml_collections.FrozenConfigDict(config), workdir))
     (step,) = (workdir / "checkpoints").iterdir()
     tasks = write_tasks(tmp_path / "tasks", rows, stop="safe")
     found = command_line(tmp_path / "tasks", f"pretrained={step}", ("choice",))

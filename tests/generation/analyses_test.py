@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from msd_jax.configs import default
 
+from msd_jax import settings
 from msd_jax.data import prompts
 from msd_jax.generation import analyses, rollout
 from msd_jax.io import jsonl
+from msd_jax.models import pretrained
 from msd_jax.models.tokenizer import token_ids
 from msd_jax.parallel import sharding
-from msd_jax.training import loop
+from msd_jax.training import loop, run
 from tests.conftest import WORDS
 
 
@@ -22,7 +24,10 @@ def config(model_dir, tmp_path):
     config = default.get_config()
     config.model.path, config.data.path = str(model_dir), str(tmp_path / "queries.jsonl")
     rng = np.random.default_rng(0)
-    text = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 6)))  # noqa: E731
+
+    def text():
+        return " ".join(rng.choice(WORDS, rng.integers(1, 6)))
+
     records = [{"id": str(i), "harmful": True, "texts": {"en": text(), "sw": text(), "bn": text()}} for i in range(21)]
     (tmp_path / "queries.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "bn": 1.0})
@@ -37,13 +42,13 @@ def config(model_dir, tmp_path):
 
 def test_each_is_written_once_and_stands_in_the_teachers_prompt(config, tmp_path, monkeypatch):
     frozen = ml_collections.FrozenConfigDict(config)
-    trainer = loop.Trainer(frozen, tmp_path / "run")
-    trainer.train()
+    ready = run.setup(frozen, tmp_path / "run")
+    loop.train(ready)
     lines = jsonl.read(tmp_path / "run/analyses.jsonl")[1:]
     assert sorted(int(line["id"]) for line in lines) == list(range(21)) and {line["language"] for line in lines} == {
         "en"
     }
-    tokenizer = trainer.model.tokenizer
+    tokenizer = ready.model.tokenizer
     texts = {line["id"]: tokenizer.decode(line["tokens"], skip_special_tokens=True).strip() for line in lines}
     assert len(set(texts.values())) > 5
     entries = jsonl.read(tmp_path / "run/completions.jsonl")
@@ -51,12 +56,12 @@ def test_each_is_written_once_and_stands_in_the_teachers_prompt(config, tmp_path
     assert not any(texts[entry["id"]] in entry["student_prompt"] for entry in entries if texts[entry["id"]])
 
     # Greedy, and the same without a batch around it.
-    record = next(record for record in trainer.records if texts[record.id])
+    record = next(record for record in ready.records if texts[record.id])
     messages = prompts.analysis_messages(record, config.prompts, "en")
     ids = token_ids(tokenizer, messages, config.prompts.teacher_template_kwargs)[None]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model = trainer.model
-    alone = loop.pretrained.load(**config.model)
+    model = ready.model
+    alone = pretrained.load(**config.model)
     greedy = rollout.Generator(alone.graphdef, mesh, rollout.Sampling(7, 0.0), model.stop_ids, model.pad_id)
     one = np.ones(1, np.uint32)
     arrays = (ids, np.array([ids.shape[1]], np.int32), one, one.astype(bool))
@@ -66,14 +71,17 @@ def test_each_is_written_once_and_stands_in_the_teachers_prompt(config, tmp_path
 
     # The same command again has nothing to write.
     monkeypatch.setattr(analyses, "_generate", lambda *_: pytest.fail("written twice"))
-    again = loop.Trainer(frozen, tmp_path / "run")
-    again.train()
-    assert [e.teacher_ids.tolist() for e in next(trainer.batches).examples] == [
-        e.teacher_ids.tolist() for e in next(again.batches).examples
-    ]
+    before = (tmp_path / "run/completions.jsonl").read_bytes()
+    again = run.setup(frozen, tmp_path / "run")
+    loop.train(again)
+    state, frozen_params = loop.initial_state(again)
+    first, second = (next(iter(loop.with_analyses(one, frozen_params, state))).examples for one in (ready, again))
+    assert [e.teacher_ids.tolist() for e in first] == [e.teacher_ids.tolist() for e in second]
+    assert any(texts[example.query_id] in ready.model.tokenizer.decode(example.teacher_ids) for example in first)
+    assert (tmp_path / "run/completions.jsonl").read_bytes() == before
 
 
 def test_a_teacher_that_changes_is_refused(config, tmp_path):
     config.teacher.kind = "ema"
     with pytest.raises(ValueError, match=r"config.prompts.cot='generated' with config.teacher.kind='ema'"):
-        loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+        settings.check(config)

@@ -11,12 +11,13 @@ from flax import nnx
 from msd_jax.configs import default
 from safetensors.numpy import load_file
 
+from msd_jax import settings
 from msd_jax.evaluation import evaluator
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, export, pretrained, trained
 from msd_jax.models import lora as lora_lib
 from msd_jax.parallel import sharding
-from msd_jax.training import checkpoint, loop
+from msd_jax.training import checkpoint, loop, run
 from tests.conftest import LLAMA, WORDS
 
 CONFIG = model_config.from_dict(LLAMA)
@@ -76,9 +77,10 @@ def make_config(model_dir, tmp_path, rank=3) -> ml_collections.ConfigDict:
 
 def test_a_run_trains_the_adapters_alone(model_dir, tmp_path):
     config = ml_collections.FrozenConfigDict(make_config(model_dir, tmp_path))
-    trainer = loop.Trainer(config, tmp_path / "run")
-    trainer.train()
-    state, _ = checkpoint.Checkpoints(tmp_path / "run").restore(3, checkpoint.abstract(trainer.initial_state()))
+    ready = run.setup(config, tmp_path / "run")
+    loop.train(ready)
+    initial, _ = loop.initial_state(ready)
+    state, _ = checkpoint.Checkpoints(tmp_path / "run").restore(3, checkpoint.abstract(initial))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     for tree in (state.params, state.teacher):  # the frozen teacher is the base: no second copy of the weights
         assert all(lora_lib.is_adapter(path[-1].key) for path, _ in jax.tree.leaves_with_path(tree))
@@ -140,4 +142,4 @@ def test_targets_are_checked(model_dir, tmp_path):
     config = make_config(model_dir, tmp_path)
     config.model.lora.targets = ("query", "q_proj")
     with pytest.raises(ValueError, match=r"config.model.lora.targets=.*choose among query, key"):
-        loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+        settings.check(config)

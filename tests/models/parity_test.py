@@ -206,7 +206,9 @@ def test_gradients_of_the_msd_loss_equal_autograd(pair, rng):
     @jax.jit
     @jax.grad
     def gradient(params):
-        student, teacher = train_step.both_logits(pair.graphdef, params, pair.params, batch)
+        student, teacher = train_step.student_and_teacher(
+            forward.response_logits, pair.graphdef, params, pair.params, batch
+        )
         mask = forward.response_mask(batch.response_length_B, R)
         total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask)
         return losses.mean_loss(total, normaliser)

@@ -128,7 +128,7 @@ def test_bfloat16_is_close_to_float32(model, params):
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(graphdef, params):
-        student, teacher = train_step.both_logits(graphdef, params, params, batch)
+        student, teacher = train_step.student_and_teacher(forward.response_logits, graphdef, params, params, batch)
         total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask)
         return jax.nn.log_softmax(student), losses.mean_loss(total, normaliser)
 

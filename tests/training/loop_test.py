@@ -1,5 +1,6 @@
 """The loop, on a tiny random model: nothing is lost at a resume, and what is written says what was trained."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -10,10 +11,12 @@ import pytest
 from msd_jax.configs import default
 from safetensors.numpy import load_file
 
+from msd_jax import report
 from msd_jax.io import jsonl
 from msd_jax.models import pretrained, trained
 from msd_jax.parallel import sharding
-from msd_jax.training import checkpoint, loop, metrics
+from msd_jax.training import checkpoint, loop, run
+from msd_jax.training.generate import generate
 from tests.conftest import WORDS
 
 
@@ -41,11 +44,21 @@ def config(model_dir, tmp_path) -> ml_collections.ConfigDict:
     return config
 
 
-def run(config, workdir: pathlib.Path):
-    trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), workdir)
-    trainer.train()
-    state, _ = checkpoint.Checkpoints(workdir).restore(config.train.steps, checkpoint.abstract(trainer.initial_state()))
+def set_up(config, workdir: pathlib.Path) -> run.Run:
+    return run.setup(ml_collections.FrozenConfigDict(config), workdir)
+
+
+def train(config, workdir: pathlib.Path):
+    """Trains to the end; (the last state, rows of metrics.jsonl)."""
+    ready = set_up(config, workdir)
+    loop.train(ready)
+    initial, _ = loop.initial_state(ready)
+    state, _ = checkpoint.Checkpoints(workdir).restore(config.train.steps, checkpoint.abstract(initial))
     return state, jsonl.read(workdir / "metrics.jsonl")
+
+
+def steps_on_disk(workdir: pathlib.Path) -> list[int]:
+    return [row["step"] for row in jsonl.read(workdir / "metrics.jsonl")]
 
 
 TIMES = ("seconds", "per_second", "compilations")
@@ -66,19 +79,19 @@ class Killed(Exception):
 def test_a_killed_run_ends_bit_identical(config, tmp_path, policy, kind, rank):
     """Killed after step 5, whose checkpoint is that of step 4: parameters, EMA teacher, moments, metrics."""
     config.rollout.policy, config.teacher.kind, config.model.lora.rank = policy, kind, rank
-    unbroken, unbroken_rows = run(config, tmp_path / "unbroken")
+    unbroken, unbroken_rows = train(config, tmp_path / "unbroken")
+    ready = set_up(config, tmp_path / "killed")
 
-    class Dies(loop.Trainer):
-        def step(self, step, state, writer):
-            if step == 5:
-                self.checkpoints.close()
-                raise Killed
-            return super().step(step, state, writer)
+    def dies(state, *rest):
+        if sharding.fetch(state.step) == 5:
+            ready.checkpoints.close()
+            raise Killed
+        return ready.train_step(state, *rest)
 
     with pytest.raises(Killed):
-        Dies(ml_collections.FrozenConfigDict(config), tmp_path / "killed").train()
-    assert len(jsonl.read(tmp_path / "killed" / "metrics.jsonl")) == 5
-    resumed, resumed_rows = run(config, tmp_path / "killed")
+        loop.train(dataclasses.replace(ready, train_step=dies))
+    assert steps_on_disk(tmp_path / "killed") == [1, 2, 3, 4]  # that of step 5 was to be written during step 6
+    resumed, resumed_rows = train(config, tmp_path / "killed")
     jax.tree.map(np.testing.assert_array_equal, resumed, unbroken)
     assert without_times(resumed_rows) == without_times(unbroken_rows)
     assert [row["step"] for row in resumed_rows] == [1, 2, 3, 4, 5, 6]
@@ -86,26 +99,46 @@ def test_a_killed_run_ends_bit_identical(config, tmp_path, policy, kind, rank):
     assert seen == jsonl.read(tmp_path / "unbroken" / "completions.jsonl") and len(seen) == 8
 
 
+def test_rows_are_written_a_step_late_and_before_a_checkpoint(config, tmp_path, monkeypatch):
+    """While step n is dispatched, the row of n - 1 is still to be written; none up to a checkpoint is missing."""
+    config.train.steps, config.train.checkpoint_every = 8, 5
+    ready, dispatched, saved = set_up(config, tmp_path / "run"), [], {}
+
+    def train_step(*arguments):
+        dispatched.append(len(steps_on_disk(tmp_path / "run")))
+        return ready.train_step(*arguments)
+
+    def save(step, *rest):
+        saved[step] = steps_on_disk(tmp_path / "run")
+
+    monkeypatch.setattr(ready.checkpoints, "save", save)
+    loop.train(dataclasses.replace(ready, train_step=train_step))
+    assert dispatched == [0, 0, 1, 2, 3, 5, 5, 6]
+    assert saved == {step: list(range(1, step + 1)) for step in (5, 8)}
+
+
+@pytest.mark.parametrize("log_every, expected", [(3, [3, 6, 7]), (100, [7])])
+def test_every_so_many_steps_and_the_last_are_logged(config, tmp_path, log_every, expected):
+    config.train.steps, config.train.log_every = 7, log_every
+    train(config, tmp_path / "run")
+    assert steps_on_disk(tmp_path / "run") == expected
+
+
 @pytest.mark.parametrize("policy", ["on_policy", "off_policy"])
 def test_responses_are_written_to_the_prompts_that_are_trained_on(config, tmp_path, policy):
     config.rollout.policy = policy
-    trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
-    seen, generate, train_step = {}, trainer.generator, trainer.train_step
+    ready, seen = set_up(config, tmp_path / "run"), {}
 
     class Recorder:
-        sampling, pad_id = generate.sampling, generate.pad_id
+        sampling, pad_id = ready.generator.sampling, ready.generator.pad_id
 
         def __call__(self, params, prompt_BxP, length_B, *rest):
             seen["rollout"] = (prompt_BxP, length_B)
-            return generate(params, prompt_BxP, length_B, *rest)
+            return ready.generator(params, prompt_BxP, length_B, *rest)
 
-    def recorded(state, frozen, batch):
-        seen["batch"] = jax.device_get(batch)
-        return train_step(state, frozen, batch)
-
-    trainer.respond._generator, trainer.train_step = Recorder(), recorded
-    trainer.step(0, trainer.initial_state(), metrics.Metrics(tmp_path / "run", 0))
-    batch = seen["batch"]
+    ready.respond._generator = Recorder()
+    state, frozen = loop.initial_state(ready)
+    batch = generate(ready, frozen, state, next(iter(ready.batches)), 0).batch
     trained = {
         "on_policy": (batch.student_prompt_BxP, batch.student_length_B),
         "off_policy": (batch.teacher_prompt_BxP, batch.teacher_length_B),
@@ -116,7 +149,7 @@ def test_responses_are_written_to_the_prompts_that_are_trained_on(config, tmp_pa
 
 def test_completions_tell_what_each_role_saw(config, tmp_path):
     config.train.steps = 3
-    run(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     entry = jsonl.read(tmp_path / "run" / "completions.jsonl")[0]
     assert entry["step"] == 3 and entry["language"] == "sw" and entry["policy"] == "on_policy"
     assert "kikombe" in entry["student_prompt"] and "answer in" not in entry["student_prompt"]
@@ -130,7 +163,7 @@ def test_a_retained_query_costs_nothing_while_the_student_is_the_initial_model(c
     """Both roles see the same prompt, and the same weights give the same row: a divergence of exactly 0."""
     config.data.retain_fraction, config.rollout.policy = 0.5, policy
     config.train.steps, config.train.completions_every, config.train.completions_kept = 1, 1, 8
-    run(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     kl = {True: [], False: []}
     for row in jsonl.read(tmp_path / "run" / "completions.jsonl"):
         assert (row["student_prompt"] == row["teacher_prompt"]) == (row["language"] == "en")
@@ -141,9 +174,8 @@ def test_a_retained_query_costs_nothing_while_the_student_is_the_initial_model(c
 def test_no_steps_evaluate_the_model_as_it_comes(config, tmp_path):
     config.train.steps, config.train.export = 0, True
     config.eval.path, config.eval.max_new_tokens = config.data.path, 6
-    trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
-    trainer.train()
-    trainer.report()
+    loop.train(set_up(config, tmp_path / "run"))
+    report.write(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "eval").iterdir()] == ["0"]
     assert not (tmp_path / "run" / "model").exists()  # nothing was trained
     assert "before training" in (tmp_path / "run" / "report" / "summary.md").read_text()
@@ -151,30 +183,29 @@ def test_no_steps_evaluate_the_model_as_it_comes(config, tmp_path):
 
 def test_training_moves_the_student_towards_the_teacher(config, tmp_path):
     config.train.steps, config.optimizer.warmup_steps, config.optimizer.learning_rate = 40, 0, 3e-2
-    _, rows = run(config, tmp_path / "run")
+    _, rows = train(config, tmp_path / "run")
     kl = [row["kl"] for row in rows]
     assert np.mean(kl[-10:]) < 0.6 * np.mean(kl[:10])
     assert rows[-1]["rollout_compilations"] == 1
 
 
 def test_another_config_is_refused_and_named(config, tmp_path):
-    trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
-    trainer.checkpoints.close()
+    set_up(config, tmp_path / "run").checkpoints.close()
     config.train.steps, config.train.log_every = 9, 2  # these may change
-    loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run").checkpoints.close()
+    set_up(config, tmp_path / "run").checkpoints.close()
     config.loss.weighting = "uniform"
     with pytest.raises(ValueError, match=r"config.loss.weighting: 'dpsw' -> 'uniform'"):
-        loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+        set_up(config, tmp_path / "run")
 
 
 def test_more_steps_go_on_from_the_last_checkpoint(config, tmp_path):
     config.optimizer.schedule = "constant"
     config.train.steps = 6
-    longer, _rows = run(config, tmp_path / "at_once")
+    longer, _rows = train(config, tmp_path / "at_once")
     config.train.steps = 4
-    run(config, tmp_path / "extended")
+    train(config, tmp_path / "extended")
     config.train.steps = 6
-    extended, _ = run(config, tmp_path / "extended")
+    extended, _ = train(config, tmp_path / "extended")
     jax.tree.map(np.testing.assert_array_equal, extended.params, longer.params)
     # One step's weights alone, as evaluation and export read them.
     model, mesh = pretrained.load(**config.model), sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
@@ -186,7 +217,7 @@ def test_more_steps_go_on_from_the_last_checkpoint(config, tmp_path):
 
 def test_frozen_embeddings_stay_and_have_no_optimizer_state(config, tmp_path):
     config.train.steps, config.train.export, config.model.freeze_embeddings = 2, True, True
-    state, _ = run(config, tmp_path / "run")
+    state, _ = train(config, tmp_path / "run")
     assert "embedding" not in state.params and "embedding" not in state.teacher
     before = load_file(pathlib.Path(config.model.path) / "model.safetensors")
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -197,5 +228,5 @@ def test_frozen_embeddings_stay_and_have_no_optimizer_state(config, tmp_path):
 def test_batches_that_do_not_divide_over_the_devices(config, tmp_path):
     config.data.batch_size = 12
     with pytest.raises(ValueError, match=r"batch_size=12.*8 devices"):
-        loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+        set_up(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

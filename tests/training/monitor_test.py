@@ -10,7 +10,7 @@ from msd_jax.configs import quickstart
 
 from msd_jax import settings
 from msd_jax.io import jsonl
-from msd_jax.training import checkpoint, loop, monitor
+from msd_jax.training import checkpoint, loop, monitor, run
 
 
 def small():
@@ -35,8 +35,8 @@ def ruinous():
     return config
 
 
-def trainer(config, workdir):
-    return loop.Trainer(ml_collections.FrozenConfigDict(config), workdir)
+def set_up(config, workdir) -> run.Run:
+    return run.setup(ml_collections.FrozenConfigDict(config), workdir)
 
 
 def row(language, verdict, harmful, right=None, **more):
@@ -56,37 +56,36 @@ def test_rates_are_those_counted_by_hand():
         row("en", "refused", False, right=False),
         row("sw", None, None, benchmark="mmmlu", correct=True),
     ]
-    assert monitor.rates(rows, config) == {
+    assert monitor.slice_rates(rows, config) == {
         "slice_asr_source": 0.0,
         "slice_asr_trained": 2 / 3,
         "slice_over_refusal": 1 / 2,
         "slice_utility": 2 / 3,
     }
-    assert monitor.rates([], config) == {}
+    assert monitor.slice_rates([], config) == {}
 
 
 def test_the_slice_is_measured_when_it_is_due_and_is_part_of_the_evaluation(tmp_path):
     config = small()
-    run = trainer(config, tmp_path)
-    run.train()
+    ready = set_up(config, tmp_path)
+    loop.train(ready)
     rows = jsonl.read(tmp_path / "metrics.jsonl")
     seen = [{key for key in r if key.startswith("slice_")} for r in rows]
     assert [bool(keys) for keys in seen] == [False, True] * 4 and len(seen[1]) == 5
     # After the last step the slice says of its prompts what the whole evaluation says of them.
-    prompts = run.evaluation.slice(config.eval.slice)
+    prompts = ready.evaluation.slice(config.eval.slice)
     keys = {prompt.key for prompt in prompts}
     parts = collections.Counter((prompt.language, prompt.query.harmful) for prompt in prompts)
     assert len(parts) == 3 * 2 and set(parts.values()) <= {7, 8}  # evenly spread, so not always the full number
     whole = jsonl.read(tmp_path / "eval" / "8" / "responses.jsonl")
     of_slice = [r for r in whole if (r["benchmark"], r["id"], r["language"]) in keys]
-    assert monitor.rates(of_slice, config) == {key: rows[-1][key] for key in seen[-1]}
+    assert monitor.slice_rates(of_slice, config) == {key: rows[-1][key] for key in seen[-1]}
 
 
 def test_training_ends_at_the_floor_and_goes_back_to_what_held_it(tmp_path, capsys):
     config = ruinous()
     config.eval.utility_floor = 0.9
-    run = trainer(config, tmp_path)
-    run.train()
+    loop.train(set_up(config, tmp_path))
     rows = [r for r in jsonl.read(tmp_path / "metrics.jsonl") if "slice_utility" in r]
     floor = 0.9 * utility(tmp_path / "eval" / "0")
     held = [r["step"] for r in rows if r["slice_utility"] >= floor]
@@ -99,7 +98,7 @@ def test_training_ends_at_the_floor_and_goes_back_to_what_held_it(tmp_path, caps
     assert checkpoint.Checkpoints(tmp_path).latest == (step or None)
     # The same command ends in the same place.
     before = (tmp_path / "eval" / str(step) / "responses.jsonl").read_bytes()
-    trainer(config, tmp_path).train()
+    loop.train(set_up(config, tmp_path))
     assert (tmp_path / "eval" / str(step) / "responses.jsonl").read_bytes() == before
     assert sorted(int(path.name) for path in (tmp_path / "eval").iterdir()) == sorted({0, step})
 
@@ -108,10 +107,10 @@ def test_where_no_checkpoint_holds_the_floor_the_initial_weights_are_left(tmp_pa
     config = ruinous()
     config.eval.every = 4
     config.eval.utility_floor = 1.0
-    run = trainer(config, tmp_path)
-    state = run.initial_state()
-    run.train()
-    assert "gone back to the initial weights" in capsys.readouterr().out
+    ready = set_up(config, tmp_path)
+    state, _ = loop.initial_state(ready)
+    loop.train(ready)
+    assert "went back to the initial weights" in capsys.readouterr().out
     assert not (tmp_path / "model").exists() and [path.name for path in (tmp_path / "eval").iterdir()] == ["0"]
     like = checkpoint.abstract(state)
     for step in checkpoint.Checkpoints(tmp_path).steps:  # those it went back over are neither the initial weights
@@ -121,17 +120,17 @@ def test_where_no_checkpoint_holds_the_floor_the_initial_weights_are_left(tmp_pa
 
 def utility(directory):
     rows = jsonl.read(directory / "responses.jsonl")
-    return monitor.rates(rows, small())["slice_utility"]
+    return monitor.slice_rates(rows, small())["slice_utility"]
 
 
 def test_a_floor_of_nothing_is_told(tmp_path, capsys):
     config = small()
     config.eval.utility_floor = 0.5
-    run = trainer(config, tmp_path / "run")
+    ready = set_up(config, tmp_path / "run")
     (tmp_path / "responses.jsonl").write_text("")
-    run.monitor.start(tmp_path)
-    run.checkpoints.close()
-    assert run.monitor.floor == 0 and "utility_floor=0.5 has no effect" in capsys.readouterr().out
+    ready.monitor.start(tmp_path)
+    ready.checkpoints.close()
+    assert ready.monitor.floor == 0 and "utility_floor=0.5 has no effect" in capsys.readouterr().out
 
 
 def test_a_floor_without_answers_is_refused(tmp_path):
@@ -141,7 +140,7 @@ def test_a_floor_without_answers_is_refused(tmp_path):
     config = small()
     config.eval.path, config.eval.languages, config.eval.utility_floor = str(path), ("en", "sw"), 0.5
     with pytest.raises(ValueError, match=r"config\.eval\.utility_floor=0\.5: no prompt .* has a reference answer"):
-        trainer(config, tmp_path / "run")
+        set_up(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

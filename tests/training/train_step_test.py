@@ -104,11 +104,11 @@ def test_update_is_the_gradient_of_the_mean_loss(rng):
     """Against jax.grad of the loss written out once more, with the teacher's logits as constants."""
     batch, state = make_batch(rng), make_state(RECORD)
     graphdef, _, _ = decoder.abstract(CONFIG)
-    _, teacher = train_step.both_logits(graphdef, state.params, state.teacher, batch)
+    _, teacher = train_step.student_and_teacher(forward.response_logits, graphdef, state.params, state.teacher, batch)
     mask = forward.response_mask(batch.response_length_B, 5)
 
     def mean_loss(params):
-        student, _ = train_step.both_logits(graphdef, params, state.teacher, batch)
+        student, _ = train_step.student_and_teacher(forward.response_logits, graphdef, params, state.teacher, batch)
         total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask, weight_top_k=5)
         return total / normaliser
 

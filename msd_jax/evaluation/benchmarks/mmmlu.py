@@ -8,7 +8,7 @@ from typing import Any
 from msd_jax.data.records import Query
 from msd_jax.errors import UserError
 from msd_jax.evaluation.benchmarks import tables
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 
 LETTERS = "ABCD"
 # As in OpenAI's simple-evals, from which the set comes, the frame is English in every language; the wording is ours.
@@ -61,7 +61,7 @@ def read_mmmlu(path: pathlib.Path) -> tuple[Query, ...]:
         if not seen:
             raise UserError(f"{file}: there are no questions in it")
         if empty:
-            say(f"mmmlu: {empty} of {len(seen)} questions in {language} left out: they have no text")
+            log(f"mmmlu: {empty} of {len(seen)} questions in {language} left out: they have no text")
     return tuple(merged.values())
 
 

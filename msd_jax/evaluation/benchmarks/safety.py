@@ -9,7 +9,7 @@ from msd_jax.data import files
 from msd_jax.data.records import Query, language_name
 from msd_jax.errors import UserError
 from msd_jax.evaluation.benchmarks import tables
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 
 # Directories of XSafety that are not named by a language's code.
 _XSAFETY_LANGUAGES = {"sp": "es"}
@@ -77,7 +77,7 @@ def _xsafety_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
         key = (language, kinds[near[0]])
         if key in chosen:
             right = spelled == near[0]
-            say(f"xsafety: {language} has two files of {key[1]}: {chosen[key].name} and {file.name}; one is read")
+            log(f"xsafety: {language} has two files of {key[1]}: {chosen[key].name} and {file.name}; one is read")
             if not right:
                 continue
         chosen[key] = file

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 
 from msd_jax.evaluation.judges.interface import Judge, Judgement, Keep, Response, Verdict, ignore
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 
 
 class EnsembleJudge:
@@ -34,7 +34,7 @@ class EnsembleJudge:
             keep(index, judgement)
         split = sum(len({vote.verdict for vote in votes}) > 1 for votes in zip(*by_member))
         unjudged = sum(judgement.verdict == Verdict.UNJUDGED for judgement in judgements)
-        say(f"judge ensemble: members disagree on {split} of {len(responses)} responses; {unjudged} without a majority")
+        log(f"judge ensemble: members disagree on {split} of {len(responses)} responses; {unjudged} without a majority")
         return judgements
 
     def _vote(self, votes: Sequence[Judgement]) -> Judgement:

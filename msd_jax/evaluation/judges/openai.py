@@ -30,7 +30,7 @@ from msd_jax.errors import UserError
 from msd_jax.evaluation.judges import formats
 from msd_jax.evaluation.judges.interface import Judgement, Keep, Response, Verdict, ignore
 from msd_jax.evaluation.judges.rules import RulesJudge
-from msd_jax.io.console import progress, say
+from msd_jax.io.console import log, progress
 from msd_jax.parallel import distributed
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses that may pass
@@ -244,13 +244,13 @@ class OpenAIJudge:
     def _report(self, failures: collections.Counter[str]) -> None:
         usage = self.endpoint.usage
         usage.unjudged += failures.total()
-        say(
+        log(
             f"judge {self.version}: {usage.requests} requests so far, {usage.retries} of them repeated, "
             f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens"
             + (f", cost {self.endpoint.cost:.2f}" if self.endpoint.cost else "")
         )
         for reason, count in failures.most_common():
-            say(f"judge {self.version}: {count} responses unjudged: {reason}")
+            log(f"judge {self.version}: {count} responses unjudged: {reason}")
 
 
 class CheckedTransport(httpx.BaseTransport):

@@ -16,7 +16,7 @@ from msd_jax.evaluation.judges.openai import Endpoint, Failure
 from msd_jax.evaluation.judges.rules import RulesJudge
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
-from msd_jax.io.console import progress, say
+from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, pretrained
 from msd_jax.models.tokenizer import token_ids, without_special_tokens
 from msd_jax.parallel import distributed, sharding
@@ -178,7 +178,7 @@ class Translations:
         failures = {key: parts[0] for (key, _), parts in zip(missing, told) if len(parts) == 1}
         self._known |= {key: tuple(parts) for (key, _), parts in zip(missing, told) if len(parts) == 2}
         if failures:
-            say(f"judge: {len(failures)} responses not translated, the first for: {next(iter(failures.values()))}")
+            log(f"judge: {len(failures)} responses not translated, the first for: {next(iter(failures.values()))}")
         return [failures.get(key) or self._english(key, response) for key, response in zip(keys, responses)]
 
     def _english(self, key: str, response: Response) -> Response:

@@ -1,0 +1,67 @@
+"""Entries of completions.jsonl: what was generated at a step, and what the loss saw in each of its tokens."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from msd_jax import losses
+from msd_jax.io import jsonl
+from msd_jax.losses import dpsw
+from msd_jax.models import decoder, forward
+from msd_jax.parallel import sharding
+from msd_jax.training.generate import Generated
+from msd_jax.training.run import Run
+from msd_jax.training.train_step import TrainBatch, TrainState, student_and_teacher
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "loss"))
+def per_token_values(
+    student: decoder.Params,
+    teacher: decoder.Params,
+    batch: TrainBatch,
+    *,
+    graphdef: nnx.GraphDef,
+    loss: losses.LossSettings,
+) -> dict[str, jax.Array]:
+    """The values [B, R] of losses.per_token_loss for all weights of student and teacher."""
+    logits = student_and_teacher(forward.response_logits, graphdef, student, teacher, batch)
+    return dpsw.token_values(*logits, batch.response_BxR, loss)
+
+
+def entries(run: Run, frozen: decoder.Params, state: TrainState, generated: Generated) -> list[jsonl.Row]:
+    """For the first config.train.completions_kept queries: both prompts, the response and the values of its tokens.
+
+    Args:
+      run: what stays fixed.
+      frozen: the weights that are not trained.
+      state: that wrote the responses, before the update.
+      generated: queries and responses.
+    """
+    kept = min(run.config.train.completions_kept, len(generated.queries.examples))
+    rows = sharding.batch_rows(run.mesh, kept)
+    batch = sharding.put_batch(run.mesh, TrainBatch(*(array[:rows] for array in generated.batch)))
+    both = (decoder.join(frozen, trained) for trained in (state.params, state.teacher_params))
+    values = sharding.fetch(per_token_values(*both, batch, graphdef=run.model.graphdef, loss=run.loss))
+    return [
+        _entry(generated, row, {name: value_BxR[row] for name, value_BxR in values.items()}, run.model.tokenizer.decode)
+        for row in range(kept)
+    ]
+
+
+def _entry(generated: Generated, row: int, values_R: dict[str, np.ndarray], decode: Callable[..., str]) -> jsonl.Row:
+    example, responses = generated.queries.examples[row], generated.responses
+    length = int(responses.length_B[row])
+    ids = responses.response_BxR[row, :length].tolist()
+    return {
+        "id": example.query_id,
+        "language": example.language,
+        "harmful": example.harmful,
+        "policy": "on_policy" if responses.on_policy_B[row] else "off_policy",
+        "student_prompt": decode(example.student_ids),
+        "teacher_prompt": decode(example.teacher_ids),
+        "response": decode(ids),
+        "tokens": [decode([i]) for i in ids],
+    } | {name: np.round(value_R[:length].astype(float), 5).tolist() for name, value_R in values_R.items()}

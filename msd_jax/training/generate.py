@@ -1,0 +1,59 @@
+"""Generates the responses that a step trains on."""
+
+import dataclasses
+import time
+
+import jax
+
+from msd_jax.data import batches
+from msd_jax.generation.responses import Responses
+from msd_jax.models import decoder
+from msd_jax.parallel import padding
+from msd_jax.training.run import Run, rollout_params
+from msd_jax.training.train_step import TrainBatch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """A batch of queries and their responses, on the host.
+
+    Attributes:
+      queries: the prompts of both roles.
+      responses: one per query.
+      batch: both as train_step takes them; R is the bucket of the longest response.
+      free: the host's clock when the devices were done with the step before, whose weights generation needs; None
+        where nothing was generated, and the host did not wait for them.
+      had: the clock when the host had the responses.
+    """
+
+    queries: batches.Batch
+    responses: Responses
+    batch: TrainBatch
+    free: float | None
+    had: float
+
+
+def generate(run: Run, frozen: decoder.Params, state: TrainState, queries: batches.Batch, step: int) -> Generated:
+    """Responses to `queries` after `step` finished steps, whose results are `state`."""
+    free = None
+
+    def weights(trained: decoder.Params) -> decoder.Params:
+        nonlocal free
+        jax.block_until_ready(trained)
+        free = free or time.perf_counter()
+        return rollout_params(run, frozen, trained)
+
+    responses = run.respond(
+        step, queries, student=lambda: weights(state.params), teacher=lambda: weights(state.teacher_params)
+    )
+    had = time.perf_counter()
+    R = padding.bucket(max(int(responses.length_B.max()), 1), run.config.rollout.max_new_tokens)
+    batch = TrainBatch(
+        queries.student_prompt_BxP,
+        queries.student_length_B,
+        queries.teacher_prompt_BxP,
+        queries.teacher_length_B,
+        responses.response_BxR[:, :R],
+        responses.length_B,
+    )
+    return Generated(queries, responses, batch, free, had)
