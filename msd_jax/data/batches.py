@@ -52,17 +52,17 @@ class Batch:
 
     Attributes:
       student_prompt_BxP: int32 [B, P], left-padded; P is a bucket and differs between the roles.
-      student_lengths_B: int32 [B], real tokens.
+      student_length_B: int32 [B], real tokens.
       teacher_prompt_BxP: int32 [B, P], left-padded.
-      teacher_lengths_B: int32 [B].
+      teacher_length_B: int32 [B].
       query_hash_B: uint32 [B], see `query_hash`.
       examples: what is in the rows.
     """
 
     student_prompt_BxP: np.ndarray
-    student_lengths_B: np.ndarray
+    student_length_B: np.ndarray
     teacher_prompt_BxP: np.ndarray
-    teacher_lengths_B: np.ndarray
+    teacher_length_B: np.ndarray
     query_hash_B: np.ndarray
     examples: tuple[prompts.Example, ...]
 

@@ -125,11 +125,11 @@ class Responder:
         parts: list[tuple[np.ndarray, rollout.Rollout]] = []
 
         if on_policy_B.any():
-            prompts = (batch.student_prompt_BxP, batch.student_lengths_B)
+            prompts = (batch.student_prompt_BxP, batch.student_length_B)
             parts.append((on_policy_B, self._generate(student(), prompts, batch, on_policy_B, _SAMPLE, step)))
         drawn_B = ~on_policy_B & ~stored_B
         if drawn_B.any():
-            prompts = (batch.teacher_prompt_BxP, batch.teacher_lengths_B)
+            prompts = (batch.teacher_prompt_BxP, batch.teacher_length_B)
             draw = 0 if self._store is not None else step
             written = self._generate(teacher(), prompts, batch, drawn_B, _TEACHER, draw)
             parts.append((drawn_B, written))

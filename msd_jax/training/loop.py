@@ -237,9 +237,9 @@ class Trainer:
         R = padding.bucket(max(int(written.length_B.max()), 1), self.config.rollout.max_new_tokens)
         train_batch = train_step.TrainBatch(
             batch.student_prompt_BxP,
-            batch.student_lengths_B,
+            batch.student_length_B,
             batch.teacher_prompt_BxP,
-            batch.teacher_lengths_B,
+            batch.teacher_length_B,
             written.response_BxR[:, :R],
             written.length_B,
         )

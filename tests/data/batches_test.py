@@ -113,7 +113,7 @@ def test_a_window_leaves_less_padding():
 
     def padding(window):
         some = list(itertools.islice(batches.batches(encoded, {"sw": 1.0}, 8, 0, PAD, window), 48))
-        real = sum(int(b.student_lengths_B.sum() + b.teacher_lengths_B.sum()) for b in some)
+        real = sum(int(b.student_length_B.sum() + b.teacher_length_B.sum()) for b in some)
         return 1 - real / sum(b.student_prompt_BxP.size + b.teacher_prompt_BxP.size for b in some)
 
     assert padding(8) < 0.8 * padding(1)
@@ -338,7 +338,7 @@ def test_batches_are_left_padded_and_lengths_count_real_tokens():
     iterator = iter(batches.batches(make_encoded(30), {"sw": 1.0, "jv": 1.0}, 8, 0, PAD))
     for batch in itertools.islice(iterator, 10):
         for role in ("student", "teacher"):
-            prompt_BxP, length_B = getattr(batch, f"{role}_prompt_BxP"), getattr(batch, f"{role}_lengths_B")
+            prompt_BxP, length_B = getattr(batch, f"{role}_prompt_BxP"), getattr(batch, f"{role}_length_B")
             assert prompt_BxP.dtype == length_B.dtype == np.int32
             assert prompt_BxP.shape[0] == len(length_B) == len(batch.examples) == 8
             limit = {"student": 40, "teacher": 100}[role]
@@ -508,7 +508,7 @@ def test_multijail_from_file_to_batch(tokenizer):
     assert 300 < kept < 420 and kept + sum(encoded.dropped.values()) == 420  # one token a byte: Bengali is long
     stream = iter(batches.batches(encoded, {"sw": 1.0, "bn": 1.0}, 16, 0, PAD, window=8))
     batch = next(stream)
-    for row, length, example in zip(batch.student_prompt_BxP, batch.student_lengths_B, batch.examples):
+    for row, length, example in zip(batch.student_prompt_BxP, batch.student_length_B, batch.examples):
         text = texts[example.query_id][example.language]
         assert example.harmful is True
         assert tokenizer.decode(row[-length:]) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
