@@ -76,7 +76,7 @@ def test_as_path_reads_what_training_reads(config, tmp_path):
         sources.as_path(config.data)
     config.data.sources = ml_collections.ConfigDict()
     config.data.tfds, config.data.data_dir = "parallel_queries", str(tmp_path)
-    assert files.read(sources.as_path(config.data)) == sources.load(config.data) == tuple(records("no", 9, False))
+    assert sources.read(sources.as_path(config.data)) == sources.load(config.data) == tuple(records("no", 9, False))
 
 
 def drawn(workdir) -> list[tuple[int, str]]:
@@ -85,7 +85,10 @@ def drawn(workdir) -> list[tuple[int, str]]:
 
 def test_a_run_on_mixed_sources_goes_on_where_it_stopped(config, tmp_path):
     config.data.harmful_share = 0.25
-    run = lambda workdir: loop.Trainer(ml_collections.FrozenConfigDict(config), workdir).train()  # noqa: E731
+
+    def run(workdir):
+        loop.Trainer(ml_collections.FrozenConfigDict(config), workdir).train()
+
     run(tmp_path / "whole")
     whole = drawn(tmp_path / "whole")
     counts = collections.Counter(sources.source_of(id) for _, id in whole)
