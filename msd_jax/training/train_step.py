@@ -18,6 +18,8 @@ from msd_jax.models import decoder, forward, pretrained
 from msd_jax.parallel import sharding
 from msd_jax.training import optimizer
 
+TEACHERS = ("frozen", "live", "ema", "periodic")  # of config.teacher.kind, see `next_teacher`
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -94,6 +94,7 @@ BENCHMARKS = {
         ),
     )
 }
+SAMPLES = ("spread", "first")  # of config.eval.sample
 NAMES = tuple(name for name in BENCHMARKS if name != OWN)  # of config.eval.benchmarks
 
 
