@@ -1,9 +1,9 @@
-"""Builds the TFDS data set parallel_queries from a query file.
+"""Builds the TFDS dataset parallel_queries from a query file.
 
     python -m msd_jax.queries --build SOURCE [--name parallel_queries[/CONFIG][:1.0.0]] [--splits train=0.9,test=0.1] \
         [--harmful file|true|false] [--data_dir DIR]
 
-SOURCE is a .jsonl, .csv or .parquet file, a folder or hf://OWNER/NAME. Read it by
+SOURCE is a .jsonl, .csv or .parquet file, a directory, or hf://OWNER/NAME. Training reads the dataset by
 --config.data.tfds=parallel_queries:1.0.0 --config.data.split=train (and --config.data.data_dir=DIR).
 """
 
@@ -13,12 +13,13 @@ from absl import logging
 
 from msd_jax import cli
 from msd_jax.data import parallel_queries
+from msd_jax.data.records import LABELS
 from msd_jax.errors import UserError
 from msd_jax.io.console import console
 
 
 def splits(text: str) -> dict[str, float]:
-    """Parses train=0.9,test=0.1. Raises UserError where it is malformed."""
+    """Shares by split, from train=0.9,test=0.1. Raises UserError if `text` is malformed."""
     try:
         return {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
     except ValueError:
@@ -32,10 +33,10 @@ def main() -> None:
     parser.add_argument("--build", required=True, metavar="SOURCE")
     parser.add_argument("--name", default=parallel_queries.NAME)
     parser.add_argument("--splits", default=",".join(f"{k}={v}" for k, v in parallel_queries.SPLITS.items()))
-    parser.add_argument("--harmful", default="file", choices=parallel_queries.files.LABELS)
+    parser.add_argument("--harmful", default="file", choices=LABELS)
     parser.add_argument("--data_dir", default="")
     flags = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every CONFIG that it does not know
+    logging.set_verbosity(logging.ERROR)  # TFDS warns about every CONFIG that it does not know
     with cli.clear_errors():
         built = parallel_queries.build(flags.build, flags.name, flags.data_dir, splits(flags.splits), flags.harmful)
     for line in (

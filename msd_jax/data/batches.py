@@ -1,16 +1,17 @@
-"""Queries -> encoded prompts -> shuffled, padded batches whose order depends on (seed, position) alone. By grain."""
+"""Records -> encoded prompts -> shuffled, padded batches, whose order depends on (seed, position) alone. By grain."""
 
 import collections
 import dataclasses
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
 
 from msd_jax.data import prompts, sources
+from msd_jax.data.prompts import Example
 from msd_jax.data.records import Query, require_languages
 from msd_jax.errors import UserError
 from msd_jax.parallel import padding
@@ -20,35 +21,58 @@ if TYPE_CHECKING:
     import transformers
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """Every query in each of its target languages.
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedQuery:
+    """One query in each of its target languages.
 
     Attributes:
-      records: for each query its examples, those over a limit left out, and last the one that is retained where there
-        are such; a query without any in a target language is left out.
-      languages: the target languages; each has examples.
-      student_limit, teacher_limit: in tokens.
-      dropped: number of pairs left out by (language, limits exceeded, as in "student_limit and teacher_limit").
+      id, harmful: of the record.
+      targets: its examples in the target languages, at least one.
+      retained: its example in the source language, see prompts.retained; None if queries are not retained.
     """
 
-    records: tuple[tuple[prompts.Example, ...], ...]
+    id: str
+    harmful: bool | None
+    targets: tuple[Example, ...]
+    retained: Example | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """All queries, without the prompts that exceed a limit and without the queries of which no target is left.
+
+    Attributes:
+      queries: in the order of the records.
+      languages: the target languages; each has examples.
+      student_limit, teacher_limit: in tokens.
+      dropped: number of prompt pairs left out, by (language, limits exceeded: "student_limit", "teacher_limit" or
+        "student_limit and teacher_limit").
+    """
+
+    queries: tuple[EncodedQuery, ...]
     languages: tuple[str, ...]
     student_limit: int
     teacher_limit: int
     dropped: Mapping[tuple[str, str], int]
 
+    def examples(self) -> Iterator[Example]:
+        """Every example that may be drawn."""
+        for query in self.queries:
+            yield from query.targets
+            if query.retained:
+                yield query.retained
+
     def describe_dropped(self) -> list[str]:
-        """One line for each language and reason."""
+        """One line per language and limit."""
         return [
-            f"{count} prompts in {language} dropped, longer than config.prompts.{reason}"
-            for (language, reason), count in self.dropped.items()
+            f"prompts dropped in {language}: {count}, longer than config.prompts.{limits}"
+            for (language, limits), count in self.dropped.items()
         ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """B queries, each in one target language. Masks come from lengths: the pad id may be a token of the text.
+    """B queries, each in one target language. Masks come from lengths, for the pad id may be a token of the text.
 
     Attributes:
       student_prompt_BxP: int32 [B, P], left-padded; P is a bucket and differs between the roles.
@@ -56,7 +80,7 @@ class Batch:
       teacher_prompt_BxP: int32 [B, P], left-padded.
       teacher_length_B: int32 [B].
       query_hash_B: uint32 [B], see `query_hash`.
-      examples: what is in the rows.
+      examples: one per row.
     """
 
     student_prompt_BxP: np.ndarray
@@ -64,7 +88,7 @@ class Batch:
     teacher_prompt_BxP: np.ndarray
     teacher_length_B: np.ndarray
     query_hash_B: np.ndarray
-    examples: tuple[prompts.Example, ...]
+    examples: tuple[Example, ...]
 
 
 def encode_all(
@@ -77,53 +101,73 @@ def encode_all(
     """Encodes each query in each target language, once.
 
     Args:
-      records: every one has texts in the source language and in `languages`.
-      languages: target languages.
+      records: each with texts in the source language and in `languages`.
+      languages: the target languages.
       tokenizer: of transformers.
       config: the whole config.
-      analyses: the teacher's, by id of the query, with config.prompts.cot = "generated"; what is missing is empty.
+      analyses: the teacher's, by id of the query, with config.prompts.cot = "generated"; "" where there is none.
 
     Raises:
-      UserError: a text is missing, or all prompts in a language are longer than their limits.
+      UserError: a text is missing, or every prompt in a language exceeds a limit.
     """
     source = config.data.source_language
     require_languages(records, (source, *languages), sources.describe(config.data))
-    limits = {key: config.prompts[key] for key in ("student_limit", "teacher_limit")}
+    limits = _Limits({key: config.prompts[key] for key in ("student_limit", "teacher_limit")})
     retain = config.data.retain_fraction > 0
-    kept, dropped = [], collections.Counter()
-    longest = collections.defaultdict(int)
+    queries = []
     for record in records:
-        examples = []
-        shown = [
-            prompts.encode(record, language, tokenizer, config.prompts, source, (analyses or {}).get(record.id, ""))
+        analysis = (analyses or {}).get(record.id, "")
+        targets = tuple(
+            example
             for language in languages
-        ]
-        if retain:
-            shown.append(prompts.retained(record, tokenizer, config.prompts, source))
-        for example in shown:
-            lengths = {"student_limit": len(example.student_ids), "teacher_limit": len(example.teacher_ids)}
-            over = [key for key in limits if lengths[key] > limits[key]]
-            for key in over:
-                longest[example.language, key] = max(longest[example.language, key], lengths[key])
-            if over:
-                dropped[example.language, " and ".join(over)] += 1
-            else:
-                examples.append(example)
-        if any(not example.retained for example in examples):
-            kept.append(tuple(examples))
-    left = {example.language for examples in kept for example in examples}
+            if limits.hold(example := prompts.encode(record, language, tokenizer, config.prompts, source, analysis))
+        )
+        retained = prompts.retained(record, tokenizer, config.prompts, source) if retain else None
+        if retained and not limits.hold(retained):
+            retained = None
+        if targets:
+            queries.append(EncodedQuery(record.id, record.harmful, targets, retained))
+    encoded = Encoded(tuple(queries), tuple(languages), **limits.tokens, dropped=dict(limits.dropped))
+    left = {example.language for example in encoded.examples()}
     for language in (*languages, *((source,) if retain else ())):
         if language not in left:
-            reasons = " and ".join(
-                f"config.prompts.{key}={limits[key]} (longest: {longest[language, key]} tokens)"
-                for key in limits
-                if longest[language, key]
-            )
             raise UserError(
-                f"{sources.describe(config.data)}: all {len(records)} prompts in {language!r} are longer than {reasons}"
-                "; raise the limit"
+                f"{sources.describe(config.data)}: all {len(records)} prompts in {language!r} are longer than "
+                f"{limits.exceeded(language)}; raise the limit"
             )
-    return Encoded(tuple(kept), tuple(languages), **limits, dropped=dict(dropped))
+    return encoded
+
+
+class _Limits:
+    """The longest prompts that are allowed, and the prompts that were longer.
+
+    Attributes:
+      tokens: by key of config.prompts.
+      dropped: as in Encoded.
+    """
+
+    def __init__(self, tokens: Mapping[str, int]):
+        self.tokens = tokens
+        self.dropped: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._longest: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def hold(self, example: Example) -> bool:
+        """Whether both prompts are within their limits; counts the example if not."""
+        lengths = {"student_limit": len(example.student_ids), "teacher_limit": len(example.teacher_ids)}
+        over = [key for key, limit in self.tokens.items() if lengths[key] > limit]
+        for key in over:
+            self._longest[example.language, key] = max(self._longest[example.language, key], lengths[key])
+        if over:
+            self.dropped[example.language, " and ".join(over)] += 1
+        return not over
+
+    def exceeded(self, language: str) -> str:
+        """The limits that prompts in `language` exceeded, and by how much."""
+        return " and ".join(
+            f"config.prompts.{key}={limit} (longest: {self._longest[language, key]} tokens)"
+            for key, limit in self.tokens.items()
+            if self._longest[language, key]
+        )
 
 
 def batches(
@@ -140,69 +184,73 @@ def batches(
 ) -> grain.IterDataset[Batch]:
     """An endless stream of batches.
 
-    Each epoch holds every query once, in a new order and in one target language drawn by weight; batches run on over
-    the ends of epochs. Where queries are in parts that are mixed (sources, harmful and harmless), each part has epochs
-    of its own, and among any number of successive queries each part has its share, rounded. Query i of the stream
-    depends on (seed, i) alone: not on the batch size, nor on the number of hosts. Of every `window * batch_size`
-    queries those of like length then share a batch, so that little of it is padding, and the batches come in random
-    order. All hosts build the same batch and take their rows of it, so that they agree on P.
+    Each epoch holds every query once, in a new order and in one target language drawn by weight; batches continue
+    across the ends of epochs. Where queries are in parts that are mixed (sources, harmful and harmless), each part has
+    epochs of its own, and among any number of successive queries each part has its share, rounded. Query i of the
+    stream depends on (seed, i) alone: neither on the batch size nor on the number of hosts. Of every
+    `window * batch_size` queries those of like length then share a batch, which saves padding, and the batches come in
+    random order. All hosts build the same batch and take their rows of it, so that they agree on P.
 
     `iter(...)` gives an iterator with get_state() and set_state(); the state is {"next_index": i}, an int.
 
     Args:
       encoded: from `encode_all`.
-      weights: target language -> sampling weight; 0 or absent leaves the language out.
+      weights: sampling weight by target language; 0 or absent leaves the language out.
       batch_size: B.
       seed: at least 0.
       pad_id: fills the left of shorter prompts.
-      window: number of batches among which queries are sorted by length; 1 leaves them as they come.
-      source_weights: source -> its share of the stream, relative to the others', whatever its size; 0 leaves it out.
-        None, or a single source: queries as they come.
-      harmful_share: 0 to 1, of harmful queries in the stream; their sources, and those of harmless ones, then share
-        out either part by their weights. None: queries as they come.
-      retain_fraction: probability that a query is not shown in a target language but retained.
+      window: number of batches among which queries are sorted by length; 1 leaves them in their order.
+      source_weights: each source's share of the stream, relative to the others', whatever its size; 0 leaves it out.
+        None, or a single source: queries in their proportions.
+      harmful_share: share of harmful queries in the stream, 0 to 1; sources then share out the harmful part, and the
+        harmless part, by their weights. None: queries in their proportions.
+      retain_fraction: probability that a query is shown as its `retained` example instead of in a target language.
 
     Raises:
-      UserError: a weight is not a number from 0 on, its language was not encoded, or nothing is left.
+      UserError: a weight is not a finite number of at least 0, its language was not encoded, or no query is left.
     """
     for language, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"config.data.languages.{language}={weight!r} must be a number from 0 on")
+            raise UserError(f"config.data.languages.{language}={weight!r} must be a finite number of at least 0")
         if language not in encoded.languages:
             raise UserError(f"config.data.languages.{language}: only {', '.join(encoded.languages)} were encoded")
-    records = [tuple(x for x in record if x.retained or weights.get(x.language)) for record in encoded.records]
-    records = [record for record in records if record and not record[0].retained]
-    if not records:
+    queries = [
+        dataclasses.replace(query, targets=targets)
+        for query in encoded.queries
+        if (targets := tuple(example for example in query.targets if weights.get(example.language)))
+    ]
+    if not queries:
         raise UserError(f"config.data.languages={dict(weights)}: no language with a weight above 0 has queries")
-    parts = _parts(records, source_weights or {}, harmful_share)
+    parts = _parts(queries, source_weights or {}, harmful_share)
 
-    def draw(record: tuple[prompts.Example, ...], rng: np.random.Generator) -> prompts.Example:
-        weights_L = np.array([0.0 if x.retained else weights[x.language] for x in record], np.float64)
-        share_L = weights_L / weights_L.sum()
-        if record[-1].retained:
-            share_L = np.append((1 - retain_fraction) * share_L[:-1], retain_fraction)
-        return record[rng.choice(len(record), p=share_L)]
+    def draw(query: EncodedQuery, rng: np.random.Generator) -> Example:
+        choices, weight_L = query.targets, np.array([weights[x.language] for x in query.targets], np.float64)
+        share_L = weight_L / weight_L.sum()
+        if query.retained:
+            choices = (*choices, query.retained)
+            share_L = np.append((1 - retain_fraction) * share_L, retain_fraction)
+        return choices[rng.choice(len(choices), p=share_L)]
 
-    def group(examples: Sequence[prompts.Example], rng: np.random.Generator) -> list[Sequence[prompts.Example]]:
+    def group(examples: Sequence[Example], rng: np.random.Generator) -> list[Sequence[Example]]:
         if window > 1:
             examples = sorted(examples, key=lambda example: len(example.student_ids) + len(example.teacher_ids))
         groups = [examples[first : first + batch_size] for first in range(0, len(examples), batch_size)]
         return [groups[i] for i in rng.permutation(window)]
 
-    def collate(examples: Sequence[prompts.Example]) -> Batch:
+    def collate(examples: Sequence[Example]) -> Batch:
         student = padding.left_pad([example.student_ids for example in examples], encoded.student_limit, pad_id)
         teacher = padding.left_pad([example.teacher_ids for example in examples], encoded.teacher_limit, pad_id)
         hashes = [query_hash(example.query_id, example.language) for example in examples]
         return Batch(*student, *teacher, np.array(hashes, np.uint32), tuple(examples))
 
-    def endless(records: Sequence[tuple[prompts.Example, ...]], seed: int) -> grain.MapDataset[prompts.Example]:
-        # shuffle(seed=s) would use s + epoch, so that seeds 0 and 1 share their epochs
-        return grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(draw)
+    def endless(queries: Sequence[EncodedQuery], seed: int) -> grain.MapDataset[Example]:
+        # shuffle(seed=s) would use s + epoch, so that seeds 0 and 1 would share epochs
+        return grain.MapDataset.source(queries).seed(seed).shuffle().repeat().random_map(draw)
 
     if len(parts) == 1:
-        stream = endless(parts[0].records, seed)
+        stream = endless(parts[0].queries, seed)
     else:
-        mixed = [endless(part.records, part.seed(seed)) for part in parts]
+        mixed = [endless(part.queries, part.seed(seed)) for part in parts]
         stream = grain.MapDataset.mix(mixed, [part.share for part in parts]).seed(seed)
     windows = stream.batch(window * batch_size, drop_remainder=True, batch_fn=list).random_map(group)
     groups = grain.experimental.FlatMapMapDataset(windows, _Split(window))
@@ -215,39 +263,39 @@ class _Part(NamedTuple):
 
     name: str
     share: float
-    records: list[tuple[prompts.Example, ...]]
+    queries: list[EncodedQuery]
 
     def seed(self, seed: int) -> int:
-        """Its own, whatever other parts there are."""
+        """A seed of the part's own, whatever other parts there are."""
         return int(np.random.SeedSequence([seed, zlib.crc32(self.name.encode())]).generate_state(1)[0])
 
 
 def _parts(
-    records: Sequence[tuple[prompts.Example, ...]], source_weights: Mapping[str, float], harmful_share: float | None
+    queries: Sequence[EncodedQuery], source_weights: Mapping[str, float], harmful_share: float | None
 ) -> list[_Part]:
-    """The parts with a share above 0, by source and label; one part with all records where nothing is mixed."""
-    by_part = collections.defaultdict(list)
-    for record in records:
-        source = sources.source_of(record[0].query_id) if len(source_weights) > 1 else ""
-        by_part[source, None if harmful_share is None else record[0].harmful].append(record)
+    """The parts with a share above 0, by source and label; one part with all queries where nothing is mixed."""
+    by_part: dict[tuple[str, bool | None], list[EncodedQuery]] = collections.defaultdict(list)
+    for query in queries:
+        source = sources.source_of(query.id) if len(source_weights) > 1 else ""
+        by_part[source, None if harmful_share is None else query.harmful].append(query)
     present = {source for source, _ in by_part}
     for source, weight in source_weights.items():
         if weight and len(source_weights) > 1 and source not in present:
             raise UserError(f"config.data.sources.{source}: none of its queries is left; set its weight to 0")
-    unlabelled = [record[0].query_id for (_, label), part in by_part.items() if label is None for record in part]
-    if harmful_share is not None and unlabelled:
-        raise UserError(
-            f"config.data.harmful_share={harmful_share}: {len(unlabelled)} queries say neither harmful nor harmless "
-            f"(first: id {unlabelled[0]!r}); label them, or set `harmful` of their source to true or false"
-        )
+    shares: dict[bool | None, float] = {None: 1.0}
+    if harmful_share is not None:
+        shares = {True: harmful_share, False: 1 - harmful_share}
+        if unlabelled := [query.id for (_, label), part in by_part.items() if label is None for query in part]:
+            raise UserError(
+                f"config.data.harmful_share={harmful_share}: {len(unlabelled)} queries have no label (first: id "
+                f"{unlabelled[0]!r}); label them, or set `harmful` of their source to true or false"
+            )
     parts = []
-    for label, share in (
-        {None: 1.0} if harmful_share is None else {True: harmful_share, False: 1 - harmful_share}
-    ).items():
+    for label, share in shares.items():
         weights = {source: source_weights.get(source, 1.0) for source, other in by_part if other is label}
         total = sum(weights.values())
         if share and not total:
-            kind = {True: "harmful", False: "harmless"}[label]
+            kind = "harmful" if label else "harmless"
             raise UserError(f"config.data.harmful_share={harmful_share}: there are no {kind} queries to draw")
         parts += [
             _Part(f"{source} {label}", share * weight / total, by_part[source, label])
@@ -258,7 +306,7 @@ def _parts(
 
 
 class _Split(grain.experimental.FlatMapTransform):
-    """A list of `max_fan_out` elements -> each of them."""
+    """A list of `max_fan_out` elements -> its elements."""
 
     def __init__(self, count: int):
         self.max_fan_out = count

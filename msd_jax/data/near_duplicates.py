@@ -10,6 +10,7 @@ import scipy.sparse
 
 from msd_jax.data.records import Query
 
+ACTIONS = ("report", "drop")  # of config.data.near_duplicates
 THRESHOLD = 0.8
 _GRAM = 3  # characters; three code points of 21 bits fill a 64-bit integer
 _ROWS = 512  # training queries compared at a time, which bounds the memory

@@ -1,6 +1,6 @@
-"""The TFDS data set `parallel_queries`: versioned, split by record, in array_record; TensorFlow is not needed.
+"""The TFDS dataset `parallel_queries`: versioned, split by record, in array_record; TensorFlow is not needed.
 
-`python -m msd_jax.queries --build SOURCE` builds it: the command `tfds build` itself does not start without TensorFlow.
+`python -m msd_jax.queries --build SOURCE` builds it, for `tfds build` itself does not start without TensorFlow.
 """
 
 import collections
@@ -10,7 +10,7 @@ import hashlib
 import io
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -27,12 +27,12 @@ _TEXTS = tfds.features.Sequence({"language": tfds.features.Text(), "text": tfds.
 
 
 class ParallelQueries(tfds.core.GeneratorBasedBuilder):
-    """One example is one record, with the query in all its languages, so that no split parts its translations."""
+    """One example is one record, with the query in all its languages, so that no split separates translations."""
 
     def __init__(
         self, *, queries: Mapping[str, Sequence[Query]], metadata: dict[str, Any], version: str, **options: Any
     ):
-        """`queries` by split."""
+        """Takes the queries of each split, what the dataset keeps as its metadata, and options of TFDS's builder."""
         self._queries, self._metadata = queries, metadata
         self.VERSION = tfds.core.Version(version)
         super().__init__(file_format="array_record", **options)
@@ -58,7 +58,7 @@ class ParallelQueries(tfds.core.GeneratorBasedBuilder):
         del dl_manager
         return {split: self._generate_examples(queries) for split, queries in self._queries.items()}
 
-    def _generate_examples(self, queries: Sequence[Query]):
+    def _generate_examples(self, queries: Sequence[Query]) -> Iterator[tuple[str, dict[str, Any]]]:
         for query in queries:
             yield (
                 query.id,
@@ -74,12 +74,12 @@ class ParallelQueries(tfds.core.GeneratorBasedBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What there is on disk.
+    """A dataset on disk.
 
     Attributes:
-      directory: DATA_DIR/NAME/VERSION.
-      metadata: source, sha256 (of the source), harmful (label of what carries none), splits (shares as configured),
-        records (number by split) and languages (number of records by language).
+      directory: DATA_DIR/NAME[/CONFIG]/VERSION.
+      metadata: `source`, `sha256` (of the source), `harmful` (the label of records without one), `splits` (their shares
+        as configured), `records` (number by split) and `languages` (number of records by language).
     """
 
     directory: pathlib.Path
@@ -93,23 +93,23 @@ def build(
     splits: Mapping[str, float] = SPLITS,
     harmful: str = "file",
 ) -> Built:
-    """Builds a set, or finds it built from the same source in the same way.
+    """Builds a dataset, unless it has been built from the same source in the same way.
 
     Args:
       source: as for files.read.
-      reference: parallel_queries[/CONFIG][:VERSION]; CONFIG tells several sets apart.
+      reference: parallel_queries[/CONFIG][:VERSION]; CONFIG distinguishes several datasets.
       data_dir: "" for TFDS_DATA_DIR, or ~/tensorflow_datasets.
-      splits: the share of the records that goes to each, all adding up to 1; see `split_of`.
-      harmful: label of the records that carry none: "file" leaves it unknown, "true" or "false".
+      splits: each split's share of the records, adding up to 1; see `split_of`.
+      harmful: the label of records without one: "file" leaves it unknown, "true" or "false" sets it.
 
     Raises:
-      UserError: one message; above all where the version is there, built from something else.
+      UserError: one message, most often because this version has been built from something else.
     """
     name, config, version = _parse(reference)
     if name != NAME:
-        raise UserError(f"{reference}: this builder makes {NAME}; tell sets apart as {NAME}/CONFIG:VERSION")
+        raise UserError(f"{reference}: the dataset is called {NAME}; name several as {NAME}/CONFIG:VERSION")
     if not splits or min(splits.values()) <= 0 or abs(sum(splits.values()) - 1) > 1e-6:
-        raise UserError(f"splits {dict(splits)}: give each a share above 0, all adding up to 1 (train=0.9,test=0.1)")
+        raise UserError(f"splits {dict(splits)}: each needs a share above 0, adding up to 1 (train=0.9,test=0.1)")
     metadata = {"sha256": checksum(source), "harmful": harmful, "splits": dict(splits)}
     directory = _directory(reference, data_dir)
     if directory.exists():
@@ -125,7 +125,7 @@ def build(
         return built
     queries = files.read(source, harmful=harmful, key="SOURCE")
     by_split = {split: [query for query in queries if split_of(query.id, splits) == split] for split in splits}
-    by_split = {split: chosen for split, chosen in by_split.items() if chosen}  # TFDS has no empty splits
+    by_split = {split: chosen for split, chosen in by_split.items() if chosen}  # TFDS knows no empty splits
     metadata |= {
         "source": str(source),
         "records": {split: len(chosen) for split, chosen in by_split.items()},
@@ -136,7 +136,7 @@ def build(
         queries=by_split, metadata=metadata, version=version, data_dir=data_dir or None, **options
     )
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints about downloads
         builder.download_and_prepare()
     return Built(directory, metadata)
 
@@ -144,7 +144,7 @@ def build(
 def read(
     reference: str, split: str = "train", data_dir: str = "", key: str = "config.data"
 ) -> tuple[tuple[Query, ...], dict[str, Any]]:
-    """(records, metadata) of a built set.
+    """Reads a dataset that has been built: (records, metadata).
 
     Args:
       reference: NAME[/CONFIG][:VERSION].
@@ -153,18 +153,18 @@ def read(
       key: the section of the config that errors name.
 
     Raises:
-      UserError: one message.
+      UserError: the dataset or the split does not exist, or is damaged; one message.
     """
     directory = _directory(reference, data_dir)
     if not directory.is_dir():
         raise UserFileError(
             f"{key}.tfds={reference!r}: there is no {directory}; build it by `python -m msd_jax.queries --build "
-            f"SOURCE --name {reference}`, or set {key}.data_dir to where it is"
+            f"SOURCE --name {reference}`, or set {key}.data_dir to the directory that holds it"
         )
     builder = _open(directory)
     missing = {"id", "harmful", "category", "texts", "answers"} - set(builder.info.features)
     if missing:
-        raise UserError(f"{directory} is no set of parallel queries: it has no {', '.join(sorted(missing))}")
+        raise UserError(f"{directory} is not a dataset of parallel queries: it has no {', '.join(sorted(missing))}")
     try:
         rows = builder.as_data_source(split)
         examples = rows.__getitems__(range(len(rows)))
@@ -183,8 +183,12 @@ def read(
     return queries, dict(builder.info.metadata or {})
 
 
+def is_uri(path: object) -> bool:
+    return str(path).startswith("tfds://")
+
+
 def read_uri(uri: str, key: str) -> tuple[Query, ...]:
-    """The records of tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]; errors name the setting `key`."""
+    """Reads the records of tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]; errors name the setting `key`."""
     match = _URI.fullmatch(uri)
     if not match:
         raise UserError(f"{key}={uri!r}: write tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]")
@@ -193,7 +197,7 @@ def read_uri(uri: str, key: str) -> tuple[Query, ...]:
 
 
 def split_of(id: str, splits: Mapping[str, float]) -> str:
-    """The split of a record. It follows from its id alone: records that come or go move no other."""
+    """The split of a record, which follows from its id alone, so that adding or removing records moves no others."""
     point = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64
     for split, share in splits.items():
         if point < share:
@@ -203,7 +207,7 @@ def split_of(id: str, splits: Mapping[str, float]) -> str:
 
 
 def checksum(source: str) -> str:
-    """SHA-256 of a source: of its one file as `sha256sum` tells it, or of the list of those of its files."""
+    """The SHA-256 of a source: of its file, as `sha256sum` prints it; of several files, of the list of their sums."""
     paths = files.locate(source, key="SOURCE")
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     if len(sums) == 1:
@@ -229,7 +233,7 @@ def _open(directory: pathlib.Path) -> tfds.core.DatasetBuilder:
         return tfds.builder_from_directory(directory)
     except (OSError, ValueError, AssertionError, KeyError) as error:
         raise UserError(
-            f"{directory} is no whole TFDS set ({type(error).__name__}): remove it and build again"
+            f"{directory} is not a complete TFDS dataset ({type(error).__name__}): remove it and build again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""What the student and the teacher are shown: messages, chat templates, token ids, stop tokens.
+"""What the student and the teacher are shown: the messages of each role, and their token ids.
 
 `python -m msd_jax.prompts --config configs/NAME.py --n 3` prints both prompts of the first records.
 """
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     import ml_collections
     import transformers
 
-# Our wording. The analysis stays unwritten, for the teacher's probabilities are read at the reply's own tokens.
+# What config.prompts.cot may be: how the teacher is made to think about safety.
+COT = ("instruction", "generated", "none")
+
+# For "instruction". The wording is ours. The teacher thinks silently, because its probabilities are read at the tokens
+# of the reply.
 DEFAULT_TEACHER_TEMPLATE = """\
 A user sent the request below. Before you reply, think step by step in English, silently: what does the user want, \
 who could be harmed if you helped, and would a responsible assistant help?
@@ -30,13 +34,13 @@ asked for.
 
 Request: {query}"""
 
-# For config.prompts.cot = "none": no word of safety.
+# For "none": not a word about safety.
 DEFAULT_PLAIN_TEMPLATE = """\
 Reply in {language} to the request below, and write nothing else.
 
 Request: {query}"""
 
-# For config.prompts.cot = "generated": two turns, with the teacher's own analysis between them.
+# For "generated": two turns, with the teacher's own analysis between them.
 DEFAULT_ANALYSIS_TEMPLATE = """\
 A user sent the request below. Do not reply to it yet. Say in a few English sentences what the user wants, who could \
 be harmed if you helped, and whether a responsible assistant would help.
@@ -53,10 +57,9 @@ class Example:
 
     Attributes:
       query_id, harmful: of the record.
-      language: the target language.
+      language: of the student's query.
       student_ids: int32 [P_S], the whole prompt, up to where the reply begins.
       teacher_ids: int32 [P_T], likewise.
-      retained: whether it is there to keep the model as it was, see `retained`.
     """
 
     query_id: str
@@ -64,20 +67,19 @@ class Example:
     harmful: bool | None
     student_ids: np.ndarray
     teacher_ids: np.ndarray
-    retained: bool = False
 
 
 def fill_template(template: str, query: str, language: str, key: str = "teacher_template") -> str:
-    """The template with {query} and {language} filled in; braces in `query` mean nothing.
+    """Fills in {query} and {language}, in one pass, so that braces in `query` are text.
 
     Args:
-      template: the value of config.prompts.KEY.
-      query, language: what stands for its placeholders.
-      key: for messages. A template needs {query}, the reply_template {language}.
+      template: the value of config.prompts.KEY. The reply_template needs {language}, every other one {query};
+        {{ and }} are literal braces.
+      query, language: what replaces the placeholders.
+      key: KEY, for errors.
 
     Raises:
-      UserError: the template lacks what it needs, has another placeholder, or broken braces ({{ and }} are literal
-        braces).
+      UserError: a placeholder is missing or unknown, or braces do not match.
     """
     values = {"query": query, "language": language, None: ""}
     return "".join(literal + values[field] for literal, field in _parse_template(template, key))
@@ -90,22 +92,22 @@ def _parse_template(template: str, key: str) -> tuple[tuple[str, str | None], ..
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"{key}: {error}; write {{{{ and }}}} for braces that are not a placeholder's") from None
+        raise UserError(f"{key}: {error}; write {{{{ and }}}} for literal braces") from None
     for _, field, form, conversion in pieces:
         if field is not None and (field not in ("query", "language") or form or conversion):
-            raise UserError(f"{key}: unknown placeholder {{{field}}}; it takes {{query}} and {{language}} as they are")
+            raise UserError(f"{key}: unknown placeholder {{{field}}}; use {{query}} and {{language}} alone")
     if all(field != needed for _, field, _, _ in pieces):
         raise UserError(f"{key} has no {{{needed}}}: the teacher would not see the {needed}")
     return tuple((literal, field) for literal, field, _, _ in pieces)
 
 
 def student_messages(query: Query, language: str, config: "ml_collections.ConfigDict") -> Messages:
-    """The query in `language` and nothing else: what a user will type. `config` is config.prompts."""
+    """The student's messages: the query in `language`, as a user will type it. `config` is config.prompts."""
     return _messages(config.student_system, query.texts[language])
 
 
 def analysis_messages(query: Query, config: "ml_collections.ConfigDict", source_language: str) -> Messages:
-    """What the teacher is asked before it replies, with config.prompts.cot = "generated"."""
+    """The messages to which the teacher writes its analysis, with config.prompts.cot = "generated"."""
     text = fill_template(config.analysis_template, query.texts[source_language], "", "analysis_template")
     return _messages(config.teacher_system, text)
 
@@ -117,9 +119,14 @@ def teacher_messages(
     source_language: str,
     analysis: str = "",
 ) -> Messages:
-    """The query in the source language, to be answered in `language`, under what config.prompts.cot says of thinking.
+    """The teacher's messages: the query in the source language, to be answered in `language`.
 
-    `analysis` is the teacher's own, for "generated"; it is a turn of the conversation.
+    Args:
+      query: has a text in `source_language`.
+      language: of the answer.
+      config: config.prompts; `cot` decides which templates are used.
+      source_language: what the teacher reads.
+      analysis: what the teacher wrote about the query, which with cot = "generated" is a turn of the conversation.
     """
     name, text = language_name(language), query.texts[source_language]
     if config.cot == "generated":
@@ -140,7 +147,7 @@ def student_ids(
     tokenizer: "transformers.PreTrainedTokenizerBase",
     config: "ml_collections.ConfigDict",
 ) -> np.ndarray:
-    """The student's prompt, int32 [P_S], whatever its length; `config` is config.prompts."""
+    """The student's prompt, int32 [P_S], whatever its length. `config` is config.prompts."""
     return token_ids(tokenizer, student_messages(query, language, config), config.student_template_kwargs)
 
 
@@ -152,15 +159,15 @@ def encode(
     source_language: str,
     analysis: str = "",
 ) -> Example:
-    """Both roles' prompts, whatever their length: what exceeds its limit is the caller's to drop, never cut.
+    """Both roles' prompts, whatever their length: the caller drops what exceeds a limit; nothing is cut.
 
     Args:
       query: has texts in `language` and `source_language`.
-      language: target language.
+      language: the target language.
       tokenizer: of transformers.
       config: config.prompts.
       source_language: what the teacher reads.
-      analysis: what it wrote about the query, with config.prompts.cot = "generated".
+      analysis: what the teacher wrote about the query, with config.prompts.cot = "generated".
     """
     messages = teacher_messages(query, language, config, source_language, analysis)
     return Example(
@@ -178,10 +185,10 @@ def retained(
     config: "ml_collections.ConfigDict",
     source_language: str,
 ) -> Example:
-    """The query in the source language, shown to both roles as a user writes it.
+    """The query in the source language, shown to both roles as a user types it.
 
-    A frozen teacher then is the initial model itself, and what the loss measures is how far the student has moved from
-    it. Arguments are those of `encode`.
+    A frozen teacher is then the initial model, and the loss measures how far the student has moved from it. Arguments
+    are those of `encode`.
     """
     ids = student_ids(query, source_language, tokenizer, config)
-    return Example(query.id, source_language, query.harmful, ids, ids, retained=True)
+    return Example(query.id, source_language, query.harmful, ids, ids)

@@ -1,4 +1,4 @@
-"""What a record is: one query in several languages."""
+"""A record: one query in several languages."""
 
 import dataclasses
 import functools
@@ -9,8 +9,10 @@ from typing import Any
 
 from msd_jax.errors import UserError
 
-# Fields of a JSONL record: type, and what a user is told to write.
-_FIELDS = {
+# What stands in for `harmful` where a record has no label, by the value of config.data.harmful.
+LABELS = {"file": None, "true": True, "false": False}
+# Fields of a JSONL record: their types, and what an error tells the user to write.
+_FIELDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "id": (str, "a string"),
     "texts": (dict, 'an object {"en": "...", ...}'),
     "harmful": ((bool, type(None)), "true, false or null"),
@@ -25,11 +27,11 @@ class Query:
     """One query in several languages.
 
     Attributes:
-      id: unique in its file.
-      harmful: whether a safe model refuses it; None if unknown.
+      id: unique among the records that are read together.
+      harmful: whether a safe model refuses the query; None if unknown.
       category: free text, "" for none.
-      texts: the query by language, BCP-47 codes as the file writes them.
-      answers: the reference answer by language, for exact match; languages without one are absent.
+      texts: the query by language, a BCP-47 code as the file has it.
+      answers: the reference answer by language, for exact match; a language without one is absent.
     """
 
     id: str
@@ -41,8 +43,12 @@ class Query:
 
 @functools.cache
 def language_name(code: str) -> str:
-    """English name of a BCP-47 code: "sw" -> "Swahili". Raises UserError for what is not a language's code."""
-    import langcodes
+    """The English name of a BCP-47 code: "sw" -> "Swahili".
+
+    Raises:
+      UserError: `code` is not the code of a language with a name.
+    """
+    import langcodes  # here, so that importing a config stays cheap
 
     try:
         language = langcodes.Language.get(code)
@@ -54,6 +60,27 @@ def language_name(code: str) -> str:
         if language.is_valid() and not name.startswith("Unknown language"):
             return name
     raise UserError(f"{code!r} is not the code of a known language; write BCP-47 codes such as en, sw or zh-Hant")
+
+
+def is_language(code: str) -> bool:
+    """Whether `language_name` has a name for `code`."""
+    try:
+        return bool(language_name(code))
+    except UserError:
+        return False
+
+
+def labelled(queries: Iterable[Query], harmful: str) -> tuple[Query, ...]:
+    """`queries`, with LABELS[harmful] as the label of those that have none.
+
+    Raises:
+      UserError: `harmful` is not one of LABELS.
+    """
+    if harmful not in LABELS:
+        raise UserError(f"harmful={harmful!r}: choose one of {', '.join(LABELS)}")
+    return tuple(
+        query if query.harmful is not None else dataclasses.replace(query, harmful=LABELS[harmful]) for query in queries
+    )
 
 
 def require_languages(queries: Sequence[Query], languages: Iterable[str], path: str | os.PathLike) -> None:
@@ -69,7 +96,15 @@ def require_languages(queries: Sequence[Query], languages: Iterable[str], path: 
 
 
 def parse(record: Any, where: str) -> Query:
-    """A record from its JSON object, after checking everything that it must be; `where` begins the errors."""
+    """A record from its JSON object.
+
+    Args:
+      record: what the JSON parser gave, or a table's row in the same shape.
+      where: file and line, which errors begin with.
+
+    Raises:
+      UserError: the object is not a record; one message that says what to change.
+    """
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record is an object {{...}}, not {reprlib.repr(record)}")
     for key in record:
@@ -90,16 +125,18 @@ def parse(record: Any, where: str) -> Query:
 def _check_texts(texts: dict[str, Any], what: str, languages: Collection[str] | None = None) -> None:
     for language, text in texts.items():
         if languages is not None and language not in languages:
-            raise UserError(f"{what} in {language!r} is to no text in it; add the text or take the answer out")
+            raise UserError(f"{what} in {language!r} belongs to no text; add the text, or remove the answer")
         try:
             language_name(language)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{what}'s language: {error}") from None
         if not isinstance(text, str):
             raise UserError(f"{what} in {language!r} must be a string, not {reprlib.repr(text)}")
         if not text.strip():
-            raise UserError(f"{what} in {language!r} is empty; fill it in or take it out")
+            raise UserError(f"{what} in {language!r} is empty; fill it in, or remove it")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can escape half of a pair, which no tokenizer takes
-            raise UserError(f"{what} in {language!r} has half a surrogate pair at {error.start}; mend it") from None
+            raise UserError(
+                f"{what} in {language!r} has half a surrogate pair at character {error.start}; correct the text"
+            ) from None

@@ -1,11 +1,12 @@
-"""config.data -> records: from one source, or from several whose records keep apart."""
+"""config.data -> records, of one source or of several that are kept apart."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from msd_jax.data import files
-from msd_jax.data.records import Query
+from msd_jax.data import files, parallel_queries
+from msd_jax.data.records import Query, labelled
 from msd_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,33 +16,49 @@ if TYPE_CHECKING:
 DEFAULTS = {"path": "", "tfds": "", "split": "train", "data_dir": "", "harmful": "file"}
 
 
+def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.data.path") -> tuple[Query, ...]:
+    """Reads the records that one path names.
+
+    Args:
+      path: query files, see files.locate; or a TFDS dataset, as tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR].
+      harmful: the label of records without one: "file" leaves it unknown, "true" or "false" sets it.
+      key: the setting that errors name.
+
+    Raises:
+      UserError: one message that says what to change.
+    """
+    if parallel_queries.is_uri(path):
+        return labelled(parallel_queries.read_uri(str(path), key), harmful)
+    return files.read(path, harmful=harmful, key=key)
+
+
 def load(data: "ml_collections.ConfigDict", tell: Callable[[str], None] = lambda line: None) -> tuple[Query, ...]:
-    """The records that training reads; of several sources one after the other, their ids as NAME/ID.
+    """Reads the records of a training run, source by source; with several sources, ids are NAME/ID.
 
     Args:
       data: config.data.
-      tell: is called with a line for each source: how many records, from where, and the checksum where it is known.
+      tell: called with one line per source: the number of records, where they are from, and the checksum if known.
 
     Raises:
-      UserError: one message that names the file or the key, and what to mend.
+      UserError: one message that names the file or the key, and what to change.
     """
     records: list[Query] = []
     for name, source in settings(data).items():
-        read, where = _read(source, f"config.data.sources.{name}" if name else "config.data")
-        tell(f"queries: {len(read)} of {where}")
-        records += [qualified(name, query) for query in read]
+        found, where = _read(source, f"config.data.sources.{name}" if name else "config.data")
+        tell(f"queries: {len(found)} of {where}")
+        records += [qualified(name, query) for query in found]
     return tuple(records)
 
 
 def settings(data: "ml_collections.ConfigDict") -> dict[str, dict[str, Any]]:
-    """Name -> DEFAULTS and weight as configured; the name of a single source, in config.data itself, is ""."""
+    """The keys of DEFAULTS and `weight` by source; the name of a single source, in config.data itself, is ""."""
     if data.get("sources"):
         return {name: DEFAULTS | {"weight": 1.0} | dict(source) for name, source in data.sources.items()}
     return {"": {key: data.get(key, value) for key, value in DEFAULTS.items()} | {"weight": 1.0}}
 
 
 def weights(data: "ml_collections.ConfigDict") -> dict[str, float]:
-    """Sampling weight by name, as in `settings`."""
+    """Sampling weights by source, named as in `settings`."""
     return {name: float(source["weight"]) for name, source in settings(data).items()}
 
 
@@ -51,14 +68,18 @@ def describe(data: "ml_collections.ConfigDict") -> str:
 
 
 def as_path(data: "ml_collections.ConfigDict") -> str:
-    """The one source as files.read takes it. Raises UserError where there are several."""
+    """The one source, as `read` takes it.
+
+    Raises:
+      UserError: there are several.
+    """
     several = settings(data)
     if len(several) > 1:
         raise UserError(f"config.data.sources has {', '.join(several)}: name the queries in config.eval.path instead")
     source = next(iter(several.values()))
     if not source["tfds"]:
         return source["path"]
-    version = "" if ":" in source["tfds"] else ":1.0.0"
+    version = "" if ":" in source["tfds"] else f":{parallel_queries.VERSION}"
     data_dir = f"?data_dir={source['data_dir']}" if source["data_dir"] else ""
     return f"tfds://{source['tfds']}{version}/{source['split']}{data_dir}"
 
@@ -74,14 +95,10 @@ def source_of(id: str) -> str:
 
 
 def _read(source: Mapping[str, Any], key: str) -> tuple[tuple[Query, ...], str]:
-    """(records, what they are)."""
-    if source["tfds"]:
-        from msd_jax.data import parallel_queries
-
-        records, metadata = parallel_queries.read(source["tfds"], source["split"], source["data_dir"], key)
-        checksum = str(metadata.get("sha256", ""))[:12]
-        return (
-            files.labelled(records, source["harmful"]),
-            f"{source['tfds']}, split {source['split']}" + (f", built from sha256 {checksum}..." if checksum else ""),
-        )
-    return files.read(source["path"], harmful=source["harmful"], key=f"{key}.path"), str(source["path"])
+    """(the records of a source, where they are from)."""
+    if not source["tfds"]:
+        return read(source["path"], harmful=source["harmful"], key=f"{key}.path"), str(source["path"])
+    records, metadata = parallel_queries.read(source["tfds"], source["split"], source["data_dir"], key)
+    checksum = str(metadata.get("sha256", ""))[:12]
+    where = f"{source['tfds']}, split {source['split']}" + (f", built from sha256 {checksum}..." if checksum else "")
+    return labelled(records, source["harmful"]), where

@@ -19,6 +19,9 @@ from msd_jax.parallel import sharding
 # Streams of randomness under config.seed.
 _SAMPLE, _POLICY, _TEACHER = 0, 1, 2
 
+# Probability that the student writes a response, by config.rollout.policy; None: config.rollout.on_policy_fraction.
+POLICIES: dict[str, float | None] = {"on_policy": 1.0, "off_policy": 0.0, "mixed": None}
+
 Key = tuple[str, str]  # query id, language
 
 
@@ -94,11 +97,8 @@ class Responder:
         """`store` keeps the teacher's responses, each drawn once; with None they are drawn anew at each step."""
         self._generator, self._store = generator, store
         self._root = jax.random.key(config.seed)
-        self._fraction = {
-            "on_policy": 1.0,
-            "off_policy": 0.0,
-            "mixed": config.rollout.on_policy_fraction,
-        }[config.rollout.policy]
+        fraction = POLICIES[config.rollout.policy]
+        self._fraction = config.rollout.on_policy_fraction if fraction is None else fraction
 
     def __call__(
         self,

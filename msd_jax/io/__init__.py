@@ -1,1 +1,1 @@
-"""Files of JSON lines, and what a run shows on the console."""
+"""Text files, files of JSON lines, and what a run shows on the console."""

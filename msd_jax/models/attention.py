@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from msd_jax.parallel import sharding
 
+CHOICES = ("auto", "xla")  # of config.model.attention
 _LANES = 128  # of a TPU's vector registers: splash takes sequences of a multiple of it
 
 

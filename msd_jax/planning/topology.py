@@ -12,6 +12,8 @@ import ml_collections
 
 from msd_jax.errors import UserError
 
+ACCELERATORS = ("tpu", "gpu")  # of config.launch.accelerator
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:

@@ -30,7 +30,7 @@ import numpy as np
 
 from msd_jax.data import files, prompts
 from msd_jax.data.records import Query, language_name
-from msd_jax.io.console import say as log
+from msd_jax.io.console import log
 from msd_jax.testbed.languages import LANGUAGES as TESTBED
 
 SOURCE = "en"

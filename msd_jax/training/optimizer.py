@@ -8,6 +8,9 @@ import ml_collections
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+RULES = ("adamw", "adafactor")  # of config.optimizer.name
+SCHEDULES = ("cosine", "constant")  # of config.optimizer.schedule
+
 
 def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
     """Linear warm-up to config.learning_rate, then constant or cosine to final_fraction of it at `steps`."""

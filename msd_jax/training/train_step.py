@@ -20,6 +20,7 @@ from msd_jax.parallel import sharding
 from msd_jax.training import optimizer
 
 Array = Any  # of NumPy on the host, of JAX on devices
+TEACHERS = ("frozen", "live", "ema", "periodic")  # of config.teacher.kind, see `next_teacher`
 
 
 @jax.tree_util.register_dataclass

@@ -1,13 +1,14 @@
 import dataclasses
 import hashlib
 import json
+import operator
 import pathlib
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from msd_jax.data import files, parallel_queries
+from msd_jax.data import files, parallel_queries, sources
 from msd_jax.data.records import Query, language_name, require_languages
 from tests.conftest import SHARED
 from tests.data.conftest import OWNER_NAME
@@ -149,7 +150,10 @@ BAD_JSONL = {
     "duplicate id": (lines(record(), record(id="b"), record()), r"line 3: id 'a' is already on line 1"),
     "empty text": (lines(record(texts=TEXTS | {"sw": " \t"})), r"line 1 \(id 'a'\): the text in 'sw' is empty"),
     "empty answer": (lines(record(answers={"en": ""})), r"line 1 \(id 'a'\): the answer in 'en' is empty"),
-    "answer to nothing": (lines(record(answers={"jv": "x"})), r"line 1 \(id 'a'\): the answer in 'jv' is to no text"),
+    "answer to nothing": (
+        lines(record(answers={"jv": "x"})),
+        r"line 1 \(id 'a'\): the answer in 'jv' belongs to no text",
+    ),
     "no rows": ("\n \n", r"there are no records"),
     "malformed": (lines(record()) + '{"id": "b",}\n', r"line 2, column 12: malformed JSON"),
     "cut short": (lines(record())[:-20], r"line 1, column \d+: malformed JSON"),
@@ -172,7 +176,7 @@ BAD_JSONL = {
     "a key twice": ('{"id": "a", "texts": {"en": "x", "en": "y"}}\n', r"line 1: key 'en' is there twice"),
     "half a surrogate pair": (
         '{"id": "a", "texts": {"en": "x\\ud83d"}}\n',
-        r"line 1 \(id 'a'\): .*surrogate pair at 1",
+        r"line 1 \(id 'a'\): .*surrogate pair at character 1",
     ),
 }
 BAD_CSV = {
@@ -195,7 +199,7 @@ BAD_CSV = {
     "long row": ("id,en\na,x,y\n", r"line 2: 3 cells under 2 columns"),
     "open quote": ('id,en\na,x\nb,"x\n', r"line 3: malformed CSV"),
     "harmful of a wrong type": ("id,harmful,en\na,maybe,x\n", r"line 2: harmful='maybe' must be true, false"),
-    "answer to nothing": ("id,en,answer:sw\na,x,y\n", r"line 2 \(id 'a'\): the answer in 'sw' is to no text"),
+    "answer to nothing": ("id,en,answer:sw\na,x,y\n", r"line 2 \(id 'a'\): the answer in 'sw' belongs to no text"),
 }
 
 
@@ -294,7 +298,7 @@ def test_parquet_faults(tmp_path):
 
 
 def test_a_folder_holds_one_file_or_the_parts_of_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no query file \(\.jsonl, \.csv or \.parquet\) in this folder"):
+    with pytest.raises(FileNotFoundError, match=r"no query file \(\.jsonl, \.csv or \.parquet\) in this directory"):
         files.read(tmp_path)
     (tmp_path / "README.md").write_text("x")
     folder = tmp_path / "data"
@@ -304,10 +308,10 @@ def test_a_folder_holds_one_file_or_the_parts_of_one(tmp_path):
         pyarrow.parquet.write_table(wide(RECORDS[i : i + 1]), folder / f"train-0000{i}-of-00003{suffix}.parquet")
     assert files.read(tmp_path) == RECORDS
     pyarrow.parquet.write_table(wide(RECORDS[:1]), folder / "test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=r"4 query files are in this folder \(data/test-.*\); name one, or use \*"):
+    with pytest.raises(ValueError, match=r"4 query files are in this directory \(data/test-.*\); name one, or use \*"):
         files.read(tmp_path)
     assert files.read(folder / "train-*.parquet") == RECORDS
-    with pytest.raises(ValueError, match=r"train.*: id '1' is already on line 1 of .*test-00000.*; give each"):
+    with pytest.raises(ValueError, match=r"train.*: id '1' is already on line 1 of .*test-00000.*; ids must be unique"):
         files.read(folder / "*.parquet")
     with pytest.raises(FileNotFoundError, match="no such query file"):
         files.read(folder / "dev-*.parquet")
@@ -327,9 +331,10 @@ def test_the_real_multijail_file_comes_the_same_by_every_way(tmp_path, hub):
     records = files.read(MULTIJAIL, harmful="true")
     hub.files = {"MultiJail.csv": MULTIJAIL.read_bytes(), "README.md": b"#"}
     assert files.read(f"hf://{OWNER_NAME}", harmful="true") == records
-    key = lambda query: query.id  # noqa: E731
     for version, source in (("1.0.0", str(MULTIJAIL)), ("1.0.1", f"hf://{OWNER_NAME}")):
         built = parallel_queries.build(source, f"parallel_queries:{version}", str(tmp_path), harmful="true")
         assert built.metadata["sha256"] == hashlib.sha256(MULTIJAIL.read_bytes()).hexdigest()
         uri = f"tfds://parallel_queries:{version}/train+test?data_dir={tmp_path}"
-        assert sorted(files.read(uri), key=key) == sorted(records, key=key)
+        assert sorted(sources.read(uri), key=operator.attrgetter("id")) == sorted(
+            records, key=operator.attrgetter("id")
+        )

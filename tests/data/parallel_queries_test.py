@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from msd_jax.data import files, parallel_queries
+from msd_jax.data import files, parallel_queries, sources
 from msd_jax.data.records import Query
 from tests.conftest import REPOSITORY
 
@@ -31,7 +31,10 @@ else:
 def make(count: int, seed: int = 0) -> tuple[Query, ...]:
     draw = random.Random(seed)
     letters = "aé한ኤব 🙂\n\u2028\"'"
-    text = lambda: "x" + "".join(draw.choices(letters, k=draw.randint(0, 30)))  # noqa: E731
+
+    def text() -> str:
+        return "x" + "".join(draw.choices(letters, k=draw.randint(0, 30)))
+
     return tuple(
         Query(
             f"{seed}/{i}-é",
@@ -173,8 +176,8 @@ def test_a_checksum_covers_every_file_of_a_source(tmp_path):
     [
         (("parallel_queries:1.0",), "write NAME"),
         (("Parallel Queries",), "write NAME"),
-        (("multijail:1.0.0",), "this builder makes parallel_queries"),
-        (("parallel_queries", "", {"train": 0.9}), "all adding up to 1"),
+        (("multijail:1.0.0",), "the dataset is called parallel_queries"),
+        (("parallel_queries", "", {"train": 0.9}), "adding up to 1"),
         (("parallel_queries", "", {"train": 1.0, "test": 0.0}), "a share above 0"),
     ],
 )
@@ -192,10 +195,10 @@ def test_what_is_not_there_or_no_such_set(tmp_path):
     with pytest.raises(ValueError, match=r"config\.data\.split='dev' of parallel_queries: Unknown split 'dev'"):
         parallel_queries.read("parallel_queries", "dev", str(tmp_path))
     (tmp_path / "parallel_queries/1.0.0/dataset_info.json").unlink()
-    with pytest.raises(ValueError, match=r"is no whole TFDS set .*: remove it and build again"):
+    with pytest.raises(ValueError, match=r"is not a complete TFDS dataset .*: remove it and build again"):
         parallel_queries.read("parallel_queries", "train", str(tmp_path))
     with pytest.raises(ValueError, match=r"config\.eval\.path='tfds://x': write tfds://"):
-        files.read("tfds://x", key="config.eval.path")
+        sources.read("tfds://x", key="config.eval.path")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -256,29 +257,24 @@ def test_no_stop_token_at_all_is_an_error(tmp_path, tokenizer):
     endless = load_tokenizer(str(byte_tokenizer(tmp_path, template, eos_token=None, pad_token=None)))
     with pytest.raises(ValueError, match="no token ends a reply"):
         stop_token_ids(endless, str(tmp_path))
-    with pytest.raises(NotADirectoryError, match="owner/name is not a directory"):
+    with pytest.raises(FileNotFoundError, match="owner/name is not a directory"):
         stop_token_ids(tokenizer, "owner/name")
 
 
 def config_file(tmp_path: pathlib.Path, records, **changes) -> tuple[pathlib.Path, ml_collections.ConfigDict]:
+    """A config with these records and a tokenizer, as a file and as it loads."""
     files.write_jsonl(tmp_path / "queries.jsonl", records)
-    config = ml_collections.ConfigDict(
-        {
-            "model": {"path": str(byte_tokenizer(tmp_path / "tokenizer"))},
-            "data": {
-                "path": str(tmp_path / "queries.jsonl"),
-                "harmful": "file",
-                "source_language": "en",
-                "languages": {"sw": 1.0, "jv": 0.5},
-            },
-            "prompts": prompts_config(**changes).to_dict(),
-        }
-    )
     path = tmp_path / "config.py"
     path.write_text(
-        f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({config.to_dict()!r})\n"
+        "import ml_collections\nfrom msd_jax.configs import default\n\n\ndef get_config():\n"
+        "    config = default.get_config()\n"
+        f"    config.model.path = {str(byte_tokenizer(tmp_path / 'tokenizer'))!r}\n"
+        f"    config.data.path = {str(tmp_path / 'queries.jsonl')!r}\n"
+        '    config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "jv": 0.5})\n'
+        f"    config.prompts.update({prompts_config(**changes).to_dict()!r})\n"
+        "    return config\n"
     )
-    return path, config
+    return path, runpy.run_path(str(path))["get_config"]()
 
 
 RECORDS = [

@@ -76,7 +76,7 @@ def test_as_path_reads_what_training_reads(config, tmp_path):
         sources.as_path(config.data)
     config.data.sources = ml_collections.ConfigDict()
     config.data.tfds, config.data.data_dir = "parallel_queries", str(tmp_path)
-    assert files.read(sources.as_path(config.data)) == sources.load(config.data) == tuple(records("no", 9, False))
+    assert sources.read(sources.as_path(config.data)) == sources.load(config.data) == tuple(records("no", 9, False))
 
 
 def drawn(workdir) -> list[tuple[int, str]]:

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from msd_jax.data import files, hub
+from msd_jax.data import hub, sources
 from msd_jax.data.records import Query, require_languages
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation.benchmarks import mmmlu, safety, utility
@@ -47,7 +47,7 @@ class Benchmark:
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark(OWN, "config.eval.path", "a file ending in .jsonl or .csv", files.read, judged=True),
+        Benchmark(OWN, "config.eval.path", "a file ending in .jsonl or .csv", sources.read, judged=True),
         Benchmark(
             "multijail",
             "315 harmful queries in ten languages, written or checked by speakers (arXiv 2310.06474)",
@@ -94,6 +94,7 @@ BENCHMARKS = {
         ),
     )
 }
+SAMPLES = ("spread", "first")  # of config.eval.sample
 NAMES = tuple(name for name in BENCHMARKS if name != OWN)  # of config.eval.benchmarks
 
 
@@ -123,7 +124,7 @@ def load(config: "ml_collections.ConfigDict") -> tuple[Loaded, ...]:
 
 
 def _load_own(config: "ml_collections.ConfigDict") -> Loaded:
-    records = files.read(config.path, harmful=config.harmful)
+    records = sources.read(config.path, harmful=config.harmful)
     languages = tuple(config.languages)
     require_languages(records, languages, config.path)
     return Loaded(BENCHMARKS[OWN], limited(records, config.limit, config.sample), languages)

@@ -6,10 +6,11 @@ import pathlib
 import re
 
 from msd_jax.data import files
-from msd_jax.data.records import Query, language_name
+from msd_jax.data.records import Query, is_language, language_name
 from msd_jax.errors import UserError
 from msd_jax.evaluation.benchmarks import tables
 from msd_jax.io.console import log
+from msd_jax.io.text import read_text
 
 # Directories of XSafety that are not named by a language's code.
 _XSAFETY_LANGUAGES = {"sp": "es"}
@@ -106,8 +107,8 @@ def read_pku_saferlhf(path: pathlib.Path) -> tuple[Query, ...]:
     seen: set[tuple[str, str]] = set()
     for file in found:
         where = "" if file == path else "/".join(file.relative_to(path).parent.parts)
-        default = file.stem if _is_language(file.stem) else "en"
-        for number, line in enumerate(tables.text(file).split("\n"), start=1):
+        default = file.stem if is_language(file.stem) else "en"
+        for number, line in enumerate(read_text(file).split("\n"), start=1):
             if not line.strip():
                 continue
             try:
@@ -147,7 +148,7 @@ def read_xstest(path: pathlib.Path) -> tuple[Query, ...]:
         if missing := [name for name in ("prompt", "type") if name not in columns]:
             raise UserError(f"{file}: XSTest has columns prompt and type; there is no {' and no '.join(missing)}")
         suffix = re.split(r"[_.]", file.stem)[-1]
-        language = suffix if _is_language(suffix) else "en"
+        language = suffix if is_language(suffix) else "en"
         for number, row in enumerate(rows, start=2):
             if not any(row):
                 continue
@@ -165,10 +166,3 @@ def read_xstest(path: pathlib.Path) -> tuple[Query, ...]:
                 )
             query.texts[language] = cell["prompt"]
     return tuple(merged.values())
-
-
-def _is_language(code: str) -> bool:
-    try:
-        return bool(language_name(code))
-    except ValueError:
-        return False

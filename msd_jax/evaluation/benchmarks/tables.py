@@ -1,16 +1,18 @@
-"""Files of benchmarks as they come: found in a directory, decoded, cut into rows; errors name file and line."""
+"""Files of benchmarks as they are published: found in a directory, and read as rows; errors name the file."""
 
 import csv
 import io
 import pathlib
 
 from msd_jax.errors import UserError, UserFileError
+from msd_jax.io.text import read_text
 
 
 def find(path: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
     """`path` itself if it is a file, else the files below it that match one of `patterns`, sorted.
 
-    Raises FileNotFoundError where there are none.
+    Raises:
+      UserFileError: there are none.
     """
     if path.is_file():
         return [path]
@@ -20,18 +22,10 @@ def find(path: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
     return found
 
 
-def text(path: pathlib.Path) -> str:
-    """The file's text, which must be UTF-8; a byte order mark is dropped."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-
-
 def csv_rows(path: pathlib.Path) -> list[list[str]]:
-    """All rows of a CSV file, empty ones too."""
+    """All rows of a CSV file, blank ones too."""
     try:
-        return list(csv.reader(io.StringIO(text(path), newline=""), strict=True))
+        return list(csv.reader(io.StringIO(read_text(path), newline=""), strict=True))
     except csv.Error as error:
         raise UserError(f"{path}: malformed CSV ({error})") from None
 
@@ -44,4 +38,4 @@ def xlsx_rows(path: pathlib.Path) -> list[list[str]]:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         return [["" if cell is None else str(cell) for cell in row] for row in book.worksheets[0].values]
     except Exception as error:  # of zipfile, xml or openpyxl
-        raise UserError(f"{path}: this is no xlsx workbook ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: this is not an xlsx workbook ({type(error).__name__}: {error})") from None

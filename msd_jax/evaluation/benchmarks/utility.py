@@ -8,6 +8,7 @@ from msd_jax.data.records import Query
 from msd_jax.errors import UserError
 from msd_jax.evaluation.benchmarks import tables
 from msd_jax.evaluation.benchmarks.final_number import last_number
+from msd_jax.io.text import read_text
 
 # How a problem of MGSM is put, after its text, in its own language. The wording is ours.
 _MGSM_INSTRUCTIONS = {
@@ -53,7 +54,7 @@ def read_mgsm(path: pathlib.Path) -> tuple[Query, ...]:
             known = ", ".join(_MGSM_INSTRUCTIONS)
             raise UserError(f"{file}: MGSM has no language {language!r}; it has {known}")
         rows[language] = []
-        for number, line in enumerate(tables.text(file).splitlines(), start=1):
+        for number, line in enumerate(read_text(file).splitlines(), start=1):
             problem, tab, answer = line.rpartition("\t")
             if not tab or not re.search(r"\d", answer):
                 raise UserError(f"{file}, line {number}: a line is a problem, a tab and a number")

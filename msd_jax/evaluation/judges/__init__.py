@@ -41,6 +41,9 @@ __all__ = [
     "normalize",
 ]
 
+KINDS = ("rules", "guard", "openai", "ensemble")  # of config.judge.kind
+TRANSLATORS = ("no", "endpoint", "model")  # of config.judge.translate
+
 
 def make(config: "ml_collections.ConfigDict", mesh: "Mesh", itself: "Callable[[], Translator] | None" = None) -> Judge:
     """The judge of `config`, which is config.judge; the guard's model is spread over `mesh`.

@@ -253,6 +253,9 @@ class OpenAIJudge:
             log(f"judge {self.version}: {count} responses unjudged: {reason}")
 
 
+ADDRESSES = ("public", "private", "any")  # of config.judge.openai.addresses
+
+
 class CheckedTransport(httpx.BaseTransport):
     """Connects to addresses of the allowed kind alone ("public", "private" or "any"), whatever the host's name is."""
 

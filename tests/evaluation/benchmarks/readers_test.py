@@ -65,8 +65,8 @@ def test_xsafety(xsafety, capsys):
     [
         ("en/Cooking.csv", b"x\n", r"Cooking\.csv: XSafety has no such kind; name it after one of Commonsense"),
         ("notes/Insult.csv", b"x\n", "'notes' is not the code of a known language"),
-        ("bn/Insult_n.xlsx", b"not a zip", r"Insult_n\.xlsx: this is no xlsx workbook"),
-        ("en/Insult_n.csv", b"\xff\n", r"Insult_n\.csv: byte 0 is not UTF-8"),
+        ("bn/Insult_n.xlsx", b"not a zip", r"Insult_n\.xlsx: this is not an xlsx workbook"),
+        ("en/Insult_n.csv", b"\xff\n", r"Insult_n\.csv, line 1: byte 0xff at offset 0 is not UTF-8"),
         ("en/Insult_n.csv", b'"never closed\n', r"Insult_n\.csv: malformed CSV"),
     ],
 )
