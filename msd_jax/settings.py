@@ -13,7 +13,7 @@ from msd_jax.data import sources
 from msd_jax.errors import UserError
 from msd_jax.evaluation import benchmarks
 from msd_jax.models.lora import INPUTS
-from msd_jax.planning import topology
+from msd_jax.planning import hardware
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 _FREE = {
@@ -149,7 +149,7 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
 
     if config.launch.accelerator == "tpu":
         try:
-            topology.parse(config.launch.topology)
+            hardware.parse_slice(config.launch.topology)
         except ValueError as error:
             yield str(error)
 
