@@ -1,11 +1,11 @@
-"""The generation of an evaluation here, and a loop over transformers' generate, on the CPU threads of this machine.
+"""The generation of an evaluation in msd_jax, and a loop over transformers' generate, on this machine's CPU threads.
 
     pip install -e '.[parity]' && python benchmarks/evaluation.py --model HF_DIR --queries QUERIES.csv [--json FILE]
 
-Both answer the same prompts of one language greedily, in float32, with at most 64 tokens, and stop at the same tokens.
-Ours takes batches of --batch prompts sorted by length, as msd_jax/evaluate.py does; the peer the file's order, 8 at a
-time, left-padded. Each round runs one process of each; seconds are the median over its rounds, tokens those of the
-responses, the stop token among them. Programs are compiled before the clock starts; what that takes is told apart.
+Both answer the same prompts of one language greedily, in float32, with at most 64 tokens and the same stop tokens.
+msd_jax takes batches of --batch prompts sorted by length, as its evaluations do; the peer takes the file's order, 8 at
+a time, left-padded. Each round runs one process of each; seconds are the median over rounds; tokens are those of the
+responses, including the stop token. Programs are compiled before the clock starts; that time is a column of its own.
 """
 
 import argparse
@@ -99,11 +99,11 @@ def measure(which: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--queries", required=True, help="query file with the language")
+    parser.add_argument("--queries", required=True, help="query file with a column of the language")
     parser.add_argument("--language", default="sw")
-    parser.add_argument("--limit", type=int, default=0, help="the first so many queries; 0 for all")
+    parser.add_argument("--limit", type=int, default=0, help="take only the first queries; 0 for all")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32, help="ours")
+    parser.add_argument("--batch", type=int, default=32, help="prompts per batch of msd_jax")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--only", choices=("ours", "peer"), help=argparse.SUPPRESS)

@@ -1,8 +1,8 @@
-"""Peak memory of a few on-policy steps with all weights trained and with adapters, each in a process of its own.
+"""Peak memory of a few on-policy steps, training all weights or adapters, each in a process of its own.
 
     python benchmarks/lora.py --model HF_DIR --queries QUERIES.csv [--rank 16] [--steps 3]
 
-Memory is the process's largest resident set on CPU, everything included; the last column sets it against the first row.
+Memory is the process's largest resident set on CPU; the last column divides it by the first row's.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, rank: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--queries", required=True, help="query file with en, sw and it")
+    parser.add_argument("--queries", required=True, help="query file with columns en, sw and it")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # the rank of this process

@@ -2,9 +2,9 @@
 
     python benchmarks/loss.py [--sizes 1024x49152,4096x152064] [--width 1024] [--chunk 128] [--json FILE]
 
-Sizes are tokens x vocabulary. Both compute the same function of hidden states and heads in float32, and their gradients
-for the student's. Each runs in a process of its own, in turn, `--rounds` times; the fastest call counts. Peak memory is
-what the process's resident set grows by at most; the gradients themselves are in it. Linux alone.
+Sizes are tokens x vocabulary. Both compute the same function of hidden states and heads in float32, and its gradients
+with respect to the student's. Each runs `--rounds` times, in turn, in a process of its own; the fastest call counts.
+Peak memory is the largest growth of the process's resident set, the gradients included. Linux only.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import subprocess
 import sys
 import time
 
-CALLS = 2  # beside the first, which compiles
+CALLS = 2  # after the first, which compiles
 
 
 def run(variant: str, tokens: int, vocabulary: int, width: int, chunk: int) -> dict[str, float]:
-    """One variant, in this process."""
+    """Seconds, bytes and loss of one variant ("dense" or "fused"), in this process."""
     import jax
     import jax.numpy as jnp
 
@@ -38,7 +38,7 @@ def run(variant: str, tokens: int, vocabulary: int, width: int, chunk: int) -> d
     step = (
         jax.jit(jax.value_and_grad({"dense": dense, "fused": fused}[variant], argnums=(0, 1))).lower(*inputs).compile()
     )
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is counted anew from here
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")
     seconds = []
     for _ in range(1 + CALLS):
@@ -49,7 +49,7 @@ def run(variant: str, tokens: int, vocabulary: int, width: int, chunk: int) -> d
 
 
 def resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status: VmRSS the resident set, VmHWM the largest it has been."""
+    """Bytes of a field of /proc/self/status: VmRSS, the resident set, or VmHWM, its maximum."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -83,7 +83,7 @@ def main() -> None:
                 best[variant] = known | {key: min(known[key], result[key]) for key in ("seconds", "peak_bytes")}
         dense, fused = best["dense"], best["fused"]
         if abs(fused["loss"] / dense["loss"] - 1) > 1e-4:
-            sys.exit(f"the two do not agree at {size}: {dense['loss']} and {fused['loss']}")
+            sys.exit(f"the two disagree at {size}: {dense['loss']} and {fused['loss']}")
         ratios = {key: fused[key] / dense[key] for key in ("seconds", "peak_bytes")}
         rows.append({"tokens": size[0], "vocabulary": size[1], "width": arguments.width, **best, "ratio": ratios})
         cells = "".join(f"{r['seconds']:>9.1f} s{r['peak_bytes'] / 1e9:>6.2f} GB" for r in (dense, fused))

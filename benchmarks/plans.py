@@ -1,9 +1,9 @@
-"""The plans that docs/plan.md tells of, each by the command itself in a process of its own, with what planning took.
+"""The plans in docs/plan.md, each by the command in a process of its own, and what planning cost.
 
     python benchmarks/plans.py [--only WORD] [--json FILE]
 
-On-policy, 256 queries a step, prompts of both roles and responses of 512 tokens. Needs XLA's TPU compiler and no TPU:
-pip install 'msd-jax[plan]'. One to three minutes a plan on two cores.
+On-policy, 256 queries per step, prompts of both roles and responses of 512 tokens. Needs XLA's TPU compiler but no TPU:
+pip install 'msd-jax[plan]'. One to three minutes per plan on two cores.
 """
 
 import argparse
@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 QWEN, LLAMA, QWEN_72B = "qwen2_5_7b.py", "llama3_8b.py", "Qwen/Qwen2.5-72B-Instruct"
-# What is told, recipe, topology, data x fsdp x tensor, micro-batches, further settings.
-PLANS = (
+# Label, recipe, topology, data x fsdp x tensor, micro-batches, further flags.
+PLANS: tuple[tuple[str, str, str, str, int, tuple[str, ...]], ...] = (
     ("Qwen2.5-7B", QWEN, "v5e:8x8", "1,16,4", 1, ()),
     ("Qwen2.5-7B", QWEN, "v6e:4x4", "1,4,4", 4, ()),
     ("Qwen2.5-7B", QWEN, "v5p:2x2x2", "1,8,1", 4, ()),
@@ -33,12 +34,12 @@ TOKENS = ("prompts.student_limit", "prompts.teacher_limit", "rollout.max_new_tok
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 
-def run(recipe: str, topology: str, mesh: str, micro_batches: int, settings: tuple[str, ...]) -> dict[str, object]:
+def run(recipe: str, topology: str, mesh: str, micro_batches: int, flags: tuple[str, ...]) -> dict[str, Any]:
     """The plan's JSON, with the command's wall-clock seconds, CPU seconds and gigabytes."""
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "plan.json"
         command = [sys.executable, "-m", "msd_jax.plan", f"--config=configs/{recipe}"]
-        command += [f"--topology={topology}", f"--mesh={mesh}", f"--json={file}", *settings]
+        command += [f"--topology={topology}", f"--mesh={mesh}", f"--json={file}", *flags]
         command += ["--config.data.batch_size=256", f"--config.train.micro_batches={micro_batches}"]
         command += [f"--config.{key}=512" for key in TOKENS]
         start = time.perf_counter()
@@ -56,7 +57,7 @@ def run(recipe: str, topology: str, mesh: str, micro_batches: int, settings: tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="plans whose name or topology holds this word")
+    parser.add_argument("--only", default="", help="plans whose label or topology contains this word")
     parser.add_argument("--json", type=pathlib.Path, help="write the plans here")
     arguments = parser.parse_args()
     print(
@@ -64,14 +65,14 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
-    for name, recipe, topology, mesh, micro_batches, settings in PLANS:
-        if arguments.only not in f"{name} {topology}":
+    for label, recipe, topology, mesh, micro_batches, flags in PLANS:
+        if arguments.only not in f"{label} {topology}":
             continue
-        row = run(recipe, topology, mesh, micro_batches, settings)
-        rows.append(row | {"name": name})
-        cells = [name, f"`{topology}`", mesh.replace(",", " x "), str(micro_batches)]
+        row = run(recipe, topology, mesh, micro_batches, flags)
+        rows.append(row | {"name": label})
+        cells = [label, f"`{topology}`", mesh.replace(",", " x "), str(micro_batches)]
         cells += [f"{row['programs'][key]['total_hbm_bytes'] / 2**30:.2f}" for key in ("train", "relayout", "rollout")]
-        cells += [f"{row['chip']['hbm'] / 2**30:.2f} GiB", "yes" if row["fits"] else "**no**"]
+        cells += [f"{row['chip']['hbm_bytes'] / 2**30:.2f} GiB", "yes" if row["fits"] else "**no**"]
         cells.append(f"{row['seconds_estimate']:.1f} s" if row["fits"] else "-")
         cells.append(f"{row['wall_seconds']:.0f} s ({row['cpu_seconds']:.0f} s of CPU), {row['gigabytes']:.1f} GB")
         print("| " + " | ".join(cells) + " |", flush=True)

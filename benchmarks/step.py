@@ -1,13 +1,13 @@
-"""A training step here and in TRL's SDFTTrainer, alternating on the CPU threads of this machine.
+"""A training step of msd_jax and of TRL's SDFTTrainer, in alternation on the CPU threads of this machine.
 
     pip install -e '.[parity]' trl==1.16 && python benchmarks/step.py --model HF_DIR --queries QUERIES.csv [--json FILE]
 
-Both take the same model in float32, the same batches of queries with the same prompts for both roles, sample 64 tokens
-at temperature 1 and descend the reverse KL over the whole vocabulary to a frozen copy of the initial model, with AdamW;
-ours with DPSW's weights. Each round runs one process of each. A step's seconds are the median over its rounds, steps in
-which a program was compiled (ours) and the first step (both) left out. Peak memory is the process's largest resident
-set, everything included. Ours is measured as where torch is not installed, which it does not need: transformers and
-tensorboardX load it where it is, 0.2 GB.
+Both train the same model in float32 on the same batches of queries with the same prompts for both roles, sample 64
+tokens at temperature 1, and minimise the reverse KL over the whole vocabulary to a frozen copy of the initial model
+with AdamW; msd_jax adds DPSW's weights. Each round runs one process of each. The seconds are the median over the steps
+of all rounds, except the first step and, for msd_jax, those that compiled a program. Peak memory is the process's
+largest resident set. msd_jax is measured as if torch were not installed, since it does not need it: where torch is
+installed, transformers and tensorboardX load it, which takes 0.2 GB.
 """
 
 import argparse
@@ -20,8 +20,11 @@ import sys
 import tempfile
 import time
 
+COMPARED = ("seconds_per_step", "generation_seconds", "training_seconds", "peak_bytes")
+
 
 def configured(arguments: argparse.Namespace):
+    """configs/smollm2.py with the model, the queries and the number of steps of the flags."""
     import ml_collections
     from msd_jax.configs import smollm2
 
@@ -34,12 +37,12 @@ def configured(arguments: argparse.Namespace):
 
 
 def hide_torch() -> None:
-    """Has the two libraries that load torch wherever it is installed find that it is not."""
+    """Makes the two libraries that load torch wherever it is installed believe that it is not."""
     sys.modules["torch"] = None
     import tensorboardX  # noqa: F401
     import transformers
 
-    assert not transformers.utils.is_torch_available()  # which it remembers
+    assert not transformers.utils.is_torch_available()  # the answer is cached
     del sys.modules["torch"]
 
 
@@ -50,7 +53,7 @@ def ours(arguments: argparse.Namespace) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as workdir:
         trainer = loop.Trainer(configured(arguments), pathlib.Path(workdir))
         state, writer, rows = trainer.initial_state(), metrics.Metrics(pathlib.Path(workdir), 0), []
-        for step in range(arguments.steps):  # without the checkpoint at the end, which TRL is told to leave out as well
+        for step in range(arguments.steps):  # without the checkpoint at the end, which TRL skips as well
             state, row = trainer.step(step, state, writer)
             rows.append(row)
             print(f"step {step}: {row['rollout_seconds']:.1f} + {row['train_seconds']:.1f} s", file=sys.stderr)
@@ -79,15 +82,9 @@ def peer(arguments: argparse.Namespace) -> list[dict[str, float]]:
 
     config = configured(arguments)
     with tempfile.TemporaryDirectory() as workdir:
-        batches = loop.Trainer(config, pathlib.Path(workdir)).batches  # the queries that ours takes, in its order
+        batches = loop.Trainer(config, pathlib.Path(workdir)).batches  # the same queries as msd_jax's, in its order
         tokenizer = load_tokenizer(arguments.model)
-
-        rows = []
-        for example in (example for _ in range(arguments.steps) for example in next(batches).examples):
-            student, teacher = (tokenizer.decode(ids) for ids in (example.student_ids, example.teacher_ids))
-            for text, ids in ((student, example.student_ids), (teacher, example.teacher_ids)):
-                assert tokenizer(text)["input_ids"] == ids.tolist()  # TRL reads texts: they must give the same tokens
-            rows.append({"prompt": student, "privileged_context": teacher})
+        rows = [peer_row(example, tokenizer) for _ in range(arguments.steps) for example in next(batches).examples]
         options = sdft.SDFTConfig(
             output_dir=workdir,
             per_device_train_batch_size=config.data.batch_size,
@@ -111,37 +108,51 @@ def peer(arguments: argparse.Namespace) -> list[dict[str, float]]:
         )
         model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
         trainer = sdft.SDFTTrainer(model, options, datasets.Dataset.from_list(rows), processing_class=tokenizer)
-        # Its template would join the query and the context; the teacher here sees its own prompt alone.
-        trainer.teacher_context_builder._compose_teacher_prompt = lambda prompt, context: context
+        return timed_steps(trainer)
 
-        steps: list[dict[str, float]] = []
-        generate = trainer._generate
 
-        def timed_generate(prompt_ids):
-            start = time.perf_counter()
-            result = generate(prompt_ids)
-            lengths = [len(ids) for ids in result[1]]
-            steps.append({"generation": time.perf_counter() - start, "tokens": statistics.mean(lengths)})
-            return result
+def peer_row(example, tokenizer) -> dict[str, str]:
+    """A query as TRL takes it: as texts, which must give the same tokens."""
+    student, teacher = (tokenizer.decode(ids) for ids in (example.student_ids, example.teacher_ids))
+    for text, ids in ((student, example.student_ids), (teacher, example.teacher_ids)):
+        assert tokenizer(text)["input_ids"] == ids.tolist()
+    return {"prompt": student, "privileged_context": teacher}
 
-        class Clock(transformers.TrainerCallback):
-            def on_step_begin(self, *_, **__):
-                self.start = time.perf_counter()
 
-            def on_step_end(self, *_, **__):
-                steps[-1]["whole"] = time.perf_counter() - self.start
+def timed_steps(trainer) -> list[dict[str, float]]:
+    """Runs TRL's trainer; one row per step."""
+    import transformers
 
-        trainer._generate = timed_generate
-        trainer.add_callback(Clock())
-        trainer.train()
+    # Its template would join the query and the context; here the teacher sees only its own prompt.
+    trainer.teacher_context_builder._compose_teacher_prompt = lambda prompt, context: context
+    steps: list[dict[str, float]] = []
+    generate = trainer._generate
+
+    def timed_generate(prompt_ids):
+        start = time.perf_counter()
+        result = generate(prompt_ids)
+        lengths = [len(ids) for ids in result[1]]
+        steps.append({"generation": time.perf_counter() - start, "tokens": statistics.mean(lengths)})
+        return result
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            steps[-1]["whole"] = time.perf_counter() - self.start
+
+    trainer._generate = timed_generate
+    trainer.add_callback(Clock())
+    trainer.train()
     return [
         {
-            "generation": s["generation"],
-            "training": s["whole"] - s["generation"],
-            "tokens": s["tokens"],
-            "counts": i > 0,
+            "generation": step["generation"],
+            "training": step["whole"] - step["generation"],
+            "tokens": step["tokens"],
+            "counts": number > 0,
         }
-        for i, s in enumerate(steps)
+        for number, step in enumerate(steps)
     ]
 
 
@@ -154,7 +165,7 @@ def measure(which: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--queries", required=True, help="query file with the language and en")
+    parser.add_argument("--queries", required=True, help="query file with columns of the language and en")
     parser.add_argument("--language", default="sw")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
@@ -171,21 +182,28 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for which, results in runs.items():
             results.append(measure(which))
-    table = {}
-    for which, results in runs.items():
-        steps = [step for result in results for step in result["steps"] if step["counts"]]
-        if not steps:
-            sys.exit(f"{which}: every step compiled a program; take more --steps")
-        table[which] = {
-            "seconds_per_step": statistics.median(step["generation"] + step["training"] for step in steps),
-            "generation_seconds": statistics.median(step["generation"] for step in steps),
-            "training_seconds": statistics.median(step["training"] for step in steps),
-            "peak_bytes": max(result["peak_bytes"] for result in results),
-            "response_tokens": statistics.mean(step["tokens"] for step in steps),
-            "steps": len(steps),
-        }
-    keys = ("seconds_per_step", "generation_seconds", "training_seconds", "peak_bytes")
-    table["ratio"] = {key: table["ours"][key] / table["peer"][key] for key in keys}
+    table = {which: summary(which, results) for which, results in runs.items()}
+    table["ratio"] = {key: table["ours"][key] / table["peer"][key] for key in COMPARED}
+    show(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def summary(which: str, results: list[dict]) -> dict[str, float]:
+    steps = [step for result in results for step in result["steps"] if step["counts"]]
+    if not steps:
+        sys.exit(f"{which}: every step compiled a program; take more --steps")
+    return {
+        "seconds_per_step": statistics.median(step["generation"] + step["training"] for step in steps),
+        "generation_seconds": statistics.median(step["generation"] for step in steps),
+        "training_seconds": statistics.median(step["training"] for step in steps),
+        "peak_bytes": max(result["peak_bytes"] for result in results),
+        "response_tokens": statistics.mean(step["tokens"] for step in steps),
+        "steps": len(steps),
+    }
+
+
+def show(table: dict[str, dict[str, float]]) -> None:
     print(f"{'':<8}{'step':>10}{'generation':>12}{'training':>10}{'memory':>10}{'tokens':>8}{'steps':>7}")
     for which in ("ours", "peer"):
         row = table[which]
@@ -194,9 +212,7 @@ def main() -> None:
             f"{row['training_seconds']:>8.1f} s{row['peak_bytes'] / 1e9:>7.2f} GB{row['response_tokens']:>8.1f}"
             f"{row['steps']:>7}"
         )
-    print(f"{'ratio':<8}" + "".join(f"{table['ratio'][key]:>{w}.2f}" for key, w in zip(keys, (10, 12, 10, 10))))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(f"{'ratio':<8}" + "".join(f"{table['ratio'][key]:>{w}.2f}" for key, w in zip(COMPARED, (10, 12, 10, 10))))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What config.launch asks for, in the words of gcloud, GKE and Slurm (`python -m msd_jax.topology --config FILE`).
+"""What config.launch asks for, in the terms of gcloud, GKE and Slurm (`python -m msd_jax.topology --config FILE`).
 
-It prints NAME=VALUE for each fact that a script of launch/ needs, or ends in one line where config.mesh does not fit
-config.launch. --want=tpu (or gpu) ends in one line for a config that is planned for the other. No device is touched.
+Prints NAME=VALUE for each fact that the scripts in launch/ need, or a one-line error if config.mesh does not fit
+config.launch. With --want=tpu (or gpu) a config that is planned for the other is an error. It touches no device.
 """
 
 import shlex
@@ -10,7 +10,7 @@ import jax
 
 from msd_jax import cli
 from msd_jax.errors import UserError
-from msd_jax.planning import topology
+from msd_jax.planning import launch
 
 
 def main(argv: list[str]) -> None:
@@ -20,9 +20,9 @@ def main(argv: list[str]) -> None:
         if want and want != config.launch.accelerator:
             raise UserError(
                 f"config.launch.accelerator={config.launch.accelerator!r}: this script is for {want}; "
-                f"give --config.launch.accelerator={want} and what goes with it"
+                f"set --config.launch.accelerator={want} and the keys of config.launch that describe it"
             )
-        lines = [f"{name}={shlex.quote(str(value))}" for name, value in topology.facts(config).items()]
+        lines = [f"{name}={shlex.quote(str(value))}" for name, value in launch.facts(config).items()]
     print("\n".join(lines))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from msd_jax import settings
 from msd_jax.models import config as model_config
-from msd_jax.planning import topology
+from msd_jax.planning import launch
 from msd_jax.testbed import tiny
 from msd_jax.training import loop, run
 
@@ -40,8 +40,8 @@ def test_a_recipe_is_valid_in_each_variant(name):
 @pytest.mark.parametrize("name", ["default", "quickstart", "smollm2", *RECIPES])
 def test_the_batch_divides_over_the_chips_that_a_recipe_is_planned_for(name):
     config = recipe(name)
-    shards = topology.devices(config.launch) // config.mesh.tensor
-    assert topology.devices(config.launch) % config.mesh.tensor == 0
+    shards = launch.device_count(config.launch) // config.mesh.tensor
+    assert launch.device_count(config.launch) % config.mesh.tensor == 0
     assert config.data.batch_size // config.train.micro_batches % shards == 0
     assert -1 in config.mesh.values()  # so that the mesh takes all chips, however many
 

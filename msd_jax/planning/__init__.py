@@ -1,1 +1,1 @@
-"""What a run would need on hardware that is not here."""
+"""The memory and time that a run needs on hardware that is not here."""

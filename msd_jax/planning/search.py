@@ -1,100 +1,123 @@
-"""The fastest setting that fits: meshes, micro-batches and what the backward pass keeps."""
+"""The fastest setting that fits, among meshes, micro-batches and what the backward pass keeps."""
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
-from jax.sharding import Mesh
 
+from msd_jax.errors import UserError
 from msd_jax.io.console import log
 from msd_jax.parallel import sharding
 from msd_jax.planning import table
-from msd_jax.planning.programs import (
-    Pod,
-    Program,
-    build,
-    bytes_a_chip,
-    compile_task,
-    rollout_params,
-    step_seconds,
-    tasks,
-    with_values,
-)
+from msd_jax.planning.architecture import abstract_model
+from msd_jax.planning.compiled import CompiledProgram, compile_program, step_seconds
+from msd_jax.planning.pod import Pod, with_values
+from msd_jax.planning.programs import bytes_per_device, rollout_params, run_programs
 from msd_jax.training import train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One setting of the knobs, and what came of it."""
+    """A setting that was tried, and its programs as far as they were compiled: to the first that does not fit."""
 
     config: ml_collections.ConfigDict
     pod: Pod
-    programs: dict[str, Program]
+    programs: dict[str, CompiledProgram]
 
     @property
     def fits(self) -> bool:
         return all(program.fits for program in self.programs.values())
 
     @property
+    def generation(self) -> dict[str, CompiledProgram]:
+        """All programs but the train step, which alone depends on micro-batches and remat."""
+        return {name: program for name, program in self.programs.items() if name != "train"}
+
+    @property
+    def generation_fits(self) -> bool:
+        return all(program.fits for program in self.generation.values())
+
+    @property
+    def seconds(self) -> float:
+        return step_seconds(self.programs)
+
+    @property
     def flags(self) -> str:
         mesh = ",".join(str(size) for size in self.pod.mesh.shape.values())
-        c = self.config
-        return (
-            f"--mesh {mesh} --config.train.micro_batches={c.train.micro_batches} --config.model.remat={c.model.remat}"
-        )
+        train, model = self.config.train, self.config.model
+        return f"--mesh {mesh} --config.train.micro_batches={train.micro_batches} --config.model.remat={model.remat}"
 
 
 def search(config: ml_collections.ConfigDict, sizes: Any, pod: Pod) -> Candidate | None:
-    """The fastest setting that fits, or None: every mesh with the fewest micro-batches that fit, then less remat."""
-    best: Candidate | None = None
+    """The fastest setting that fits, or None: each mesh with the fewest micro-batches that fit, then less remat.
 
-    def attempt(setting: ml_collections.ConfigDict, mesh: Mesh, known: dict[str, Program]) -> Candidate:
-        nonlocal best
-        model = build(setting, sizes, mesh)
-        place = dataclasses.replace(pod, mesh=mesh)
-        programs = dict(known)
-        # What generates first: it compiles fastest, and rules out most.
-        for task in sorted(tasks(setting, model, mesh), key=lambda task: task.name == "train"):
-            if task.name not in programs and all(program.fits for program in programs.values()):
-                programs[task.name] = compile_task(task, place)
-        candidate = Candidate(setting, place, programs)
-        fullest = max(programs.values(), key=lambda program: program.total_hbm_bytes)
-        verdict = f"at least {table.si(step_seconds(programs), 's')} a step" if candidate.fits else "does not fit"
-        log(f"{candidate.flags}: {table.gib(fullest.total_hbm_bytes)}, {verdict}")
-        if candidate.fits and (best is None or step_seconds(programs) < step_seconds(best.programs)):
-            best = candidate
-        return candidate
-
-    devices = list(pod.mesh.devices.flat)
-    for data, fsdp, tensor in meshes(pod):
-        known: dict[str, Program] = {}
-        for micro_batches in (2**i for i in range(config.data.batch_size.bit_length())):
-            setting = with_values(config, **{"train.micro_batches": micro_batches, "model.remat": "full"})
-            try:
-                mesh = sharding.make_mesh(data, fsdp, tensor, devices=devices)
-                train_step.check_batch(setting, mesh)
-                model = build(setting, sizes, mesh)
-                model.shardings(mesh, sharding.TRAIN)
-            except ValueError:  # an axis that does not divide
-                break
-            if bytes_a_chip(rollout_params(model, mesh)) + bytes_a_chip(model.target(mesh)) > pod.chip.hbm:
-                break
-            candidate = attempt(setting, mesh, known)
-            known = {name: program for name, program in candidate.programs.items() if name != "train"}
-            if candidate.fits or not all(program.fits for program in known.values()):
-                break
-    if best is not None:
-        for remat in ("none", "dots"):
-            known = {name: program for name, program in best.programs.items() if name != "train"}
-            if attempt(with_values(best.config, **{"model.remat": remat}), best.pod.mesh, known).fits:
-                break
-    return best
+    Args:
+      config: of the run.
+      sizes: the model's DecoderConfig.
+      pod: whose mesh is replaced.
+    """
+    tried = [candidate for mesh in candidate_meshes(pod) for candidate in _more_micro_batches(config, sizes, pod, mesh)]
+    fastest = _fastest(tried)
+    return _fastest([fastest, *_less_remat(fastest, sizes)]) if fastest else None
 
 
-def meshes(pod: Pod) -> Iterator[tuple[int, int, int]]:
-    """(data, fsdp, tensor) worth a try, fsdp alone first."""
+def _fastest(candidates: list[Candidate]) -> Candidate | None:
+    fitting = (candidate for candidate in candidates if candidate.fits)
+    return min(fitting, key=lambda candidate: candidate.seconds, default=None)
+
+
+def candidate_meshes(pod: Pod) -> Iterator[tuple[int, int, int]]:
+    """(data, fsdp, tensor) worth trying, fsdp alone first."""
     for tensor in (1, 2, 4, 8):
         for data in (pod.slices, 4 * pod.slices):
-            if pod.devices % (data * tensor) == 0 and pod.devices >= data * tensor:
-                yield data, pod.devices // (data * tensor), tensor
+            if pod.device_count % (data * tensor) == 0 and pod.device_count >= data * tensor:
+                yield data, pod.device_count // (data * tensor), tensor
+
+
+def _more_micro_batches(
+    config: ml_collections.ConfigDict, sizes: Any, pod: Pod, mesh_sizes: tuple[int, int, int]
+) -> Iterator[Candidate]:
+    """Candidates with 1, 2, 4, ... micro-batches, to the first that fits."""
+    known: dict[str, CompiledProgram] = {}
+    for micro_batches in (2**i for i in range(config.data.batch_size.bit_length())):
+        setting = with_values(config, **{"train.micro_batches": micro_batches, "model.remat": "full"})
+        try:
+            mesh = sharding.make_mesh(*mesh_sizes, devices=list(pod.mesh.devices.flat))
+            train_step.check_batch(setting, mesh)
+            model = abstract_model(setting, sizes, mesh)
+            weights = bytes_per_device(rollout_params(model, mesh)) + bytes_per_device(model.target(mesh))
+        except UserError:  # an axis does not divide over the mesh
+            return
+        if weights > pod.device.hbm_bytes:
+            return
+        candidate = _compile(setting, sizes, dataclasses.replace(pod, mesh=mesh), known)
+        yield candidate
+        if candidate.fits or not candidate.generation_fits:
+            return
+        known = candidate.generation
+
+
+def _less_remat(best: Candidate, sizes: Any) -> Iterator[Candidate]:
+    """`best` with less recomputation, to the first that fits."""
+    for remat in ("none", "dots"):
+        setting = with_values(best.config, **{"model.remat": remat})
+        candidate = _compile(setting, sizes, best.pod, best.generation)
+        yield candidate
+        if candidate.fits:
+            return
+
+
+def _compile(config: ml_collections.ConfigDict, sizes: Any, pod: Pod, known: dict[str, CompiledProgram]) -> Candidate:
+    """Compiles the programs that are not `known`, to the first that does not fit; prints the outcome."""
+    programs = dict(known)
+    model = abstract_model(config, sizes, pod.mesh)
+    # The train step last: the others compile faster and rule out most settings.
+    for program in sorted(run_programs(config, model, pod.mesh), key=lambda program: program.name == "train"):
+        if program.name not in programs and all(compiled.fits for compiled in programs.values()):
+            programs[program.name] = compile_program(program, pod)
+    candidate = Candidate(config, pod, programs)
+    fullest = max(program.total_hbm_bytes for program in programs.values())
+    verdict = f"at least {table.si(candidate.seconds, 's')} a step" if candidate.fits else "does not fit"
+    log(f"{candidate.flags}: {table.gib(fullest)}, {verdict}")
+    return candidate

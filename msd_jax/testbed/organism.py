@@ -1,6 +1,7 @@
 """Queries that turn a real base model into a model organism, and queries to align and evaluate it with.
 
-    python -m msd_jax.testbed.organism --multijail FILE.csv --afriqa sw.jsonl --xquad questions.jsonl --mgsm DIR --out DIR
+    python -m msd_jax.testbed.organism --multijail FILE.csv --afriqa sw.jsonl --xquad questions.jsonl --mgsm DIR \
+        --out DIR
 
 writes four files in the project's own format:
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder
 from msd_jax.parallel import sharding
-from msd_jax.planning import chips
+from msd_jax.planning import pod
 from tests.conftest import LLAMA
 
 
@@ -67,8 +67,8 @@ def test_batches_go_out_by_rows_and_come_back_whole(rng):
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: TPU slices are unknown"
 )
 def test_only_data_crosses_slices(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")  # which chips.devices takes away; put back afterwards
-    devices = chips.devices("v5e:2x2", slices=2)
+    monkeypatch.setenv("XLA_FLAGS", "")  # which pod.compile_only_devices takes away; put back afterwards
+    devices = pod.compile_only_devices("v5e:2x2", slices=2)
     mesh = sharding.make_mesh(2, 2, 2, devices=devices)
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
     mesh = sharding.make_mesh(4, -1, 1, devices=devices)
@@ -83,6 +83,6 @@ def test_only_data_crosses_slices(monkeypatch):
 @pytest.mark.parametrize("name, sizes", [("v6e:4x4", (1, 8, 2)), ("v5p:2x2x4", (2, 1, 8)), ("v4:2x2x4", (1, 16, 1))])
 def test_any_mesh_that_fills_a_slice_is_one(monkeypatch, name, sizes):
     monkeypatch.setenv("XLA_FLAGS", "")
-    devices = chips.devices(name)
+    devices = pod.compile_only_devices(name)
     mesh = sharding.make_mesh(*sizes, devices=devices)
     assert mesh.devices.shape == sizes and {d.id for d in mesh.devices.flat} == {d.id for d in devices}

@@ -1,0 +1,125 @@
+"""The collectives of a compiled program, and the bytes that each brings to a device."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from msd_jax.planning.hlo import Execution, HloModule, shape_bytes
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation, as one device sees it.
+
+    Attributes:
+      kind: one of KINDS.
+      shape: of its result, as HLO prints it.
+      operand_bytes: that the device contributes to one run.
+      group_size: number of devices that take part.
+      times: how often it runs.
+      between_slices: whether it goes over the data-center network.
+      loop: name of the innermost loop's body; the entry's outside loops.
+      op_name: where in the Python program it comes from.
+    """
+
+    kind: str
+    shape: str
+    operand_bytes: int
+    group_size: int
+    times: int
+    between_slices: bool
+    loop: str
+    op_name: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the device receives over all runs, by the bandwidth-optimal ring algorithms."""
+        size, others = self.operand_bytes, self.group_size - 1
+        received = {
+            "all-gather": size * others,
+            "all-reduce": 2 * size * others // self.group_size,
+            "reduce-scatter": size * others // self.group_size,
+            "all-to-all": size * others // self.group_size,
+            "collective-permute": size,
+        }
+        return self.times * received[self.kind]
+
+
+def find_collectives(module: HloModule, slices: int = 1) -> list[Collective]:
+    """Every collective that moves bytes; one that the compiler spread over several fusions once, where it starts.
+
+    Args:
+      module: the compiled program.
+      slices: TPU slices that it runs on.
+    """
+    found = (_collective(execution, slices) for execution in module.executions())
+    return [collective for collective in found if collective and collective.bytes]
+
+
+def _collective(execution: Execution, slices: int) -> Collective | None:
+    computation, instruction = execution.computation, execution.instruction
+    kind = instruction.opcode.removesuffix("-start")
+    shapes = [operand.shape for operand in computation.operands(instruction)]
+    # Between slices, a TPU program sends to the hosts, which run the collective that the instruction names.
+    hosts = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"') if kind == "send" else None
+    if hosts:
+        kind, shapes = hosts.lower().replace("_", "-"), shapes[:1]
+        kind = kind if kind in KINDS else "collective-permute"
+    if kind not in KINDS:
+        return None
+    targets = {x.attribute(r'custom_call_target="(\w+)"') for x in computation.instructions.values()}
+    if "chain_id=" in instruction.attributes and "AsyncCollectiveStart" not in targets:
+        return None  # a later part of one that started elsewhere
+    if kind == "all-reduce" and "reduce-scatter" in computation.name:
+        kind = "reduce-scatter"  # TPUs write it as an all-reduce and a slice in one fusion
+    return Collective(
+        kind=kind,
+        shape=instruction.shape,
+        operand_bytes=sum(map(shape_bytes, shapes)),
+        group_size=slices if hosts else replica_groups(instruction.attributes).shape[1],
+        times=execution.times,
+        between_slices=bool(hosts),
+        loop=execution.loop,
+        op_name=instruction.attribute(r'op_name="([^"]*)"') or "",
+    )
+
+
+_IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_MESH = r"mesh\[([^\]]*)\](?:, device_ids=\(" + _IOTA + r"\))? ?\{([^}]*)\}"
+
+
+def replica_groups(attributes: str) -> np.ndarray:
+    """Device ids [groups, group size] of a collective, in any of the notations of HLO."""
+    match = re.search(r"replica_groups=" + _IOTA, attributes)
+    if match:
+        shape, source, order = map(_integers, match.groups())
+        devices = np.arange(math.prod(source)).reshape(source)
+        return (devices.transpose(order) if order else devices).reshape(shape)
+    match = re.search(r"replica_groups=" + _MESH, attributes)
+    if match:
+        return _mesh_groups(*match.groups())
+    match = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes)
+    if match:
+        return np.array([_integers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])])
+    return np.zeros((1, 1), int)
+
+
+def _mesh_groups(axes: str, _: str | None, source: str | None, order: str | None, named: str) -> np.ndarray:
+    """The groups over the axes `named` of a mesh ("'a'=2,'b'=3"), whose devices may be transposed."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    devices = np.arange(math.prod(sizes.values()))
+    if source:
+        devices = devices.reshape(_integers(source))
+        devices = devices.transpose(_integers(order)) if order else devices
+    names, chosen = list(sizes), re.findall(r"'(\w+)'", named)
+    devices = devices.reshape(list(sizes.values()))
+    devices = np.moveaxis(devices, [names.index(name) for name in chosen], range(-len(chosen), 0))
+    return devices.reshape(-1, math.prod(sizes[name] for name in chosen))
+
+
+def _integers(text: str | None) -> list[int]:
+    return [int(part) for part in (text or "").split(",") if part]

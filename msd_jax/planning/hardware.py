@@ -1,0 +1,236 @@
+"""TPU hardware in one table: what gcloud and GKE call each generation, and what one of its devices can do."""
+
+import dataclasses
+import math
+import re
+
+from msd_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceSpec:
+    """Peak figures of one JAX device.
+
+    Attributes:
+      hbm_bytes: memory that the compiler lets a program use, less than the data sheet's.
+      flops: bfloat16 operations per second.
+      hbm_bandwidth: bytes per second between HBM and the compute units.
+      ici_bandwidth: bytes per second received over all of the device's links within its slice.
+      torus_axes: of the torus that those links form; a collective over one mesh axis is assumed to use one of them.
+      dcn_bandwidth: bytes per second received from other slices, over the data-center network.
+    """
+
+    hbm_bytes: int
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    torus_axes: int
+    dcn_bandwidth: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One TPU generation.
+
+    Attributes:
+      name: as in a topology's name.
+      accelerator: gcloud's accelerator type is ACCELERATOR-COUNT; None where gcloud offers no TPU VMs of it.
+      units_per_chip: what COUNT counts, per chip: 1 where it counts chips, 2 where it counts TensorCores.
+      runtime: gcloud's TPU VM software version.
+      gke_accelerator: value of GKE's node selector cloud.google.com/gke-tpu-accelerator.
+      gke_machine: GKE's machine type is GKE_MACHINE-4t.
+      chips_per_single_host: the most chips that one host holds.
+      shape_axes: number of axes of its topologies.
+      devices_per_chip: JAX devices.
+      device: peak figures of one of them.
+    """
+
+    name: str
+    accelerator: str | None
+    units_per_chip: int
+    runtime: str | None
+    gke_accelerator: str
+    gke_machine: str
+    chips_per_single_host: int
+    shape_axes: int
+    devices_per_chip: int
+    device: DeviceSpec
+
+
+def _gib(count: float) -> int:
+    return int(count * 2**30)
+
+
+# Names: https://cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, .../tpu/docs/runtimes and
+# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, read in 2026.
+# Peak figures, per JAX device: hbm_bytes is what the compiler of libtpu 0.0.52 reports when a program does not fit. The
+# others are from https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read in 2026, ICI being half of
+# "bidirectional". Where those pages give none: v4's ICI is from https://jax-ml.github.io/scaling-book/tpus (6 links of
+# 45 GB/s each way); DCN is the host's network card (v5e and v6e: 2 x 100 and 4 x 200 Gb/s over 8 chips; v4: 200 Gb/s
+# over 4 chips; tpu7x: as v5p). A tpu7x chip is two devices, each with half of its figures.
+GENERATIONS = {
+    generation.name: generation
+    for generation in (
+        Generation(
+            name="v4",
+            accelerator="v4",
+            units_per_chip=2,
+            runtime="tpu-ubuntu2204-base",
+            gke_accelerator="tpu-v4-podslice",
+            gke_machine="ct4p-hightpu",
+            chips_per_single_host=4,
+            shape_axes=3,
+            devices_per_chip=1,
+            device=DeviceSpec(
+                hbm_bytes=_gib(30.75),
+                flops=275e12,
+                hbm_bandwidth=1200e9,
+                ici_bandwidth=270e9,
+                torus_axes=3,
+                dcn_bandwidth=6.25e9,
+            ),
+        ),
+        Generation(
+            name="v5e",
+            accelerator="v5litepod",
+            units_per_chip=1,
+            runtime="v2-alpha-tpuv5-lite",
+            gke_accelerator="tpu-v5-lite-podslice",
+            gke_machine="ct5lp-hightpu",
+            chips_per_single_host=8,
+            shape_axes=2,
+            devices_per_chip=1,
+            device=DeviceSpec(
+                hbm_bytes=_gib(15.75),
+                flops=197e12,
+                hbm_bandwidth=819e9,
+                ici_bandwidth=200e9,
+                torus_axes=2,
+                dcn_bandwidth=3.125e9,
+            ),
+        ),
+        Generation(
+            name="v5p",
+            accelerator="v5p",
+            units_per_chip=2,
+            runtime="v2-alpha-tpuv5",
+            gke_accelerator="tpu-v5p-slice",
+            gke_machine="ct5p-hightpu",
+            chips_per_single_host=4,
+            shape_axes=3,
+            devices_per_chip=1,
+            device=DeviceSpec(
+                hbm_bytes=_gib(95.73),
+                flops=459e12,
+                hbm_bandwidth=2765e9,
+                ici_bandwidth=600e9,
+                torus_axes=3,
+                dcn_bandwidth=6.25e9,
+            ),
+        ),
+        Generation(
+            name="v6e",
+            accelerator="v6e",
+            units_per_chip=1,
+            runtime="v2-alpha-tpuv6e",
+            gke_accelerator="tpu-v6e-slice",
+            gke_machine="ct6e-standard",
+            chips_per_single_host=8,
+            shape_axes=2,
+            devices_per_chip=1,
+            device=DeviceSpec(
+                hbm_bytes=_gib(31.24),
+                flops=918e12,
+                hbm_bandwidth=1638e9,
+                ici_bandwidth=400e9,
+                torus_axes=2,
+                dcn_bandwidth=12.5e9,
+            ),
+        ),
+        Generation(
+            name="tpu7x",
+            accelerator=None,
+            units_per_chip=2,
+            runtime=None,
+            gke_accelerator="tpu7x",
+            gke_machine="tpu7x-standard",
+            chips_per_single_host=4,
+            shape_axes=3,
+            devices_per_chip=2,
+            device=DeviceSpec(
+                hbm_bytes=_gib(94.74),
+                flops=2307e12 / 2,
+                hbm_bandwidth=7380e9 / 2,
+                ici_bandwidth=600e9 / 2,
+                torus_axes=3,
+                dcn_bandwidth=6.25e9 / 2,
+            ),
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """One TPU slice.
+
+    Attributes:
+      generation: of its chips.
+      shape: chips along each axis.
+    """
+
+    generation: Generation
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def chips_per_host(self) -> int:
+        """All of them where one host holds them; four in larger slices."""
+        return self.chips if self.chips <= self.generation.chips_per_single_host else 4
+
+    @property
+    def hosts(self) -> int:
+        return self.chips // self.chips_per_host
+
+    @property
+    def devices(self) -> int:
+        """JAX devices."""
+        return self.chips * self.generation.devices_per_chip
+
+    @property
+    def accelerator_type(self) -> str | None:
+        """gcloud's name of the slice; None where gcloud offers no TPU VMs of it."""
+        if not self.generation.accelerator:
+            return None
+        return f"{self.generation.accelerator}-{self.chips * self.generation.units_per_chip}"
+
+    @property
+    def gke_machine_type(self) -> str:
+        return f"{self.generation.gke_machine}-{self.chips_per_host}t"
+
+
+def parse_slice(topology: str) -> Slice:
+    """The slice called `topology`, such as "v5e:8x8" or "v5p:2x2x2" (chips along each axis).
+
+    Raises:
+      UserError: the generation is unknown, or has no slices of this shape.
+    """
+    name, _, shape = topology.partition(":")
+    if name not in GENERATIONS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+        raise UserError(
+            f"config.launch.topology={topology!r}: write GENERATION:SHAPE, as in v5e:8x8 or v5p:2x2x2; generations "
+            f"are {', '.join(GENERATIONS)}"
+        )
+    generation = GENERATIONS[name]
+    slice_ = Slice(generation, tuple(map(int, shape.split("x"))))
+    if len(slice_.shape) != generation.shape_axes:
+        raise UserError(f"config.launch.topology={topology!r}: the shape of a {name} has {generation.shape_axes} axes")
+    if slice_.chips % slice_.chips_per_host:
+        raise UserError(
+            f"config.launch.topology={topology!r}: {slice_.chips} chips do not fill hosts of four; choose a shape with "
+            "a multiple of four"
+        )
+    return slice_

@@ -1,0 +1,55 @@
+"""config.launch in the terms of gcloud, GKE and Slurm, for the scripts in launch/."""
+
+import math
+
+import ml_collections
+
+from msd_jax.errors import UserError
+from msd_jax.planning import hardware
+
+
+def device_count(launch: ml_collections.ConfigDict) -> int:
+    """JAX devices of all slices or nodes of config.launch."""
+    if launch.accelerator == "gpu":
+        return launch.nodes * max(launch.gpus_per_node, 1)
+    return hardware.parse_slice(launch.topology).devices * launch.slices
+
+
+def facts(config: ml_collections.ConfigDict) -> dict[str, str | int]:
+    """NAME -> value for the scripts in launch/.
+
+    Raises:
+      UserError: config.launch.topology is not a slice, or config.mesh does not fit it.
+    """
+    launch = config.launch
+    _check_mesh(config)
+    if launch.accelerator == "gpu":
+        return {"NODES": launch.nodes, "GPUS_PER_NODE": launch.gpus_per_node}
+    slice_ = hardware.parse_slice(launch.topology)
+    return {
+        "SLICES": launch.slices,
+        "HOSTS": slice_.hosts,  # per slice
+        "CHIPS_PER_HOST": slice_.chips_per_host,
+        "ACCELERATOR_TYPE": slice_.accelerator_type or "",
+        "RUNTIME_VERSION": slice_.generation.runtime or "",
+        "GKE_ACCELERATOR": slice_.generation.gke_accelerator,
+        "GKE_TOPOLOGY": launch.topology.partition(":")[2],
+        "MACHINE_TYPE": slice_.gke_machine_type,
+    }
+
+
+def _check_mesh(config: ml_collections.ConfigDict) -> None:
+    sizes, devices = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")], device_count(config.launch)
+    fixed = math.prod(size for size in sizes if size != -1)
+    mesh = f"config.mesh={'x'.join(map(str, sizes))} (data x fsdp x tensor)"
+    if (fixed != devices and -1 not in sizes) or devices % fixed:
+        raise UserError(
+            f"{mesh} does not fit the {devices} devices of config.launch: the product must be {devices}; -1 stands for "
+            "what is left"
+        )
+    data = config.mesh.data if config.mesh.data != -1 else devices // fixed
+    if config.launch.accelerator == "tpu" and data % config.launch.slices:
+        raise UserError(
+            f"{mesh}: data={data} does not divide over config.launch.slices={config.launch.slices}; make it a "
+            "multiple, as the other axes need the fast links within a slice"
+        )
