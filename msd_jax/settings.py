@@ -16,7 +16,7 @@ from msd_jax.evaluation import benchmarks, evaluator, judges
 from msd_jax.evaluation.judges import formats, guard, openai
 from msd_jax.generation import responses
 from msd_jax.models import attention, decoder, lora
-from msd_jax.planning import hardware
+from msd_jax.planning import hardware, launch
 from msd_jax.training import optimizer, train_step
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
@@ -50,7 +50,7 @@ _CHOICES = {
     "optimizer.schedule": optimizer.SCHEDULES,
     "eval.harmful": tuple(records.LABELS),
     "eval.sample": benchmarks.SAMPLES,
-    "launch.accelerator": topology.ACCELERATORS,
+    "launch.accelerator": launch.ACCELERATORS,
     "judge.kind": judges.KINDS,
     "judge.translate": judges.TRANSLATORS,
     "judge.guard.format": guard.FORMATS,
@@ -239,7 +239,7 @@ def _judge(config: Any) -> Iterator[str]:
 def _launch(config: Any) -> Iterator[str]:
     if config.launch.accelerator == "tpu":
         try:
-            hardware.parse(config.launch.topology)
+            hardware.parse_slice(config.launch.topology)
         except UserError as error:
             yield str(error)
 

@@ -7,6 +7,8 @@ import ml_collections
 from msd_jax.errors import UserError
 from msd_jax.planning import hardware
 
+ACCELERATORS = ("tpu", "gpu")  # of config.launch.accelerator
+
 
 def device_count(launch: ml_collections.ConfigDict) -> int:
     """JAX devices of all slices or nodes of config.launch."""
