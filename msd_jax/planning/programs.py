@@ -18,7 +18,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.evaluation import evaluator
+from msd_jax.evaluation import encoding, evaluator
 from msd_jax.generation import rollout
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, pretrained
@@ -200,7 +200,7 @@ def tasks(config: ml_collections.ConfigDict, model: pretrained.Architecture, mes
         yield Task("teacher rollout", run, held, length - 1)
     if evaluator.wanted(config):
         B, R = sharding.batch_rows(mesh, config.eval.batch_size), config.eval.max_new_tokens
-        yield Task("evaluation", functools.partial(generate, B, evaluator.prompt_limit(config)[0], R), held, R - 1)
+        yield Task("evaluation", functools.partial(generate, B, encoding.prompt_limit(config)[0], R), held, R - 1)
 
 
 # --- Compiling and reading what comes out -------------------------------------------------------------------------

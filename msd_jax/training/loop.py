@@ -47,7 +47,7 @@ class Trainer:
                     f"config.loss.{key}={config.loss[key]} exceeds the vocabulary of {self.model.config.vocab_size}"
                 )
         self.records = sources.load(config.data, say)
-        self.evaluation = evaluator.Evaluation(config, self.model, self.mesh) if evaluator.wanted(config) else None
+        self.evaluation = evaluator.Evaluator(config, self.model, self.mesh) if evaluator.wanted(config) else None
         self.monitor = monitor.Monitor(config, self.evaluation) if config.eval.every else None
         self.records, duplicates = self._look_for_duplicates()
         # Where the teacher writes analyses first, batches are made anew with them; what can be checked is checked now.
