@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
             return
         if not evaluator.wanted(config):
             raise UserError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
-        evaluation = evaluator.Evaluation(config, model, mesh)
+        evaluation = evaluator.Evaluator(config, model, mesh)
         if distributed.from_first((out / "summary.json").exists):
             raise UserError(f"--out={out} already holds an evaluation; take another directory")
         params = trained.load_params(cli.FLAGS.checkpoint, model, mesh)

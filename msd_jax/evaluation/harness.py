@@ -148,7 +148,8 @@ class MsdJaxLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, in windows of max_length tokens where they are longer."""
-        windows, owners = [], []
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
         for owner, request in enumerate(requests):
             rolling = utils.get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
@@ -179,7 +180,7 @@ class MsdJaxLM(TemplateLM):
         cut = sum(len(context) < len(request[1]) for (context, _), request in zip(pairs, requests))
         if cut:
             _log.warning("%d of %d contexts cut from the left to %d tokens", cut, len(pairs), self.max_length)
-        scores = [tuple(score) for score in self._scorer(self._params, pairs, "log-likelihoods")]
+        scores = [(x.log_likelihood, x.greedy) for x in self._scorer(self._params, pairs, "log-likelihoods")]
         for (texts, _, _), score in zip(requests, scores):
             if texts is not None:  # rolling windows have none
                 self.cache_hook.add_partial("loglikelihood", texts, score)
@@ -212,7 +213,7 @@ class MsdJaxLM(TemplateLM):
         cut = sum(len(ids) > room for ids in rows)
         if cut:
             _log.warning("%d of %d prompts cut from the left to %d tokens", cut, len(rows), room)
-        rows = [np.array(ids[-room:], np.int32) for ids in rows]
+        prompts_ids = [np.array(ids[-room:], np.int32) for ids in rows]
         generator = self._generators.setdefault(
             sampling,
             rollout.Generator(self._model.graphdef, self._mesh, sampling, self._model.stop_ids, self._model.pad_id),
@@ -229,7 +230,7 @@ class MsdJaxLM(TemplateLM):
             for first in range(0, len(rows), B):
                 batch = order[first : first + B]
                 drawn = [hashes[i] for i in batch]
-                written = generator.write(self._params, [rows[i] for i in batch], B, room, drawn, self._key)
+                written = generator.write(self._params, [prompts_ids[i] for i in batch], B, room, drawn, self._key)
                 for row, i in enumerate(batch):
                     ids = written.response_BxR[row, : written.length_B[row]]
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)

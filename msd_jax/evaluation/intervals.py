@@ -190,7 +190,14 @@ def agreement(truth: Sequence[bool], rated: Sequence[bool]) -> Agreement:
     agreed = n - positive - called + 2 * hits
     # n^2 times the agreement by chance: in whole numbers a chance of 1 is exactly that.
     chance = positive * called + (n - positive) * (n - called)
-    divide = lambda a, b: a / b if b else None  # noqa: E731
     return Agreement(
-        n, divide(agreed, n), divide(hits, called), divide(hits, positive), divide(n * agreed - chance, n * n - chance)
+        n,
+        _divide(agreed, n),
+        _divide(hits, called),
+        _divide(hits, positive),
+        _divide(n * agreed - chance, n * n - chance),
     )
+
+
+def _divide(a: int, b: int) -> float | None:
+    return a / b if b else None

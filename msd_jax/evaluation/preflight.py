@@ -1,13 +1,15 @@
-"""Before a pod is paid for: what can MSD gain at most? (`python -m msd_jax.evaluate --preflight`)
+"""Before renting a pod: what can MSD gain at most? (`python -m msd_jax.evaluate --preflight`)
 
 The model answers the same queries as the student (the query as a user writes it) and as the teacher (the English query
-with the instruction). Training moves the one towards the other, so that the teacher's rates are where the student's can
-get to.
+with the instruction). Training moves the student towards the teacher, so the teacher's rates are what the student's can
+reach.
 """
 
 import collections
+import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -16,147 +18,184 @@ from jax.sharding import Mesh
 
 from msd_jax.data import sources
 from msd_jax.errors import UserError
-from msd_jax.evaluation import benchmarks, evaluator
-from msd_jax.evaluation.intervals import wilson_interval
-from msd_jax.evaluation.judges import Verdict
+from msd_jax.evaluation import benchmarks, rates
+from msd_jax.evaluation.evaluator import Evaluator, wanted
+from msd_jax.evaluation.rates import Share
+from msd_jax.evaluation.records import RecordLog, ResponseRecord
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
 from msd_jax.io.console import console, log
 from msd_jax.models import pretrained
 from msd_jax.parallel import distributed, sharding
 
-_SAFE = (Verdict.REFUSED, Verdict.SAFE)
+Pair = tuple[ResponseRecord, ResponseRecord]  # the student's and the teacher's response to one prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What training can reach in one language.
+
+    Attributes:
+      student_asr, teacher_asr: attack success over the harmful queries, and those without a label, whose responses are
+        judged in both roles; the teacher's is the one to expect after training.
+      flip: share of these whose student is unsafe and whose teacher is safe: what there is to learn.
+      language_match: share of the teacher's responses in the language asked for.
+      student_over_refusal, over_refusal: the student's and the teacher's refusals of harmless queries.
+      go: whether training is worth it in this language; None where nothing is said, as in a source language.
+      reason: why, in a few words.
+    """
+
+    student_asr: Share
+    teacher_asr: Share
+    flip: Share
+    language_match: Share
+    student_over_refusal: Share
+    over_refusal: Share
+    go: bool | None = None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Each share as `Share.to_json` writes it, then go and reason."""
+        entry: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            entry |= value.to_json(field.name) if isinstance(value, Share) else {field.name: value}
+        return entry
 
 
 def run(
     config: ml_collections.ConfigDict, model: pretrained.Pretrained, mesh: Mesh, directory: pathlib.Path
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Forecast]:
     """Answers the queries of config.eval, or else of config.data, in both roles, greedily.
 
-    Writes DIRECTORY/preflight.json and returns what `assess` gives. Interrupted, it goes on where it was: the two
-    evaluations lie in DIRECTORY/student and DIRECTORY/teacher. Raises UserError before anything long.
+    Writes DIRECTORY/preflight.json and returns what `assess` gives. The two evaluations are in DIRECTORY/student and
+    DIRECTORY/teacher; an interrupted one is resumed.
+
+    Raises:
+      UserError: before anything long begins.
     """
     if config.prompts.cot == "generated":
-        raise UserError("--preflight cannot write analyses; set config.prompts.cot to instruction or none for it")
-    config, rows = _both_roles(config), {}
-    made = {role: evaluator.Evaluation(config, model, mesh, role) for role in ("student", "teacher")}
+        raise UserError(
+            "--preflight cannot write the analyses of config.prompts.cot='generated'; set it to instruction or none "
+            "for the pre-flight"
+        )
+    config = _judged_and_greedy(config)
+    evaluators = {role: Evaluator(config, model, mesh, role) for role in ("student", "teacher")}
     layout = model.shardings(mesh, sharding.ROLLOUT)
     params = rollout.relayout(model.params(mesh), model.dtype, layout)
-    for role, evaluation in made.items():
-        log(f"pre-flight: {len(evaluation.prompts)} prompts as the {role}")
-        evaluation.run(lambda: params, directory / role)
-        rows[role] = distributed.from_first(lambda role=role: jsonl.read(directory / role / "responses.jsonl"))
-    result = assess(rows["student"], rows["teacher"], config)
+    answered = {}
+    for role, evaluator in evaluators.items():
+        log(f"pre-flight: {len(evaluator.prompts)} prompts as the {role}")
+        evaluator.run(lambda: params, directory / role)
+        answered[role] = RecordLog(directory / role / "responses.jsonl").read()
+    forecasts = assess(answered["student"], answered["teacher"], config)
     if distributed.is_first():
-        jsonl.replace_text(directory / "preflight.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return result
+        written = {language: forecast.to_json() for language, forecast in forecasts.items()}
+        jsonl.replace_text(directory / "preflight.json", json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    return forecasts
 
 
-def _both_roles(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
-    """What is evaluated: what of config.eval is judged, greedily; the training queries where that is nothing."""
+def _judged_and_greedy(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+    """The config with the judged benchmarks alone, answered greedily; without any, with the training queries."""
     config = ml_collections.ConfigDict(config.to_dict())
     config.eval.passes = ("greedy",)
     config.eval.benchmarks = tuple(name for name in config.eval.benchmarks if benchmarks.BENCHMARKS[name].judged)
-    if not evaluator.wanted(config):
+    if not wanted(config):
         config.eval.path, config.eval.harmful = sources.as_path(config.data), config.data.harmful
         config.eval.languages = (config.data.source_language, *config.data.languages)
     return ml_collections.FrozenConfigDict(config)
 
 
 def assess(
-    student: list[dict[str, Any]], teacher: list[dict[str, Any]], config: ml_collections.ConfigDict
-) -> dict[str, dict[str, Any]]:
-    """{language: figures} of the two roles' responses to the same prompts.
+    student: Iterable[ResponseRecord], teacher: Iterable[ResponseRecord], config: ml_collections.ConfigDict
+) -> dict[str, Forecast]:
+    """{language: forecast} of the two roles' responses to the same prompts; of those that are judged in both."""
+    of_teacher = {record.prompt_key: record for record in teacher if rates.has_verdict(record)}
+    pairs: dict[str, list[Pair]] = collections.defaultdict(list)
+    for record in student:
+        if rates.has_verdict(record) and record.prompt_key in of_teacher:
+            pairs[record.language].append((record, of_teacher[record.prompt_key]))
+    return {language: _assess(language, its_pairs, config) for language, its_pairs in pairs.items()}
 
-    Figures, each rate with RATE_interval (95%, Wilson) and RATE_n, None where no prompt counts:
 
-      student_asr, teacher_asr: over the harmful queries, and those without a label, that both roles answered; the
-        teacher's is the ASR to expect after training
-      flip: share of these whose student is unsafe and whose teacher is safe: what there is to learn
-      language_match: share of the teacher's responses in the language asked for
-      student_over_refusal, over_refusal: of harmless queries, the student's and the teacher's
-      go: whether training is worth it in this language, None in a source language; reason: why, in a few words
-    """
-    first, second = (
-        {(row["benchmark"], row["id"], row["language"]): row for row in rows if row["verdict"] is not None}
-        for rows in (student, teacher)
+def _assess(language: str, pairs: Sequence[Pair], config: ml_collections.ConfigDict) -> Forecast:
+    forecast = _measure(pairs)
+    if language in config.eval.source_languages:
+        return dataclasses.replace(forecast, reason="a source language: it teaches, and is not trained")
+    if reasons := list(_objections(forecast, config.preflight)):
+        return dataclasses.replace(forecast, go=False, reason="; ".join(reasons))
+    now, expected = forecast.student_asr.value or 0.0, forecast.teacher_asr.value or 0.0
+    return dataclasses.replace(
+        forecast, go=True, reason=f"ASR can fall by {now - expected:.0%}, to about {expected:.0%}"
     )
-    pairs = collections.defaultdict(list)
-    for key, row in first.items():
-        if key in second and Verdict.UNJUDGED not in (row["verdict"], second[key]["verdict"]):
-            pairs[row["language"]].append((row, second[key]))
-    result = {language: _assess(pairs[language], config.preflight) for language in pairs}
-    for language in set(result) & set(config.eval.source_languages):
-        result[language] |= {"go": None, "reason": "a source language: it teaches, and is not trained"}
-    return result
 
 
-def _assess(pairs: list[tuple[dict, dict]], limits: ml_collections.ConfigDict) -> dict[str, Any]:
-    harmful = [(one["verdict"], two["verdict"]) for one, two in pairs if one["harmful"] is not False]
-    harmless = [(one["verdict"], two["verdict"]) for one, two in pairs if one["harmful"] is False]
-    events = {
-        "student_asr": [one == Verdict.UNSAFE for one, _ in harmful],
-        "teacher_asr": [two == Verdict.UNSAFE for _, two in harmful],
-        "flip": [one == Verdict.UNSAFE and two in _SAFE for one, two in harmful],
-        "language_match": [two["language_match"] for _, two in pairs if two["language_match"] is not None],
-        "student_over_refusal": [one == Verdict.REFUSED for one, _ in harmless],
-        "over_refusal": [two == Verdict.REFUSED for _, two in harmless],
-    }
-    figures: dict[str, Any] = {}
-    for rate, hits in events.items():
-        n = len(hits)
-        figures[rate] = sum(hits) / n if n else None
-        figures[rate + "_interval"] = list(wilson_interval(sum(hits), n)) if n else None
-        figures[rate + "_n"] = n
-    reasons = list(_reasons(figures, limits))
-    gain = (figures["student_asr"] or 0) - (figures["teacher_asr"] or 0)
-    figures["go"] = not reasons
-    figures["reason"] = "; ".join(reasons) or f"ASR can fall by {gain:.0%}, to about {figures['teacher_asr']:.0%}"
-    return figures
+def _measure(pairs: Sequence[Pair]) -> Forecast:
+    """The shares alone."""
+    harmful = [pair for pair in pairs if rates.ASR.counts(pair[0])]
+    harmless = [pair for pair in pairs if rates.OVER_REFUSAL.counts(pair[0])]
+    flips = sum(rates.ASR.event(student) and teacher.verdict in rates.SAFE_VERDICTS for student, teacher in harmful)
+    return Forecast(
+        student_asr=rates.ASR.share(student for student, _ in harmful),
+        teacher_asr=rates.ASR.share(teacher for _, teacher in harmful),
+        flip=Share(flips, len(harmful)),
+        language_match=rates.LANGUAGE_MATCH.share(teacher for _, teacher in pairs),
+        student_over_refusal=rates.OVER_REFUSAL.share(student for student, _ in harmless),
+        over_refusal=rates.OVER_REFUSAL.share(teacher for _, teacher in harmless),
+    )
 
 
-def _reasons(figures: dict[str, Any], limits: ml_collections.ConfigDict):
-    """Why not to train in a language, one a fault."""
-    if figures["student_asr"] is None:
+def _objections(forecast: Forecast, limits: ml_collections.ConfigDict) -> Iterator[str]:
+    """Why not to train in a language."""
+    asr, flip, match = forecast.student_asr.value, forecast.flip.value, forecast.language_match.value
+    if asr is None or flip is None:
         yield "no harmful query to judge by"
         return
-    if figures["flip"] < limits.min_flip:
-        unsafe = figures["student_asr"] < limits.min_flip
+    if flip < limits.min_flip:
+        is_safe = asr < limits.min_flip
         yield (
-            f"the student is safe already (ASR {figures['student_asr']:.0%})"
-            if unsafe
-            else f"the teacher is hardly safer: it mends {figures['flip']:.0%} of the queries, of "
-            f"{figures['student_asr']:.0%} that are unsafe"
+            f"the student is safe already (ASR {asr:.0%})"
+            if is_safe
+            else f"the teacher is hardly safer: it turns {flip:.0%} of the queries safe, where {asr:.0%} are unsafe"
         )
-    match = figures["language_match"]
     if match is not None and match < limits.min_language_match:
         yield f"the teacher answers in the language asked for only {match:.0%} of the time"
-    if figures["over_refusal"] is not None:
-        rise = figures["over_refusal"] - figures["student_over_refusal"]
-        if rise > limits.max_over_refusal_rise:
-            yield f"the teacher refuses {rise:.0%} more of the harmless queries than the student"
+    before, after = forecast.student_over_refusal.value, forecast.over_refusal.value
+    if before is not None and after is not None and after - before > limits.max_over_refusal_rise:
+        yield f"the teacher refuses {after - before:.0%} more of the harmless queries than the student"
 
 
-def show(result: dict[str, dict[str, Any]]) -> None:
-    """The table, from process 0."""
+_COLUMNS = {
+    "ASR now": "student_asr",
+    "teacher's [95%]": "teacher_asr",
+    "flips": "flip",
+    "language": "language_match",
+    "over-refusal now": "student_over_refusal",
+    "teacher's": "over_refusal",
+}
+
+
+def show(forecasts: Mapping[str, Forecast]) -> None:
+    """Prints the table, on process 0."""
     if not distributed.is_first():
         return
-    columns = ("student_asr", "teacher_asr", "flip", "language_match", "student_over_refusal", "over_refusal")
     table = rich.table.Table(title="Pre-flight: what training can reach, at most")
     table.add_column("language")
-    names = ("ASR now", "teacher's [95%]", "flips", "language", "over-refusal now", "teacher's")
-    for name in ("n", *names):
+    for name in ("n", *_COLUMNS):
         table.add_column(name, justify="right")
     table.add_column("go")
     table.add_column("reason")
-    for language, figures in result.items():
-        cells = ["-" if figures[key] is None else f"{figures[key]:.1%}" for key in columns]
-        if figures["teacher_asr"] is not None:
-            low, high = figures["teacher_asr_interval"]
-            cells[1] += f" [{100 * low:.0f}, {100 * high:.0f}]"
-        go = {True: "[green]go[/]", False: "[red]no-go[/]", None: "-"}[figures["go"]]
-        table.add_row(language, str(figures["student_asr_n"]), *cells, go, figures["reason"])
+    for language, forecast in forecasts.items():
+        cells = [_cell(getattr(forecast, name), with_interval=name == "teacher_asr") for name in _COLUMNS.values()]
+        go = {True: "[green]go[/]", False: "[red]no-go[/]", None: "-"}[forecast.go]
+        table.add_row(language, str(forecast.student_asr.n), *cells, go, forecast.reason)
     console.print(table)
-    decided = {language: figures["go"] for language, figures in result.items() if figures["go"] is not None}
-    good = [language for language, go in decided.items() if go]
+    good = [language for language, forecast in forecasts.items() if forecast.go]
     log(f"pre-flight: {'go' if good else 'no-go'}; worth training: {', '.join(good) or 'no language'}")
+
+
+def _cell(share: Share, with_interval: bool) -> str:
+    if share.value is None:
+        return "-"
+    low, high = share.interval
+    return f"{share.value:.1%}" + (f" [{100 * low:.0f}, {100 * high:.0f}]" if with_interval else "")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from msd_jax.evaluation import evaluator
+from msd_jax.evaluation import encoding, evaluator
 from msd_jax.generation import rollout
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import sharding
@@ -82,7 +82,7 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
         yield generation("teacher rollout", config.data.batch_size, prompts.teacher_limit, response)
     if evaluator.wanted(config):
         rows = sharding.batch_rows(mesh, config.eval.batch_size)
-        yield generation("evaluation", rows, evaluator.prompt_limit(config)[0], config.eval.max_new_tokens)
+        yield generation("evaluation", rows, encoding.prompt_limit(config)[0], config.eval.max_new_tokens)
 
 
 def _train_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> train_step.TrainBatch:

@@ -18,14 +18,20 @@ from msd_jax.io import jsonl
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed
 from msd_jax.report import card, collect, page, runs, tables, untrusted
-from msd_jax.report.collect import Run
+from msd_jax.report.collect import RunFiles
+from msd_jax.report.pairs import ResponsePair
 from msd_jax.report.results import Results
+from msd_jax.report.words import Change
 
 
 def write(workdir: pathlib.Path, out: pathlib.Path | None = None) -> None:
     """The report of a run, in `out` or WORKDIR/report, its tables on the terminal, and the card of its exported model.
 
-    Process 0 reads and writes. Raises FileNotFoundError or ValueError where there is no run, or a file is damaged.
+    Process 0 reads and writes.
+
+    Raises:
+      UserFileError: there is no run.
+      UserError: a file is damaged.
     """
     if distributed.is_first():
         _write(collect.workdir(workdir), out or workdir / "report")
@@ -43,7 +49,7 @@ def compare(directories: Sequence[pathlib.Path], out: pathlib.Path | None = None
 
 
 def compare_named(named: Mapping[str, Sequence[pathlib.Path]], out: pathlib.Path | None = None) -> tables.Table:
-    """The table of several runs, {name: one workdir a seed}; process 0 prints.
+    """The table of several runs, {name: one workdir per seed}; process 0 prints.
 
     Where `out` is given, it is written there as comparison.md and comparison.json.
     """
@@ -52,8 +58,8 @@ def compare_named(named: Mapping[str, Sequence[pathlib.Path]], out: pathlib.Path
 
 def _compare(compared: Sequence[runs.Setting], out: pathlib.Path | None) -> tables.Table:
     table = runs.table(compared)
-    for rate in runs.RATES:  # all of them are too wide for a terminal
-        part = runs.table(compared, (rate,))
+    for key in runs.KEYS:  # all of them are too wide for a terminal
+        part = runs.table(compared, (key,))
         if len(part.columns) > 2:
             tables.show(part)
     if out and distributed.is_first():
@@ -64,12 +70,12 @@ def _compare(compared: Sequence[runs.Setting], out: pathlib.Path | None) -> tabl
 
 
 def print_summary(summary: Summary) -> None:
-    """The tables of one evaluation, one a benchmark."""
+    """The tables of one evaluation, one per benchmark."""
     for table in tables.summary(summary):
         tables.show(table)
 
 
-def _write(run: Run, out: pathlib.Path) -> None:
+def _write(run: RunFiles, out: pathlib.Path) -> None:
     from msd_jax.report import figures
 
     results = Results(run)
@@ -117,7 +123,7 @@ def as_json(results: Results) -> dict[str, Any]:
 
 
 def as_markdown(results: Results, worst: int = 20) -> str:
-    """summary.md: the findings, a table a benchmark, and some of the prompts that got worse."""
+    """summary.md: the findings, a table per benchmark, and some of the prompts that got worse."""
     safe = untrusted.markdown
     parts = [
         f"# {safe(results.run.directory.resolve().name)}",
@@ -127,15 +133,8 @@ def as_markdown(results: Results, worst: int = 20) -> str:
     ]
     for table in tables.benchmarks(results):
         parts += [f"## {safe(table.title)}", tables.markdown(table)]
-    if worse := [prompt for prompt in results.prompts if prompt.change == "worse"]:
-        rows = tuple(
-            (
-                *(prompt.any[key] for key in ("benchmark", "language", "pass", "id")),
-                " -> ".join(prompt.outcomes),
-                "(harmful prompt: see report.html)" if prompt.harmful else _excerpt(prompt.after["response"]),
-            )
-            for prompt in worse[:worst]
-        )
+    if worse := [pair for pair in results.pairs if pair.change == Change.WORSE]:
+        rows = tuple(_worse(pair) for pair in worse[:worst])
         columns = ("benchmark", "language", "pass", "id", "verdict", "response after")
         parts += [
             f"## Got worse: {len(worse):,} responses" + (f", of which {worst}" if len(worse) > worst else ""),
@@ -144,15 +143,18 @@ def as_markdown(results: Results, worst: int = 20) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _excerpt(text: str) -> str:
-    return untrusted.visible(text, 120)
+def _worse(pair: ResponsePair) -> tuple[str, ...]:
+    """Cells of a prompt that got worse; what may be harmful is not quoted."""
+    record = pair.record
+    response = "(harmful prompt: see report.html)" if pair.harmful else untrusted.visible(record.response, 120)
+    return record.benchmark, record.language, record.pass_name, record.id, " -> ".join(pair.outcomes), response
 
 
 def _json(value: Any) -> str:
     """Indented; dataclasses as objects, and null for the NaN of a single seed."""
 
     def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}

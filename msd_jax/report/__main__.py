@@ -11,7 +11,7 @@ from msd_jax.errors import UserError
 
 def main(argv: list[str]) -> None:
     del argv
-    workdirs, evaluations = (_paths(cli.FLAGS[name].value) for name in ("workdir", "evaluation"))
+    workdirs, evaluations = (_paths(cli.FLAGS[name].value or "") for name in ("workdir", "evaluation"))
     out = pathlib.Path(cli.FLAGS.out) if cli.FLAGS.out else None
     with cli.clear_errors():
         if bool(workdirs) == bool(evaluations):
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
         elif len(workdirs) > 1:
             report.compare(workdirs, out)
         else:
-            report.write(*workdirs, out)
+            report.write(workdirs[0], out)
 
 
 def _paths(text: str) -> list[pathlib.Path]:

@@ -1,14 +1,17 @@
-"""The model card of an exported model, in Hugging Face's format. Nothing is asked of the hub."""
+"""The model card of an exported model, in Hugging Face's format, made without contacting the hub."""
 
 import pathlib
 import re
+from typing import Any
 
 import huggingface_hub
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from msd_jax.report import tables, untrusted
-from msd_jax.report.results import RATES, Results, language_label
+from msd_jax.report.results import Results
+from msd_jax.report.rows import RATES
+from msd_jax.report.words import language_label
 
 _OURS = "This card was written by `msd_jax.report`, which replaces it as long as this line stands."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -48,7 +51,7 @@ def _is_hub_id(base: str) -> bool:
     return _HUB_ID.fullmatch(base) is not None and not pathlib.Path(base).expanduser().exists()
 
 
-def _license(base: str) -> dict[str, str]:
+def _license(base: str) -> dict[str, Any]:
     """What the base model's own card says, where it is on this machine."""
     if _is_hub_id(base):
         path = huggingface_hub.try_to_load_from_cache(base, "README.md")

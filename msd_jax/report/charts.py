@@ -10,7 +10,7 @@ import markupsafe
 
 WIDTH, HEIGHT = 360, 170
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 8, 146  # of the plot within it
-POINTS = 400  # more than one a pixel are not to be told apart
+POINTS = 400  # more than one per pixel cannot be told apart
 
 Point = tuple[float, float | None]
 
@@ -64,8 +64,20 @@ def curve(key: str, title: str, series: dict[str, list[Point]], most: float | No
     if low == high:
         low, high = low - 1, high + 1
     scale = (low, high, y_ticks[0], y_ticks[-1])
-    at_x = lambda x: LEFT + (RIGHT - LEFT) * (x - scale[0]) / (scale[1] - scale[0])  # noqa: E731
-    at_y = lambda y: BOTTOM - (BOTTOM - TOP) * (y - scale[2]) / (scale[3] - scale[2])  # noqa: E731
+    svg = _draw(title, series, scale, y_ticks)
+    return Curve(key, title, series, _markup(svg), scale)
+
+
+def _draw(
+    title: str, series: dict[str, list[Point]], scale: tuple[float, float, float, float], y_ticks: Sequence[float]
+) -> ElementTree.Element:
+    low, high = scale[:2]
+
+    def at_x(x: float) -> float:
+        return LEFT + (RIGHT - LEFT) * (x - scale[0]) / (scale[1] - scale[0])
+
+    def at_y(y: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * (y - scale[2]) / (scale[3] - scale[2])
 
     svg = _element("svg", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="curve")
     ElementTree.SubElement(svg, "title").text = f"{title} over training steps"
@@ -81,7 +93,7 @@ def curve(key: str, title: str, series: dict[str, list[Point]], most: float | No
             if len(part) == 1:
                 _add(svg, "circle", class_=f"dot s{index}", cx=at_x(part[0][0]), cy=at_y(part[0][1]), r=2.5)
     _add(svg, "line", class_="cursor", x1=LEFT, x2=LEFT, y1=TOP, y2=BOTTOM)
-    return Curve(key, title, series, _markup(svg), scale)
+    return svg
 
 
 def bars(entries: Sequence[tuple[str, float, float, float]]) -> markupsafe.Markup:
@@ -93,8 +105,8 @@ def bars(entries: Sequence[tuple[str, float, float, float]]) -> markupsafe.Marku
     height = 9 * len(entries) + 3
     svg = _element("svg", viewBox=f"0 0 100 {height}", preserveAspectRatio="none", class_="bars", aria_hidden="true")
     svg.set("height", str(2 * height))
-    for value in (0, 25, 50, 75, 100):
-        _add(svg, "line", class_="grid", x1=value, x2=value, y1=0, y2=height)
+    for tick in (0, 25, 50, 75, 100):
+        _add(svg, "line", class_="grid", x1=tick, x2=tick, y1=0, y2=height)
     for index, (name, value, low, high) in enumerate(entries):
         top, middle = 9 * index + 2, 9 * index + 6
         _add(svg, "rect", class_=f"bar {name}", x=0, y=top, width=100 * value, height=8)
@@ -108,11 +120,15 @@ def thin(points: Sequence[Point]) -> list[Point]:
     """At most POINTS of them: of each stretch the lowest and the highest, so that no spike is lost."""
     if len(points) <= POINTS:
         return list(points)
-    size, kept = math.ceil(2 * len(points) / POINTS), []
+    size = math.ceil(2 * len(points) / POINTS)
+    kept: list[Point] = []
     for first in range(0, len(points), size):
-        known = [point for point in points[first : first + size] if point[1] is not None]
-        extremes = {min(known, key=lambda p: p[1]), max(known, key=lambda p: p[1])} if known else {points[first]}
-        kept += sorted(extremes)
+        known = [(y, x) for x, y in points[first : first + size] if y is not None]
+        kept += (
+            sorted({(x, y) for y, x in (min(known), max(known, key=lambda point: point[0]))})
+            if known
+            else [points[first]]
+        )
     return kept
 
 
@@ -122,7 +138,7 @@ def ticks(low: float, high: float) -> list[float]:
 
     if low == high:
         high = low + 1
-    return matplotlib.ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high).tolist()
+    return [float(tick) for tick in matplotlib.ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 
 def _unbroken(points: Iterable[Point]) -> list[list[tuple[float, float]]]:

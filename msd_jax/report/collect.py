@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from msd_jax.errors import UserError, UserFileError
+from msd_jax.evaluation import records
 from msd_jax.evaluation.rates import Summary
+from msd_jax.evaluation.records import ResponseRecord
 from msd_jax.io import jsonl
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One finished evaluation.
+class FinishedEvaluation:
+    """One finished evaluation, as its directory holds it.
 
     Attributes:
       label: "before training", "after 30 steps", or the directory's name.
       step: finished training steps; None where the evaluation belongs to no run.
       directory: holds summary.json and responses.jsonl.
-      summary: see msd_jax/summary.py.
+      summary: see `rates.summarise`.
     """
 
     label: str
@@ -27,13 +29,13 @@ class Evaluation:
     directory: pathlib.Path
     summary: Summary
 
-    def responses(self) -> list[dict[str, Any]]:
-        return jsonl.read(self.directory / "responses.jsonl")
+    def responses(self) -> list[ResponseRecord]:
+        return records.read(self.directory / "responses.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What a report is about; whatever a run has not come to yet is empty.
+class RunFiles:
+    """What a report reads of a run, or of evaluations alone; what is not there yet is empty.
 
     Attributes:
       directory: the workdir, or what holds the evaluations.
@@ -48,16 +50,16 @@ class Run:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Sequence[dict[str, Any]] = ()
     completions: Sequence[dict[str, Any]] = ()
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[FinishedEvaluation, ...] = ()
     model: pathlib.Path | None = None
 
     @property
-    def after(self) -> Evaluation | None:
+    def after(self) -> FinishedEvaluation | None:
         """What is reported: the last evaluation."""
         return self.evaluations[-1] if self.evaluations else None
 
     @property
-    def before(self) -> Evaluation | None:
+    def before(self) -> FinishedEvaluation | None:
         """What it is compared with: the first, where there are two."""
         return self.evaluations[0] if len(self.evaluations) > 1 else None
 
@@ -67,7 +69,7 @@ class Run:
         return self.metrics[-1]["step"] if self.metrics else 0
 
 
-def workdir(directory: pathlib.Path) -> Run:
+def workdir(directory: pathlib.Path) -> RunFiles:
     """The run of `directory`, finished or not.
 
     Raises:
@@ -80,7 +82,7 @@ def workdir(directory: pathlib.Path) -> Run:
     model = directory / "model"
     steps = sorted(int(path.name) for path in (directory / "eval").glob("*") if path.name.isdecimal())
     found = [(step, directory / "eval" / str(step)) for step in steps]
-    return Run(
+    return RunFiles(
         directory,
         _read(config),
         jsonl.read(directory / "metrics.jsonl"),
@@ -90,7 +92,7 @@ def workdir(directory: pathlib.Path) -> Run:
     )
 
 
-def evaluations(directories: Sequence[pathlib.Path]) -> Run:
+def evaluations(directories: Sequence[pathlib.Path]) -> RunFiles:
     """One evaluation by itself, or two to compare: before, after.
 
     Raises:
@@ -102,17 +104,17 @@ def evaluations(directories: Sequence[pathlib.Path]) -> Run:
     for directory in directories:
         if not (directory / "summary.json").is_file():
             raise UserFileError(f"--evaluation={directory} holds no finished evaluation: no summary.json in it")
-    return Run(directories[-1], evaluations=tuple(_evaluation(path, None) for path in directories))
+    return RunFiles(directories[-1], evaluations=tuple(_evaluation(path, None) for path in directories))
 
 
-def _evaluation(directory: pathlib.Path, step: int | None) -> Evaluation:
+def _evaluation(directory: pathlib.Path, step: int | None) -> FinishedEvaluation:
     summary = _read(directory / "summary.json")
     if not all(isinstance(levels, dict) and {"languages", "groups"} <= levels.keys() for levels in summary.values()):
         raise UserError(
             f"{directory / 'summary.json'} is of another version of msd_jax; evaluate again into a new directory"
         )
     label = directory.name if step is None else f"after {step} steps" if step else "before training"
-    return Evaluation(label, step, directory, summary)
+    return FinishedEvaluation(label, step, directory, summary)
 
 
 def _read(path: pathlib.Path) -> Any:

@@ -1,17 +1,19 @@
-"""Figures for papers: PNG at 300 dots an inch, as wide as a page's text."""
+"""Figures for papers: PNG at 300 dots per inch, as wide as a page's text."""
 
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
 
 from msd_jax.report import untrusted
-from msd_jax.report.results import RATES, Results, Row
+from msd_jax.report.results import Results
+from msd_jax.report.rows import RATES, RateRow
 
 _WIDTH = 6.5  # inches
 _BEFORE, _AFTER = "#a3adb9", "#0072b2"
-_STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
+_STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
 
 
 def write(results: Results, directory: pathlib.Path) -> list[pathlib.Path]:
@@ -26,7 +28,7 @@ def write(results: Results, directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _text(text: str) -> str:
-    """On one line, and no dollar sign begins a formula."""
+    """The text on one line, in which no dollar sign begins a formula."""
     return untrusted.visible(text, 40).replace("$", r"\$")
 
 
@@ -73,9 +75,9 @@ def _utility(results: Results) -> matplotlib.figure.Figure | None:
         if rate.key in ("over_refusal", "exact_match", "accuracy")
         for benchmark, rows in results.rows(rate.key).items()
     ]
-    if not panels:
+    if not panels or results.after is None:
         return None
-    panels.sort(key=lambda panel: -len(panel[2]))  # those of one language stand together, and low
+    panels.sort(key=lambda panel: -len(panel[2]))  # panels of one language share a line, which is low
     columns = min(3, len(panels))
     lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [0.7 + 0.2 * max(len(rows) for _, _, rows in line) for line in lines]
@@ -94,7 +96,7 @@ def _utility(results: Results) -> matplotlib.figure.Figure | None:
     return figure
 
 
-def _bars(axes, rate: str, rows: Sequence[Row]) -> None:
+def _bars(axes: matplotlib.axes.Axes, rate: str, rows: Sequence[RateRow]) -> None:
     for side, colour, offset in (("before", _BEFORE, -0.2), ("after", _AFTER, 0.2)):
         for i, row in enumerate(rows):
             entry = getattr(row, side)
@@ -130,8 +132,8 @@ def _training(results: Results) -> matplotlib.figure.Figure | None:
 
 def _curves() -> Iterator[tuple[str, str]]:
     yield "loss", "loss"
-    yield "kl", "divergence, nats a token"
+    yield "kl", "divergence, nats per token"
     yield "grad_norm", "gradient norm"
     yield "learning_rate", "learning rate"
     yield "response_length", "response length, tokens"
-    yield "stopped", "share that end by themselves"
+    yield "stopped", "share that finish (EOS)"

@@ -17,36 +17,29 @@ import flax.traverse_util
 import jinja2
 import markupsafe
 
-from msd_jax.evaluation.rates import GROUPS
+from msd_jax.evaluation import rates
+from msd_jax.evaluation.intervals import Paired
+from msd_jax.evaluation.rates import LANGUAGE_GROUPS, Rate
+from msd_jax.evaluation.records import ResponseRecord
 from msd_jax.report import charts, untrusted
-from msd_jax.report.results import (
-    RATE,
-    RATES,
-    Prompt,
-    Rate,
-    Results,
-    Row,
-    direction,
-    interval,
-    language_label,
-    p_text,
-    p_value,
-    percent,
-)
+from msd_jax.report.pairs import ResponsePair
+from msd_jax.report.results import Results
+from msd_jax.report.rows import RATES, RateRow
+from msd_jax.report.words import direction, interval, language_label, p_text, p_value, percent
 
 MOST_PROMPTS = 20_000  # shown; a browser holds their text in memory
 # Section -> (key of metrics.jsonl, title, upper end of the axis or None).
 CURVES = {
     "Optimisation": (
         ("loss", "loss", None),
-        ("kl", "divergence, nats a token", None),
+        ("kl", "divergence, nats per token", None),
         ("grad_norm", "gradient norm before clipping", None),
         ("learning_rate", "learning rate", None),
-        ("skipped", "steps skipped so far", None),
+        ("skipped", "skipped (non-finite) steps", None),
     ),
     "Responses in training": (
         ("response_length", "length, tokens", None),
-        ("stopped", "share that end by themselves", 1.0),
+        ("stopped", "share that finish (EOS)", 1.0),
         ("student_entropy", "student's entropy, nats", None),
         ("teacher_entropy", "teacher's entropy, nats", None),
         ("w_T", "w_T, mean", 1.0),
@@ -60,8 +53,8 @@ CURVES = {
         ("slice_utility", "right answers", 1.0),
     ),
     "Speed": (
-        ("rollout_tokens_per_second", "generated tokens a second", None),
-        ("train_tokens_per_second", "trained tokens a second", None),
+        ("rollout_tokens_per_second", "generated tokens per second", None),
+        ("train_tokens_per_second", "trained tokens per second", None),
         ("padding", "share of padding", 1.0),
     ),
 }
@@ -89,6 +82,11 @@ def html(results: Results) -> str:
         most_prompts=MOST_PROMPTS,
         sides=lambda row: (row.before, row.after) if results.before else (row.after,),
     )
+
+
+def _direction(rate: str, paired: Paired | None) -> str:
+    """A CSS class, "" for none."""
+    return direction(rate, paired) or ""
 
 
 def _asset(name: str) -> str:
@@ -123,15 +121,15 @@ def _environment() -> jinja2.Environment:
         "heat": lambda rate: f"heat h{round(10 * rate)}",
         "language": lambda code: code if re.fullmatch(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*", code) else "und",
     }
-    environment.globals |= {"interval": interval, "direction": direction, "rates": RATE}
+    environment.globals |= {"interval": interval, "direction": _direction, "rates": RATES, "asr": rates.ASR}
     return environment
 
 
-def _heat(results: Results) -> list[tuple[str, list[tuple[str, str, dict[str, Row]]]]]:
+def _heat(results: Results) -> list[tuple[str, list[tuple[str, str, dict[str, RateRow]]]]]:
     """[(group, [(name, label, {benchmark: row})])]: the lines of the heat map, benchmarks side by side."""
     groups = []
-    for group in GROUPS:
-        lines: dict[tuple[bool, str], dict[str, Row]] = {}
+    for group in LANGUAGE_GROUPS:
+        lines: dict[tuple[bool, str], dict[str, RateRow]] = {}
         labels = {}
         for benchmark, rows in results.rows("asr").items():
             for row in rows:
@@ -144,7 +142,7 @@ def _heat(results: Results) -> list[tuple[str, list[tuple[str, str, dict[str, Ro
     return groups
 
 
-def _tiles(results: Results) -> Iterator[tuple[str, str, Row]]:
+def _tiles(results: Results) -> Iterator[tuple[str, str, RateRow]]:
     """(title, rate, row) of the few figures that are shown large."""
     for rate in RATES:
         if rate.key.endswith("_t1") or rate.key == "language_match":
@@ -158,7 +156,7 @@ def _tiles(results: Results) -> Iterator[tuple[str, str, Row]]:
                 yield f"{rate.title}, {benchmark}, {name}", rate.key, row
 
 
-def _bar_charts(results: Results) -> Iterator[tuple[str, Rate, list[tuple[Row, markupsafe.Markup]]]]:
+def _bar_charts(results: Results) -> Iterator[tuple[str, Rate, list[tuple[RateRow, markupsafe.Markup]]]]:
     """(benchmark, rate, [(row, bars)]) of utility and over-refusal."""
     for rate in RATES:
         if not rate.key.startswith("asr") and rate.key != "language_match":
@@ -166,7 +164,7 @@ def _bar_charts(results: Results) -> Iterator[tuple[str, Rate, list[tuple[Row, m
                 yield benchmark, rate, [(row, charts.bars(_bars(row, rate.key))) for row in rows]
 
 
-def _bars(row: Row, rate: str) -> list[tuple[str, float, float, float]]:
+def _bars(row: RateRow, rate: str) -> list[tuple[str, float, float, float]]:
     sides = [(name, entry) for name, entry in (("before", row.before), ("after", row.after)) if entry]
     return [(name, entry[rate], *entry[rate + "_interval"]) for name, entry in sides if entry.get(rate) is not None]
 
@@ -189,33 +187,33 @@ def _curves(results: Results) -> Iterator[tuple[str, list[charts.Curve]]]:
 
 def _over_steps(results: Results) -> Iterator[charts.Curve]:
     """Attack success and the utility of each group, where more was evaluated than the beginning and the end."""
-    evaluations = results.run.evaluations
-    if len(evaluations) < 3 or any(evaluation.step is None for evaluation in evaluations):
+    evaluations = [(e.step, e.summary) for e in results.run.evaluations if e.step is not None]
+    if len(evaluations) < 3:
         return
     for rate in ("asr", "over_refusal", "exact_match", "accuracy"):
         for benchmark in results.rows(rate):
-            series = {
+            series: dict[str, list[charts.Point]] = {
                 group: [
-                    (e.step, e.summary.get(benchmark, {}).get("groups", {}).get(group, {}).get(rate))
-                    for e in evaluations
+                    (step, summary.get(benchmark, {}).get("groups", {}).get(group, {}).get(rate))
+                    for step, summary in evaluations
                 ]
-                for group in GROUPS
+                for group in LANGUAGE_GROUPS
             }
-            title = f"{RATE[rate].title}, {benchmark}"
+            title = f"{rates.BY_KEY[rate].title}, {benchmark}"
             if curve := charts.curve(f"{benchmark}.{rate}", title, series, 1.0):
                 yield curve
 
 
 def _data(results: Results, sections: dict[str, list[charts.Curve]]) -> dict[str, Any]:
     """What page.js shows; short names, for there are thousands of rows."""
-    prompts = results.prompts
-    if len(prompts) > MOST_PROMPTS:
-        prompts = [prompts[math.floor(i * len(prompts) / MOST_PROMPTS)] for i in range(MOST_PROMPTS)]
-    languages = {prompt.any["language"] for prompt in prompts} | {row["language"] for row in results.run.completions}
+    pairs = results.pairs
+    if len(pairs) > MOST_PROMPTS:
+        pairs = tuple(pairs[math.floor(i * len(pairs) / MOST_PROMPTS)] for i in range(MOST_PROMPTS))
+    languages = {pair.record.language for pair in pairs} | {row["language"] for row in results.run.completions}
     return {
         "labels": [evaluation.label if evaluation else "" for evaluation in (results.before, results.after)],
         "languages": {code: language_label(code) for code in sorted(languages)},
-        "prompts": [_prompt(prompt) for prompt in prompts],
+        "prompts": [_prompt(pair) for pair in pairs],
         "completions": list(results.run.completions),
         "curves": {
             curve.key: {"scale": curve.scale, "series": curve.series}
@@ -226,24 +224,34 @@ def _data(results: Results, sections: dict[str, list[charts.Curve]]) -> dict[str
     }
 
 
-def _prompt(prompt: Prompt) -> dict[str, Any]:
-    row = prompt.any
+def _prompt(pair: ResponsePair) -> dict[str, Any]:
+    record = pair.record
     return {
-        "benchmark": row["benchmark"],
-        "pass": row["pass"],
-        "id": row["id"],
-        "language": row["language"],
-        "category": row.get("category") or "",
-        "harmful": prompt.harmful,
-        "prompt": row.get("prompt", ""),
-        "change": prompt.change,
-        "outcomes": prompt.outcomes,
-        "responses": [_response(side) for side in (prompt.before, prompt.after)],
+        "benchmark": record.benchmark,
+        "pass": record.pass_name,
+        "id": record.id,
+        "language": record.language,
+        "category": record.category,
+        "harmful": pair.harmful,
+        "prompt": record.prompt,
+        "change": pair.change or "",
+        "outcomes": pair.outcomes,
+        "responses": [_response(side) for side in (pair.before, pair.after)],
     }
 
 
-def _response(row: dict[str, Any] | None) -> dict[str, Any] | None:
-    if row is None:
+def _response(record: ResponseRecord | None) -> dict[str, Any] | None:
+    """What is known of a response."""
+    if record is None:
         return None
-    keys = ("response", "reason", "judge", "tokens", "stopped", "exact_match", "correct", "language_match")
-    return {key: row[key] for key in keys if row.get(key) is not None}
+    shown = {
+        "response": record.response,
+        "reason": record.reason,
+        "judge": record.judge,
+        "tokens": record.tokens,
+        "stopped": record.stopped,
+        "exact_match": record.exact_match,
+        "correct": record.correct,
+        "language_match": record.language_match,
+    }
+    return {key: value for key, value in shown.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Several runs -> one table: a row a run, or a row for all seeds of one."""
+"""Several runs -> one table: one row per run, or one row for all seeds of a setting."""
 
 import collections
 import dataclasses
@@ -10,16 +10,16 @@ from typing import Any
 import flax.traverse_util
 
 from msd_jax.errors import UserError
-from msd_jax.evaluation import comparison
+from msd_jax.evaluation import comparison, rates
 from msd_jax.evaluation.intervals import OverSeeds
-from msd_jax.evaluation.rates import GROUPS, Summary
+from msd_jax.evaluation.rates import LANGUAGE_GROUPS, Summary
 from msd_jax.report import collect, tables
-from msd_jax.report.collect import Run
-from msd_jax.report.results import RATE, percent
+from msd_jax.report.collect import RunFiles
+from msd_jax.report.words import percent
 
-# What neither makes two runs different nor belongs in a name: the seed, and where and how a run is carried out.
+# What neither makes two runs different nor belongs in a name: the seed, and where and how a run is executed.
 _NOT_IN_NAME = ("seed", "launch.", "mesh.", "train.checkpoint", "train.log_every", "train.completions", "train.export")
-RATES = ("asr", "asr_t1", "over_refusal", "exact_match", "exact_match_t1", "accuracy")
+KEYS = ("asr", "asr_t1", "over_refusal", "exact_match", "exact_match_t1", "accuracy")  # of the rates that are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Setting:
 
     Attributes:
       name: the keys by which it differs from the other settings; its directory where there are none.
-      runs: one a seed.
+      runs: one per seed.
     """
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[RunFiles, ...]
 
 
 def settings(directories: Sequence[pathlib.Path]) -> list[Setting]:
@@ -62,11 +62,11 @@ def settings(directories: Sequence[pathlib.Path]) -> list[Setting]:
 
 
 def named(directories: Mapping[str, Sequence[pathlib.Path]]) -> list[Setting]:
-    """The finished evaluations of runs that are gathered already: {name: one directory a seed}."""
+    """The finished evaluations of runs that are gathered already: {name: one directory per seed}."""
     return [Setting(name, tuple(map(_evaluated, its))) for name, its in directories.items()]
 
 
-def _evaluated(directory: pathlib.Path) -> Run:
+def _evaluated(directory: pathlib.Path) -> RunFiles:
     run = collect.workdir(directory)
     if run.after is None:
         raise UserError(f"--workdir={directory} holds no finished evaluation to compare")
@@ -77,43 +77,53 @@ def _counts(key: str) -> bool:
     return not key.startswith(_NOT_IN_NAME)
 
 
-def table(compared: Sequence[Setting], rates: Sequence[str] = RATES) -> tables.Table:
-    """A row a setting and, first, what they all started from where it is the same; columns are rates by group."""
+def table(compared: Sequence[Setting], keys: Sequence[str] = KEYS) -> tables.Table:
+    """One row per setting and, first, what they all started from where it is the same; columns are rates by group."""
+    after = [_summaries(setting) for setting in compared]
     columns = [
-        (rate, benchmark, group)
-        for rate in rates
-        for benchmark in dict.fromkeys(name for setting in compared for name in setting.runs[0].after.summary)
-        for group in GROUPS
-        if any(_rate(run.after.summary, benchmark, group, rate) is not None for s in compared for run in s.runs)
+        (key, benchmark, group)
+        for key in keys
+        for benchmark in dict.fromkeys(name for summaries in after for name in summaries[0])
+        for group in LANGUAGE_GROUPS
+        if any(_rate(summary, benchmark, group, key) is not None for summaries in after for summary in summaries)
     ]
 
     def cells(summaries: Sequence[Summary]) -> tuple[str, ...]:
         seeds = comparison.over_seeds(summaries)
         values = [
-            seeds.get(benchmark, {}).get("groups", {}).get(group, {}).get(rate) for rate, benchmark, group in columns
+            seeds.get(benchmark, {}).get("groups", {}).get(group, {}).get(key) for key, benchmark, group in columns
         ]
         return tuple("-" if value is None else _over_seeds(value) for value in values)
 
-    rows = []
-    begun = [setting.runs for setting in compared if all(run.before for run in setting.runs)]
-    if begun:
-        first = {run.config.get("seed"): run.before.summary for run in begun[0]}
-        others = [run for runs in begun[1:] for run in runs if run.config.get("seed") in first]
-        if all(cells([run.before.summary]) == cells([first[run.config.get("seed")]]) for run in others):
-            rows.append(("before training", str(len(first)), *cells(list(first.values()))))
-    rows += [(s.name, str(len(s.runs)), *cells([run.after.summary for run in s.runs])) for s in compared]
-    heads = [f"{RATE[rate].title}, {benchmark}, {group}" for rate, benchmark, group in columns]
+    rows = [(s.name, str(len(s.runs)), *cells(summaries)) for s, summaries in zip(compared, after)]
+    start, *others = [_starts(setting) for setting in compared if all(run.before for run in setting.runs)] or [{}]
+    same = (
+        cells([summary]) == cells([start[seed]]) for other in others for seed, summary in other.items() if seed in start
+    )
+    if start and all(same):
+        rows.insert(0, ("before training", str(len(start)), *cells(list(start.values()))))
+    heads = [f"{rates.BY_KEY[key].title}, {benchmark}, {group}" for key, benchmark, group in columns]
     return tables.Table(
         "After training; ± one standard deviation over seeds", ("run", "seeds", *heads), tuple(rows), names=1
     )
+
+
+def _summaries(setting: Setting) -> list[Summary]:
+    """After training, one per seed."""
+    return [run.after.summary for run in setting.runs if run.after]
+
+
+def _starts(setting: Setting) -> dict[int, Summary]:
+    """{seed: the summary before training}."""
+    return {run.config.get("seed", 0): run.before.summary for run in setting.runs if run.before}
 
 
 def _over_seeds(value: OverSeeds) -> str:
     return percent(value.mean) + (f" ± {100 * value.deviation:.1f}" if value.n > 1 else "")
 
 
-def _rate(summary: Summary, benchmark: str, group: str, rate: str) -> float | None:
-    return summary.get(benchmark, {}).get("groups", {}).get(group, {}).get(rate)
+def _rate(summary: Summary, benchmark: str, group: str, key: str) -> float | None:
+    return summary.get(benchmark, {}).get("groups", {}).get(group, {}).get(key)
 
 
 def as_json(compared: Sequence[Setting]) -> dict[str, Any]:
@@ -122,7 +132,7 @@ def as_json(compared: Sequence[Setting]) -> dict[str, Any]:
         setting.name: {
             "directories": [str(run.directory) for run in setting.runs],
             "seeds": [run.config.get("seed") for run in setting.runs],
-            "rates": comparison.over_seeds([run.after.summary for run in setting.runs]),
+            "rates": comparison.over_seeds(_summaries(setting)),
         }
         for setting in compared
     }

@@ -1,8 +1,8 @@
-"""Tables of text, made once and shown on a terminal or in Markdown."""
+"""Tables of text, for the terminal and for Markdown."""
 
 import dataclasses
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import rich.table
 import rich.text
@@ -11,7 +11,9 @@ from msd_jax.evaluation.rates import Summary
 from msd_jax.io.console import console
 from msd_jax.parallel import distributed
 from msd_jax.report import untrusted
-from msd_jax.report.results import RATES, Results, Row, interval, p_value, percent, tabulate
+from msd_jax.report.results import Results
+from msd_jax.report.rows import RATES, RateRow, tabulate
+from msd_jax.report.words import interval, p_value, percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(cells) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
@@ -42,64 +44,46 @@ def show(table: Table) -> None:
     """Prints on process 0."""
     if not distributed.is_first():
         return
-    text = lambda cell: rich.text.Text(untrusted.visible(cell))  # noqa: E731  (a plain string would be read as markup)
-    drawn = rich.table.Table(title=text(table.title), show_edge=False)
+    drawn = rich.table.Table(title=_text(table.title), show_edge=False)
     for index, name in enumerate(table.columns):
         head = rich.text.Text(textwrap.fill(untrusted.visible(name), 12))  # rather than numbers, heads are folded
         drawn.add_column(head, justify="left" if index < table.names else "right", no_wrap=index > 0 or table.names > 1)
     for index, row in enumerate(table.rows):
-        drawn.add_row(*map(text, row), style="bold" if index in table.bold else None)
+        drawn.add_row(*map(_text, row), style="bold" if index in table.bold else None)
     console.print(drawn)
 
 
+def _text(cell: str) -> rich.text.Text:
+    return rich.text.Text(untrusted.visible(cell))  # a plain string would be read as markup
+
+
 def benchmarks(results: Results) -> Iterator[Table]:
-    """One table a benchmark: before -> after where there are both."""
+    """One table per benchmark: before -> after where there are both."""
+    if results.after is None:
+        return
+    title = results.after.label
+    if results.before:
+        title = "before -> after" if results.after.step else f"{results.before.label} -> {title}"
     for benchmark, rows in results.benchmarks.items():
-        title = results.after.label
-        if results.before:
-            title = "before -> after" if results.after.step else f"{results.before.label} -> {title}"
         yield _benchmark(f"{title[0].upper()}{title[1:]}: {benchmark}", rows)
 
 
 def summary(summary: Summary) -> Iterator[Table]:
-    """One table a benchmark, of one summary."""
+    """One table per benchmark, of one summary."""
     for benchmark, rows in tabulate(summary).items():
         yield _benchmark(f"Evaluation: {benchmark}", rows)
 
 
-def _benchmark(title: str, rows: Sequence[Row]) -> Table:
-    have = lambda rate: any(row.after.get(rate) is not None for row in rows)  # noqa: E731
-    compared = any(row.before for row in rows)
-    columns: list[tuple[str, Callable[[Row], str]]] = [
+Column = tuple[str, Callable[[RateRow], str]]  # its head, and its cell in a row
+
+
+def _benchmark(title: str, rows: Sequence[RateRow]) -> Table:
+    columns: list[Column] = [
         ("language", lambda row: f"all {row.name}" if row.pooled else row.name),
         ("group", lambda row: "" if row.pooled else row.group),
+        *(_safety_columns(rows) if _have(rows, "unjudged") else [("prompts", lambda row: str(row.after["n"]))]),
+        *_utility_columns(rows),
     ]
-
-    def add(rate: str, title: str, with_interval: bool = False, test: bool = False) -> None:
-        columns.append((title, lambda row: _rate(row, rate, with_interval)))
-        if test and compared:
-            columns.append(("p", lambda row: p_value(row.paired.get(rate))))
-
-    if have("asr"):
-        columns.append(("harmful", lambda row: str(row.after["asr_n"])))
-        add("asr", "ASR [95%]", with_interval=True, test=True)
-        if any(row.before and row.before["invalid"] != row.after["invalid"] for row in rows):
-            add("invalid", "invalid")  # an ASR that falls for them is no safety
-        else:
-            columns.append(("invalid", lambda row: percent(row.after.get("invalid"))))
-        if not compared:
-            add("refused", "refused")
-        # Without this column, a judge that failed on everything would look like safety.
-        if any(entry and entry.get("unjudged") for row in rows for entry in (row.before, row.after)):
-            add("unjudged", "unjudged")
-    else:
-        columns.append(("prompts", lambda row: str(row.after["n"])))
-    for rate in RATES:
-        # The table keeps within 140 columns: refusals of sampled responses stand in report.html.
-        if have(rate.key) and rate.key not in ("asr", "asr_t1", "over_refusal_t1", "language_match"):
-            add(rate.key, rate.title, test=rate.key == "accuracy" or (rate.key == "exact_match" and not have("asr")))
-    if have("language_match"):
-        columns.append(("language match", lambda row: percent(row.after["language_match"])))
     return Table(
         title,
         tuple(name for name, _ in columns),
@@ -108,7 +92,46 @@ def _benchmark(title: str, rows: Sequence[Row]) -> Table:
     )
 
 
-def _rate(row: Row, rate: str, with_interval: bool) -> str:
+def _have(rows: Sequence[RateRow], key: str) -> bool:
+    return any(row.after.get(key) is not None for row in rows)
+
+
+def _safety_columns(rows: Sequence[RateRow]) -> Iterator[Column]:
+    """Of benchmarks with harmful prompts."""
+    yield "harmful", lambda row: str(row.after["unjudged_n"])
+    yield from _columns(rows, "asr", "ASR [95%]", with_interval=True, tested=True)
+    if any(row.before and row.before["invalid"] != row.after["invalid"] for row in rows):
+        yield from _columns(rows, "invalid", "invalid")  # an ASR that falls for them is no safety
+    else:
+        yield "invalid", lambda row: percent(row.after.get("invalid"))
+    if not any(row.before for row in rows):
+        yield from _columns(rows, "refused", "refused")
+    # Without this column, a judge that failed on everything would look like safety.
+    if any(entry and entry.get("unjudged") for row in rows for entry in (row.before, row.after)):
+        yield from _columns(rows, "unjudged", "unjudged")
+
+
+def _utility_columns(rows: Sequence[RateRow]) -> Iterator[Column]:
+    has_asr = _have(rows, "unjudged")
+    for rate in RATES:
+        # The table keeps within 140 columns: refusals of sampled responses are in report.html.
+        if _have(rows, rate.key) and rate.key not in ("asr", "asr_t1", "over_refusal_t1", "language_match"):
+            tested = rate.key == "accuracy" or (rate.key == "exact_match" and not has_asr)
+            yield from _columns(rows, rate.key, rate.title, tested=tested)
+    if _have(rows, "language_match"):
+        yield "language match", lambda row: percent(row.after["language_match"])
+
+
+def _columns(
+    rows: Sequence[RateRow], rate: str, title: str, with_interval: bool = False, tested: bool = False
+) -> Iterator[Column]:
+    """The rate and, where `tested` and there is a comparison, its p-value."""
+    yield title, lambda row: _rate(row, rate, with_interval)
+    if tested and any(row.before for row in rows):
+        yield "p", lambda row: p_value(row.paired.get(rate))
+
+
+def _rate(row: RateRow, rate: str, with_interval: bool) -> str:
     text = percent(row.after.get(rate))
     if with_interval and row.after.get(rate) is not None:
         text += f" {interval(row.after, rate)}"

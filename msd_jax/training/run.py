@@ -48,7 +48,7 @@ class Inputs:
     config: ml_collections.ConfigDict
     mesh: Mesh
     model: pretrained.Pretrained
-    evaluation: evaluator.Evaluation | None
+    evaluation: evaluator.Evaluator | None
     monitor: Monitor | None
     records: tuple[Query, ...]
     duplicates: list[dict[str, Any]]
@@ -122,7 +122,7 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
     model = pretrained.load(**config.model, mesh=mesh)
     _check_vocabulary(config.loss, model.config.vocab_size)
     records = sources.load(config.data, log)
-    evaluation = evaluator.Evaluation(config, model, mesh) if evaluator.wanted(config) else None
+    evaluation = evaluator.Evaluator(config, model, mesh) if evaluator.wanted(config) else None
     watch = Monitor(config, evaluation) if evaluation and config.eval.every else None
     records, duplicates = _look_for_duplicates(records, config.data, evaluation)
     encoded = encode(config, model, records)
@@ -146,7 +146,7 @@ def _check_vocabulary(loss: ml_collections.ConfigDict, vocab_size: int) -> None:
 
 
 def _look_for_duplicates(
-    records: tuple[Query, ...], data: ml_collections.ConfigDict, evaluation: evaluator.Evaluation | None
+    records: tuple[Query, ...], data: ml_collections.ConfigDict, evaluation: evaluator.Evaluator | None
 ) -> tuple[tuple[Query, ...], list[dict[str, Any]]]:
     """(records to train on, rows of near_duplicates.jsonl); prints how many queries the evaluation shares."""
     benchmarks: dict[str, dict[str, Query]] = collections.defaultdict(dict)
@@ -198,7 +198,7 @@ def make_batches(
 
 
 def _require_same_files(
-    model: pretrained.Pretrained, encoded: batches.Encoded, evaluation: evaluator.Evaluation | None
+    model: pretrained.Pretrained, encoded: batches.Encoded, evaluation: evaluator.Evaluator | None
 ) -> None:
     """All processes build the same batches and programs, so they must have read the same; see distributed.py."""
     weights = model.directory.glob("*.safetensors")

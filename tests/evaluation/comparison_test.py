@@ -1,28 +1,22 @@
 """Pairs and seeds: what is counted, and what is left out."""
 
-import collections
+import dataclasses
 
 import ml_collections
-import numpy as np
 import pytest
 from msd_jax.configs import default
 
 from msd_jax.evaluation import comparison
 from msd_jax.evaluation.intervals import OverSeeds, Paired
-from msd_jax.evaluation.rates import summarise
+from msd_jax.evaluation.judges import Verdict
+from msd_jax.evaluation.rates import OF_PASS, summarise
+from tests.evaluation.made import record
 
 GROUPS = {"sw": "trained", "bn": "trained", "en": "source"}
 
 
-def row(id, verdict, harmful=True, language="sw", name="greedy", benchmark="queries", **values):
-    return {
-        "benchmark": benchmark,
-        "pass": name,
-        "id": id,
-        "language": language,
-        "harmful": harmful,
-        "verdict": verdict,
-    } | values
+def row(id, verdict, harmful=True, **values):
+    return record(verdict, harmful, id=id, **values)
 
 
 def test_prompts_are_paired_by_benchmark_pass_language_and_id():
@@ -65,31 +59,44 @@ def test_what_is_not_judged_is_paired_by_its_answer():
     assert result == {"exact_match": Paired(1, 1, 0, -1.0, 1.0), "accuracy": Paired(1, 0, 1, 1.0, 1.0)}
 
 
-def random_rows(rng):
-    rows = []
+def random_records(rng):
+    records = []
     for i in range(60):
         verdict = str(rng.choice(["unsafe", "refused", "safe", "invalid"]))
         values = {"exact_match": [None, True, False][rng.integers(3)], "stopped": True, "tokens": 3}
-        values |= {"language_match": [None, True, False][rng.integers(3)], "correct": None}
+        values |= {"language_match": [None, True, False][rng.integers(3)]}
         harmful = [None, True, False][rng.integers(3)]
         name = ["greedy", "t1"][i % 2]
-        rows.append(row(str(i), verdict, harmful, ["sw", "en"][rng.integers(2)], name, **values))
-    return rows
+        language = ["sw", "en"][rng.integers(2)]
+        records.append(row(str(i), verdict, harmful, language=language, name=name, **values))
+    return records
 
 
-def test_events_are_those_that_the_rates_count(rng):
-    """On rows that are all judged, shares of events are the rates of summary.py, from the same prompts."""
-    rows, config = random_rows(rng), default.get_config()
+def test_pairs_differ_by_what_the_rates_differ(rng):
+    """Where both evaluations measured all prompts, a paired difference is the difference of the summaries' rates."""
+    before, config = random_records(rng), default.get_config()
+    verdicts = [Verdict.UNSAFE, Verdict.REFUSED, Verdict.SAFE, Verdict.INVALID]
+    after = [
+        dataclasses.replace(
+            old,
+            verdict=verdicts[rng.integers(4)],
+            exact_match=None if old.exact_match is None else bool(rng.integers(2)),
+        )
+        for old in before
+    ]
     config.eval.source_languages = ("en",)
-    for language, entry in summarise(rows, ml_collections.FrozenConfigDict(config))["queries"]["languages"].items():
-        seen = collections.defaultdict(list)
-        for each in rows:
-            if each["language"] == language:
-                for rate, event in comparison.events(each).items():
-                    seen[rate].append(event)
-        assert len(seen) == 8
-        for rate, events in seen.items():
-            assert entry[rate] == pytest.approx(np.mean(events)) and entry[rate + "_n"] == len(events), rate
+    entries = [
+        summarise(records, ml_collections.FrozenConfigDict(config))["queries"]["languages"]
+        for records in (before, after)
+    ]
+    pairs = comparison.before_after(before, after, GROUPS)["queries"]["languages"]
+    tested = {rate.key for name in ("greedy", "t1") for rate in OF_PASS[name] if rate.better}
+    for language, by_rate in pairs.items():
+        assert set(by_rate) == tested and len(tested) == 8
+        old, new = (entry[language] for entry in entries)
+        for key, paired in by_rate.items():
+            assert paired.n == old[key + "_n"] == new[key + "_n"], key
+            assert paired.difference == pytest.approx(new[key] - old[key]), key
 
 
 def test_rates_over_seeds():
@@ -114,7 +121,7 @@ def test_rates_over_seeds():
 
 
 def test_over_seeds_knows_the_rates_of_a_summary(rng):
-    summary = summarise(random_rows(rng), ml_collections.FrozenConfigDict(default.get_config()))
+    summary = summarise(random_records(rng), ml_collections.FrozenConfigDict(default.get_config()))
     rates = comparison.over_seeds([summary, summary])["queries"]["languages"]["sw"]
     assert {"asr", "refused", "safe", "invalid", "over_refusal", "exact_match", "language_match", "stopped"} <= set(
         rates

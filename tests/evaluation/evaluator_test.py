@@ -12,10 +12,8 @@ import pytest
 from msd_jax.configs import default
 
 from msd_jax import report
-from msd_jax.evaluation import evaluator, judges
-from msd_jax.evaluation.intervals import wilson_interval
+from msd_jax.evaluation import evaluator, fingerprint, judges
 from msd_jax.evaluation.judges import cache, openai
-from msd_jax.evaluation.rates import summarise
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
 from msd_jax.models import pretrained
@@ -43,7 +41,7 @@ def config(model_dir, tmp_path) -> ml_collections.ConfigDict:
 def make(config, devices=1):
     model = pretrained.load(**config.model)
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    evaluation = evaluator.Evaluation(ml_collections.FrozenConfigDict(config), model, mesh)
+    evaluation = evaluator.Evaluator(ml_collections.FrozenConfigDict(config), model, mesh)
     layout = model.shardings(mesh, sharding.ROLLOUT)
     return evaluation, lambda: rollout.relayout(model.params(mesh), model.dtype, layout)
 
@@ -118,15 +116,15 @@ def interruptible(config, tmp_path, monkeypatch):
         config.eval.update(options)
         evaluation, load = make(config)
         evaluation._judge, generated = CountingJudge(judgements), []
-        generate = evaluation._generate
+        generate = evaluation.answerer._generate
 
-        def counting(name, weights, batch, key):
+        def counting(name, weights, batch, settings):
             if len(generated) == batches:
                 raise KeyboardInterrupt
             generated.append([(name, p.query.id, p.language) for p in batch])
-            return generate(name, weights, batch, key)
+            return generate(name, weights, batch, settings)
 
-        monkeypatch.setattr(evaluation, "_generate", counting)
+        monkeypatch.setattr(evaluation.answerer, "_generate", counting)
         summary = None
         with contextlib.suppress(KeyboardInterrupt):
             summary = evaluation.run(lambda: params.setdefault("weights", load()), tmp_path / out)
@@ -168,11 +166,11 @@ def test_other_settings_or_weights_are_not_mixed_up(interruptible, config, tmp_p
     weights = params()
     changed = jax.tree.map(lambda p: p.at[(0,) * p.ndim].multiply(1 + 2**-20), weights)
     one = jax.tree.map(lambda p: p, weights)
-    assert evaluator.weights_checksum(one) == evaluator.weights_checksum(weights)
-    pairs = zip(evaluator.weights_checksum(changed), evaluator.weights_checksum(weights))
+    assert fingerprint.weights_checksum(one) == fingerprint.weights_checksum(weights)
+    pairs = zip(fingerprint.weights_checksum(changed), fingerprint.weights_checksum(weights))
     assert all(a != b for a, b in pairs)
     many, load = make(config, 8)
-    assert many._drawn_from(load()) == evaluation._drawn_from(weights) != evaluation._drawn_from(changed)
+    assert many.fingerprint(load()) == evaluation.fingerprint(weights) != evaluation.fingerprint(changed)
 
 
 def test_the_judge_is_that_of_the_config(config, tmp_path, monkeypatch):
@@ -203,7 +201,7 @@ def test_an_ensemble_may_have_the_model_itself_translate(config, tmp_path, monke
 def test_evaluation_prompts_have_a_limit_of_their_own(config, capsys):
     config.prompts.student_limit, config.eval.prompt_limit = 3, 64
     evaluation, _ = make(config)
-    assert len(evaluation.prompts) == 22 and not evaluation.dropped
+    assert len(evaluation.prompts) == 22 and "dropped" not in capsys.readouterr().out
     config.eval.prompt_limit = 8
     make(config)
     assert "queries: 11 prompts in en dropped, longer than config.eval.prompt_limit" in capsys.readouterr().out
@@ -219,7 +217,7 @@ def test_what_is_unjudged_is_told_beside_the_rates(config, tmp_path, monkeypatch
     evaluation, params = make(config)
     summary = evaluation.run(params, tmp_path / "out")
     entries = summary["queries"]["languages"]
-    assert entries["sw"]["asr"] == 0 and entries["sw"]["unjudged"] == 1
+    assert entries["sw"]["asr"] is None and entries["sw"]["asr_n"] == 0 and entries["sw"]["unjudged"] == 1
     assert "evaluation: 44 of 44 responses unjudged; each may be unsafe" in capsys.readouterr().out
     report.print_summary(summary)
     assert capsys.readouterr().out.count("100.0%") == 2  # languages
@@ -284,24 +282,6 @@ def with_letters(tmp_path, model):
         vocabulary[word] = len(vocabulary)
     path.write_text(json.dumps(tokenizer))
     return directory
-
-
-def row(name, verdict, harmful, match=None):
-    known = {"language_match": None, "stopped": True, "tokens": 3, "exact_match": match}
-    return {"benchmark": "queries", "pass": name, "language": "sw", "verdict": verdict, "harmful": harmful} | known
-
-
-def test_rates_are_those_counted_by_hand(config):
-    config.eval.languages = ("sw",)
-    rows = [row("greedy", v, True) for v in ["unsafe"] * 3 + ["refused"] * 3 + ["safe", "invalid", "unjudged"]]
-    rows += [row("greedy", "unsafe", None)]
-    rows += [row("greedy", v, False, m) for v, m in [("refused", False), ("answered", True), ("answered", True)]]
-    rows += [row("t1", "answered", False, m) for m in (True, False, False)]
-    entry = summarise(rows, config)["queries"]["languages"]["sw"]
-    rates = ["asr", "refused", "safe", "invalid", "unjudged", "over_refusal", "exact_match", "exact_match_t1"]
-    np.testing.assert_allclose([entry[r] for r in rates], [0.4, 0.3, 0.1, 0.1, 0.1, 1 / 3, 2 / 3, 1 / 3])
-    assert entry["asr_n"] == 10 and entry["asr_interval"] == list(wilson_interval(4, 10))
-    assert entry["asr_t1"] is None and entry["n"] == 13
 
 
 def test_long_prompts_are_counted_or_an_error_if_all_are(config, capsys):

@@ -100,7 +100,7 @@ def test_a_run_trains_the_adapters_alone(model_dir, tmp_path):
     for name in after:
         np.testing.assert_allclose(again[name], after[name], atol=1e-6)
     assert (tmp_path / "run/eval/3/summary.json").exists()
-    assert isinstance(evaluator.Evaluation(config, model, mesh), evaluator.Evaluation)
+    assert isinstance(evaluator.Evaluator(config, model, mesh), evaluator.Evaluator)
 
 
 def test_the_base_is_in_its_own_dtype(model_dir, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from msd_jax.configs import default
 
 from msd_jax.evaluation import rates
+from msd_jax.evaluation.records import ResponseRecord
 
 TEXT = {  # a harmless sentence in each script that must show properly
     "en": "Water boils at a lower temperature on a mountain.",
@@ -62,7 +63,7 @@ class Maker:
     def responses(self, config, n: int, after: bool, hostile: bool = False) -> list[dict]:
         rows = []
         for code, text in TEXT.items():
-            group = rates.group(code, config)
+            group = rates.language_group(code, config)
             unsafe = {"source": 0.05, "trained": 0.08 if after else 0.7, "unseen": 0.4 if after else 0.6}[group]
             for i in range(n):
                 row = {"id": f"jail-{i}", "language": code, "harmful": True, "category": "placeholder"}
@@ -101,7 +102,8 @@ class Maker:
     def evaluation(self, path: pathlib.Path, rows: list[dict], config) -> pathlib.Path:
         path.mkdir(parents=True)
         write_lines(path / "responses.jsonl", rows)
-        (path / "summary.json").write_text(json.dumps(rates.summarise(rows, config)))
+        summary = rates.summarise(map(ResponseRecord.from_json, rows), config)
+        (path / "summary.json").write_text(json.dumps(summary))
         return path
 
     def metrics(self, steps: int) -> list[dict]:

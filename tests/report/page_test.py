@@ -114,22 +114,22 @@ def test_the_policy_stops_what_is_not_ours(open_page, run, tmp_path, browser):
 
 def test_filters_show_what_they_say(tab, run):
     results = Results(collect.workdir(run))
-    prompts = results.prompts
-    assert shown(tab) == len(prompts)
+    pairs = results.pairs
+    assert shown(tab) == len(pairs)
     tab.select_option("[name=language]", "bn")
-    assert shown(tab) == sum(prompt.any["language"] == "bn" for prompt in prompts)
+    assert shown(tab) == sum(pair.record.language == "bn" for pair in pairs)
     assert set(tab.locator("#prompts .where").all_text_contents()) == {"Bangla"}
     tab.select_option("[name=benchmark]", "multijail")
     tab.select_option("[name=outcome]", "change:better")
     tab.select_option("[name=pass]", "t1")
     wanted = [
-        prompt
-        for prompt in prompts
-        if (prompt.any["language"], prompt.any["benchmark"], prompt.any["pass"]) == ("bn", "multijail", "t1")
+        pair
+        for pair in pairs
+        if (pair.record.language, pair.record.benchmark, pair.record.pass_name) == ("bn", "multijail", "t1")
     ]
-    assert shown(tab) == sum(prompt.change == "better" for prompt in wanted) > 0
+    assert shown(tab) == sum(pair.change == "better" for pair in wanted) > 0
     tab.select_option("[name=outcome]", "verdict:unsafe → refused")
-    assert shown(tab) == sum(prompt.outcomes == ("unsafe", "refused") for prompt in wanted) > 0
+    assert shown(tab) == sum(pair.outcomes == ("unsafe", "refused") for pair in wanted) > 0
     tab.select_option("[name=outcome]", "")
     tab.fill("[name=search]", "JAIL-7")
     expect(tab.locator("#found")).to_have_text(re.compile("^1 of"))
@@ -290,5 +290,5 @@ def test_a_page_says_how_much_of_a_large_evaluation_it_shows(make, monkeypatch):
     monkeypatch.setattr(page, "MOST_PROMPTS", 50)
     html = page.html(results)
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
-    assert len(data["prompts"]) == 50 and f"50 of {len(results.prompts)} are here" in html
+    assert len(data["prompts"]) == 50 and f"50 of {len(results.pairs)} are here" in html
     assert len({(p["benchmark"], p["pass"], p["language"], p["id"]) for p in data["prompts"]}) == 50

@@ -136,7 +136,7 @@ def test_evaluations_in_between_are_drawn_over_steps(make):
     "spoil, message",
     [
         (lambda w: (w / "config.json").unlink(), "holds no run: there is no config.json"),
-        (lambda w: (w / "metrics.jsonl").write_text("{]\n"), r"metrics.jsonl is damaged"),
+        (lambda w: (w / "metrics.jsonl").write_text("{]\n"), r"metrics.jsonl, line 1 is damaged"),
         (lambda w: (w / "eval/60/summary.json").write_text("{"), r"summary.json is damaged"),
         (lambda w: (w / "eval/60/summary.json").write_text('{"sw": {"asr": 1}}'), "of another version of msd_jax"),
     ],
@@ -242,7 +242,7 @@ def test_rows_without_a_benchmark_before_are_shown(make):
     """A benchmark that was added after the first evaluation."""
     workdir = make.run()
     path = workdir / "eval" / "0"
-    rows = [row for row in collect.workdir(workdir).before.responses() if row["benchmark"] != "mgsm"]
+    rows = [record.to_json() for record in collect.workdir(workdir).before.responses() if record.benchmark != "mgsm"]
     summary = json.loads((path / "summary.json").read_text())
     del summary["mgsm"]
     (path / "summary.json").write_text(json.dumps(summary))

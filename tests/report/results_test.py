@@ -5,14 +5,12 @@ import re
 import ml_collections
 import pytest
 
-from msd_jax.evaluation import comparison
+from msd_jax.evaluation import rates
 from msd_jax.evaluation.intervals import paired
 from msd_jax.report import collect
-from msd_jax.report.results import Prompt, Results, outcome
-
-
-def side(verdict=None, harmful=True, **values):
-    return {"verdict": verdict, "harmful": harmful} | values
+from msd_jax.report.pairs import ResponsePair, outcome
+from msd_jax.report.results import Results
+from tests.evaluation.made import record as side
 
 
 @pytest.mark.parametrize(
@@ -34,7 +32,7 @@ def side(verdict=None, harmful=True, **values):
     ],
 )
 def test_a_change_of_verdict_is_better_or_worse(before, after, harmful, change):
-    assert Prompt(side(before, harmful), side(after, harmful)).change == change
+    assert ResponsePair(side(before, harmful), side(after, harmful)).change == change
 
 
 def test_answers_that_are_not_judged_are_right_or_wrong():
@@ -42,16 +40,17 @@ def test_answers_that_are_not_judged_are_right_or_wrong():
         outcome(side(None, None, exact_match=True)) == "right" and outcome(side(None, None, correct=False)) == "wrong"
     )
     assert outcome(side()) == outcome(None) == "-"
-    assert Prompt(side(None, None, exact_match=True), side(None, None, exact_match=False)).change == "worse"
+    assert ResponsePair(side(None, None, exact_match=True), side(None, None, exact_match=False)).change == "worse"
     assert (
-        Prompt(side("answered", False, exact_match=False), side("answered", False, exact_match=True)).change == "better"
+        ResponsePair(side("answered", False, exact_match=False), side("answered", False, exact_match=True)).change
+        == "better"
     )
-    assert Prompt(side("answered", False), None).change == ""
+    assert ResponsePair(side("answered", False), None).change is None
 
 
 def test_what_may_be_harmful_is_kept_folded():
-    assert Prompt(None, side("refused", None)).harmful and Prompt(None, side(None, True)).harmful
-    assert not Prompt(None, side("answered", False)).harmful and not Prompt(None, side(None, None)).harmful
+    assert ResponsePair(None, side("refused", None)).harmful and ResponsePair(None, side(None, True)).harmful
+    assert not ResponsePair(None, side("answered", False)).harmful and not ResponsePair(None, side(None, None)).harmful
 
 
 def test_rows_hold_what_the_evaluations_measured(make):
@@ -64,18 +63,18 @@ def test_rows_hold_what_the_evaluations_measured(make):
     assert [row.group for row in rows] == ["source"] * 4 + ["trained"] * 4 + ["unseen"] * 4
     assert [row.pooled for row in rows] == [False, False, False, True] * 3
     assert [row.label for row in results.benchmarks["xstest"]] == ["English"]  # a group of one needs no row
-    sides = [[row for row in e.responses() if row["benchmark"] == "multijail"] for e in run.evaluations]
+    sides = [[record for record in e.responses() if record.benchmark == "multijail"] for e in run.evaluations]
     for row in rows:
         level = "groups" if row.pooled else "languages"
         assert row.before is run.before.summary["multijail"][level][row.name]
         assert row.after is run.after.summary["multijail"][level][row.name]
     swahili = next(row for row in rows if row.name == "sw")
     events = [
-        [comparison.events(row)["asr"] for row in rows if (row["language"], row["pass"]) == ("sw", "greedy")]
-        for rows in sides
+        [rates.ASR.event(record) for record in records if (record.language, record.pass_name) == ("sw", "greedy")]
+        for records in sides
     ]
     assert swahili.paired["asr"] == paired(*events)
-    assert len(results.prompts) == len(run.after.responses())
+    assert len(results.pairs) == len(run.after.responses())
 
 
 def test_the_verdict_names_what_got_better_and_worse(make):
@@ -92,7 +91,7 @@ def test_the_verdict_names_what_got_better_and_worse(make):
 
 def test_a_fall_for_responses_that_are_no_answer_is_not_called_safety(make):
     workdir = make.run(n=40)
-    rows = collect.workdir(workdir).after.responses()
+    rows = [record.to_json() for record in collect.workdir(workdir).after.responses()]
     for row in rows:
         if row["benchmark"] == "multijail" and row["verdict"] in ("refused", "safe"):
             row["verdict"] = "invalid"
@@ -108,7 +107,7 @@ def test_a_fall_for_responses_that_are_no_answer_is_not_called_safety(make):
 
 def test_what_is_unjudged_is_told(make):
     workdir = make.run()
-    rows = collect.workdir(workdir).after.responses()
+    rows = [record.to_json() for record in collect.workdir(workdir).after.responses()]
     for row in rows:
         if row["benchmark"] == "xstest" and row["harmful"]:
             row["verdict"] = "unjudged"

@@ -9,8 +9,10 @@ import pytest
 from msd_jax.configs import quickstart
 
 from msd_jax import settings
+from msd_jax.evaluation import records
 from msd_jax.io import jsonl
 from msd_jax.training import checkpoint, loop, monitor, run
+from tests.evaluation.made import record
 
 
 def small():
@@ -40,9 +42,7 @@ def set_up(config, workdir) -> run.Run:
 
 
 def row(language, verdict, harmful, right=None, **more):
-    return {"language": language, "verdict": verdict, "harmful": harmful, "exact_match": right} | {
-        "language_match": None, "stopped": True, "benchmark": "queries", **more
-    }  # fmt: skip
+    return record(verdict, harmful, language=language, exact_match=right, **more)
 
 
 def test_rates_are_those_counted_by_hand():
@@ -54,7 +54,7 @@ def test_rates_are_those_counted_by_hand():
         row("sw", "unsafe", True),
         row("yo", "answered", False, right=True),
         row("en", "refused", False, right=False),
-        row("sw", None, None, benchmark="mmmlu", correct=True),
+        row("sw", None, None, benchmark="mmmlu", name="likelihood", correct=True),
     ]
     assert monitor.slice_rates(rows, config) == {
         "slice_asr_source": 0.0,
@@ -77,8 +77,8 @@ def test_the_slice_is_measured_when_it_is_due_and_is_part_of_the_evaluation(tmp_
     keys = {prompt.key for prompt in prompts}
     parts = collections.Counter((prompt.language, prompt.query.harmful) for prompt in prompts)
     assert len(parts) == 3 * 2 and set(parts.values()) <= {7, 8}  # evenly spread, so not always the full number
-    whole = jsonl.read(tmp_path / "eval" / "8" / "responses.jsonl")
-    of_slice = [r for r in whole if (r["benchmark"], r["id"], r["language"]) in keys]
+    whole = records.read(tmp_path / "eval" / "8" / "responses.jsonl")
+    of_slice = [record for record in whole if record.prompt_key in keys]
     assert monitor.slice_rates(of_slice, config) == {key: rows[-1][key] for key in seen[-1]}
 
 
@@ -119,8 +119,7 @@ def test_where_no_checkpoint_holds_the_floor_the_initial_weights_are_left(tmp_pa
 
 
 def utility(directory):
-    rows = jsonl.read(directory / "responses.jsonl")
-    return monitor.slice_rates(rows, small())["slice_utility"]
+    return monitor.slice_rates(records.read(directory / "responses.jsonl"), small())["slice_utility"]
 
 
 def test_a_floor_of_nothing_is_told(tmp_path, capsys):

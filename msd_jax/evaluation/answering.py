@@ -1,0 +1,157 @@
+"""Prompts -> records of their responses: generated, or, of multiple choice, scored."""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from msd_jax.data import batches
+from msd_jax.evaluation import language_id, multiple_choice
+from msd_jax.evaluation.encoding import EncodedPrompt
+from msd_jax.evaluation.records import Pass, RecordLog, ResponseRecord
+from msd_jax.generation import rollout
+from msd_jax.io.console import progress
+from msd_jax.models import decoder, pretrained
+from msd_jax.parallel import sharding
+
+TEMPERATURES = {Pass.GREEDY: 0.0, Pass.SAMPLED: 1.0}
+
+
+class Answerer:
+    """Answers prompts with whatever weights it is given.
+
+    Attributes:
+      passes: those of config.eval.passes, then that of multiple choice.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        model: pretrained.Pretrained,
+        mesh: Mesh,
+        limit: int,
+        with_choices: bool,
+    ):
+        """`limit`: the most tokens of a prompt; `with_choices`: whether any prompt is a multiple choice."""
+        self._tokenizer, self._limit = model.tokenizer, limit
+        self._rows = sharding.batch_rows(mesh, config.eval.batch_size)
+        self._key = jax.random.key(config.seed)
+        self._chooser = None
+        if with_choices:
+            self._chooser = multiple_choice.Chooser(model, mesh, config.eval.batch_size, limit)
+        self._generators = {
+            Pass(name): rollout.Generator(
+                model.graphdef,
+                mesh,
+                rollout.Sampling(config.eval.max_new_tokens, TEMPERATURES[Pass(name)]),
+                model.stop_ids,
+                model.pad_id,
+            )
+            for name in config.eval.passes
+        }
+        self.passes = (*self._generators, Pass.LIKELIHOOD)
+
+    def answer(
+        self,
+        name: Pass,
+        params: decoder.Params,
+        prompts: Sequence[EncodedPrompt],
+        settings: str,
+        log: RecordLog | None = None,
+    ) -> list[ResponseRecord]:
+        """One record for each prompt that this pass answers, not judged yet, in the order of the prompts.
+
+        Args:
+          name: the pass; multiple-choice prompts are answered in Pass.LIKELIHOOD alone, and others in the others.
+          params: the weights, in the rollout layout.
+          prompts: what to answer.
+          settings: the fingerprint of these weights and prompts.
+          log: responses of the same fingerprint are taken from there, and each batch is added; without it nothing is
+            shown.
+        """
+        prompts = [prompt for prompt in prompts if prompt.benchmark.choices == (name == Pass.LIKELIHOOD)]
+        done = {
+            record.prompt_key: record
+            for record in (log.read() if log else [])
+            if (record.pass_name, record.settings) == (name, settings)
+        }
+        # Sorted by length, so that little is padding.
+        left = sorted((prompt for prompt in prompts if prompt.key not in done), key=lambda prompt: len(prompt.ids))
+        if not prompts:
+            return []
+        respond = self._choose if name == Pass.LIKELIHOOD else self._generate
+        tokens, start, taken = 0, time.perf_counter(), len(prompts) - len(left)
+        with progress(f"evaluating ({name})", len(prompts), taken, shown=log is not None) as advance:
+            for first in range(0, len(left), self._rows):
+                batch = left[first : first + self._rows]
+                batch_records = respond(name, params, batch, settings)
+                if log:
+                    log.append(batch_records)
+                done |= {record.prompt_key: record for record in batch_records}
+                tokens += sum(record.tokens for record in batch_records)
+                rate = tokens / (time.perf_counter() - start)
+                advance(taken + first + len(batch), f"{rate:,.0f} tokens/s")
+        return [done[prompt.key] for prompt in prompts]
+
+    def _generate(
+        self, name: Pass, params: decoder.Params, batch: Sequence[EncodedPrompt], settings: str
+    ) -> list[ResponseRecord]:
+        ids = [prompt.ids for prompt in batch]
+        hashes = [batches.query_hash(prompt.query.id, prompt.language) for prompt in batch]
+        written = self._generators[name].write(params, ids, self._rows, self._limit, hashes, self._key)
+        generated = []
+        for index, prompt in enumerate(batch):
+            tokens, stopped = written.row(index)
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            generated.append(
+                _record(
+                    prompt,
+                    name,
+                    settings,
+                    response=text,
+                    tokens=len(tokens),
+                    stopped=stopped,
+                    exact_match=_exact_match(prompt, text),
+                    language_match=language_id.matches(text, prompt.language),
+                )
+            )
+        return generated
+
+    def _choose(
+        self, name: Pass, params: decoder.Params, batch: Sequence[EncodedPrompt], settings: str
+    ) -> list[ResponseRecord]:
+        assert self._chooser is not None
+        choices = self._chooser(params, [prompt.ids for prompt in batch])
+        return [
+            _record(
+                prompt,
+                name,
+                settings,
+                response=choice.letter,
+                correct=choice.letter == prompt.query.answers[prompt.language],
+                log_likelihoods=tuple(round(value, 6) for value in choice.log_likelihoods),
+            )
+            for prompt, choice in zip(batch, choices)
+        ]
+
+
+def _record(prompt: EncodedPrompt, name: Pass, settings: str, **measured) -> ResponseRecord:
+    return ResponseRecord(
+        benchmark=prompt.benchmark.name,
+        pass_name=name,
+        id=prompt.query.id,
+        language=prompt.language,
+        harmful=prompt.query.harmful,
+        category=prompt.query.category,
+        prompt=prompt.query.texts[prompt.language],
+        settings=settings,
+        **measured,
+    )
+
+
+def _exact_match(prompt: EncodedPrompt, text: str) -> bool | None:
+    """Whether the response gives the reference answer; None without one."""
+    answer = prompt.query.answers.get(prompt.language)
+    return None if answer is None else prompt.benchmark.correct(text, answer, prompt.language)

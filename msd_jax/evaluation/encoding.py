@@ -1,0 +1,90 @@
+"""The queries of config.eval -> prompts that are ready to generate from."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+
+import ml_collections
+import numpy as np
+
+from msd_jax.data import prompts
+from msd_jax.data.records import Query
+from msd_jax.errors import UserError
+from msd_jax.evaluation import benchmarks
+from msd_jax.evaluation.records import PromptKey
+from msd_jax.io.console import log
+from msd_jax.models import pretrained
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """One query in one language, ready to generate.
+
+    Attributes:
+      benchmark: whose query it is.
+      query: the record.
+      language: of this prompt.
+      ids: int32 [P], the prompt of the student, or of the teacher in a pre-flight.
+    """
+
+    benchmark: benchmarks.Benchmark
+    query: Query
+    language: str
+    ids: np.ndarray
+
+    @property
+    def key(self) -> PromptKey:
+        return self.benchmark.name, self.query.id, self.language
+
+
+def prompt_limit(config: ml_collections.ConfigDict, role: str = "student") -> tuple[int, str]:
+    """(the most tokens of a role's prompt, the key of the config that says so)."""
+    if role == "student" and config.eval.prompt_limit:
+        return config.eval.prompt_limit, "config.eval.prompt_limit"
+    return config.prompts[f"{role}_limit"], f"config.prompts.{role}_limit"
+
+
+def encode(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role: str) -> list[EncodedPrompt]:
+    """All prompts that fit the limit; how many do not is printed.
+
+    Args:
+      config: the whole config.
+      model: whose tokenizer encodes.
+      role: "student" (the query as a user writes it) or "teacher".
+
+    Raises:
+      UserError: a query file or a language is not fit, or no prompt is left.
+    """
+    limit, key = prompt_limit(config, role)
+    kept: list[EncodedPrompt] = []
+    dropped: collections.Counter[tuple[str, str]] = collections.Counter()
+    for prompt in _all(config, model, role):
+        if len(prompt.ids) > limit:
+            dropped[prompt.benchmark.name, prompt.language] += 1
+        else:
+            kept.append(prompt)
+    if not kept:
+        raise UserError(
+            f"{config.eval.path or config.eval.benchmarks}: every prompt is longer than {key}={limit} tokens"
+            + (", or its query has no text in config.data.source_language" if role == "teacher" else "")
+        )
+    for (name, language), count in dropped.items():
+        log(f"{name}: {count} prompts in {language} dropped, longer than {key}")
+    return kept
+
+
+def _all(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role: str) -> Iterator[EncodedPrompt]:
+    """Prompts of any length; a query without a text in the source language has none for a teacher."""
+    source = config.data.source_language
+    for loaded in benchmarks.load(config.eval):
+        for language in loaded.languages:
+            for query in loaded.queries:
+                if language not in query.texts:
+                    continue
+                if role == "student":
+                    ids = prompts.student_ids(query, language, model.tokenizer, config.prompts)
+                elif source in query.texts:
+                    ids = prompts.encode(query, language, model.tokenizer, config.prompts, source).teacher_ids
+                else:
+                    continue
+                yield EncodedPrompt(loaded.benchmark, query, language, ids)
