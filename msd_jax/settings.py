@@ -12,7 +12,7 @@ from msd_jax import losses
 from msd_jax.configs import default
 from msd_jax.data import near_duplicates, prompts, records, sources
 from msd_jax.errors import UserError
-from msd_jax.evaluation import benchmarks, evaluator, judges
+from msd_jax.evaluation import answering, benchmarks, judges
 from msd_jax.evaluation.judges import formats, guard, openai
 from msd_jax.generation import responses
 from msd_jax.models import attention, decoder, lora
@@ -62,7 +62,7 @@ _CHOICES = {
 _SELECTIONS = {
     "model.lora.targets": (tuple(lora.INPUTS), 1),
     "eval.benchmarks": (benchmarks.NAMES, 0),
-    "eval.passes": (tuple(evaluator.PASSES), 1),
+    "eval.passes": (tuple(answering.TEMPERATURES), 1),
 }
 
 

@@ -203,7 +203,7 @@ def _require_same_files(
     """All processes build the same batches and programs, so they must have read the same; see distributed.py."""
     weights = model.directory.glob("*.safetensors")
     distributed.require_same("config.model.path", lambda: sorted([f.name, f.stat().st_size] for f in weights))
-    examples = [example for record in encoded.records for example in record]
+    examples = list(encoded.examples())
     distributed.require_same(
         "config.data.path",
         lambda: [[e.query_id, e.language, e.student_ids.tolist(), e.teacher_ids.tolist()] for e in examples],
