@@ -13,7 +13,7 @@ from msd_jax.configs import default
 from msd_jax.data import near_duplicates, prompts, records, sources
 from msd_jax.errors import UserError
 from msd_jax.evaluation import answering, benchmarks, judges
-from msd_jax.evaluation.judges import formats, guard, openai
+from msd_jax.evaluation.judges import endpoint, formats, guard
 from msd_jax.generation import responses
 from msd_jax.models import attention, decoder, lora
 from msd_jax.planning import hardware, launch
@@ -56,7 +56,7 @@ _CHOICES = {
     "judge.guard.format": guard.FORMATS,
     "judge.guard.dtype": _DTYPES,
     "judge.openai.format": tuple(formats.FORMATS),
-    "judge.openai.addresses": openai.ADDRESSES,
+    "judge.openai.addresses": endpoint.ADDRESSES,
 }
 # Tuples of choices, each at most once: what they are chosen from, and the fewest.
 _SELECTIONS = {

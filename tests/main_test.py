@@ -123,7 +123,7 @@ def test_long_prompts_are_dropped_and_counted_or_an_error_if_all_are(config, tmp
     config.data.path = write_queries(tmp_path, json.dumps(RECORD) + "\n" + json.dumps(long))
     config.prompts.student_limit = 16
     set_up(config, tmp_path / "kept").checkpoints.close()
-    assert "1 prompts in sw dropped, longer than config.prompts.student_limit" in capsys.readouterr().out
+    assert "prompts dropped in sw: 1, longer than config.prompts.student_limit" in capsys.readouterr().out
     config.prompts.student_limit = 4
     refuses(config, tmp_path, r"all 2 prompts in 'sw' are longer than config.prompts.student_limit=4 \(longest: \d+")
 

@@ -13,7 +13,7 @@ from msd_jax.configs import default
 
 from msd_jax import report
 from msd_jax.evaluation import evaluator, fingerprint, judges
-from msd_jax.evaluation.judges import cache, openai
+from msd_jax.evaluation.judges import cache, interface
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
 from msd_jax.models import pretrained
@@ -231,7 +231,7 @@ def test_what_the_judges_endpoints_were_asked_is_kept_per_evaluation(config, tmp
     evaluation, params = make(config)
 
     class Endpoint:
-        usage = openai.Usage()
+        usage = interface.Usage()
 
         def spent(self):
             return {"model": "m", "requests": self.usage.requests}

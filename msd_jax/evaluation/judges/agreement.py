@@ -74,7 +74,7 @@ def measure(
     verdict answers with yes is left out. Unjudged responses are counted, and in no rate.
     """
     languages = [*dict.fromkeys(response.language for response in responses), "all"]
-    result = {}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
     for question in (Verdict.UNSAFE, Verdict.REFUSED):
         if question not in labels and all(judgement.verdict != question for judgement in judged):
             continue

@@ -1,4 +1,4 @@
-"""Judgements that outlive an interruption: what was judged once, by the same judge, is not judged again."""
+"""Judgements that survive an interruption: nothing is judged twice by the same judge."""
 
 import dataclasses
 import hashlib
@@ -14,12 +14,12 @@ from msd_jax.parallel import distributed
 class CachedJudge:
     """Another judge, with its judgements kept in an append-only JSONL file.
 
-    The key is a hash of the judge's name and version and all of the response: its prompt, text, language and labels,
-    for a verdict may depend on each. UNJUDGED ones are not kept: the next attempt may succeed.
+    The key is a hash of the judge's name and version and of the whole response (prompt, text, language, labels), since
+    a verdict may depend on each. UNJUDGED ones are not kept: the next attempt may succeed.
     """
 
     def __init__(self, judge: Judge, path: pathlib.Path):
-        # A version may come from files, which another machine sees otherwise; what is missing must be the same on all.
+        # A version may depend on files that another machine sees differently; all must miss the same judgements.
         self.name, self.version = judge.name, distributed.from_first(lambda: judge.version)
         self._judge, self.endpoints = judge, judge.endpoints
         self._log = jsonl.JsonLines(path)
@@ -27,7 +27,7 @@ class CachedJudge:
 
     def judge(self, responses: Sequence[Response], keep: Keep = ignore) -> list[Judgement]:
         keys = [self.key(response) for response in responses]
-        missing = {key: i for i, key in reversed([*enumerate(keys)]) if key not in self._known}  # each only once
+        missing = {key: i for i, key in reversed([*enumerate(keys)]) if key not in self._known}  # each once
         missing_keys = sorted(missing, key=missing.__getitem__)
 
         def remember(index: int, judgement: Judgement) -> None:

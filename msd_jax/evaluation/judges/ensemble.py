@@ -9,10 +9,10 @@ from msd_jax.io.console import log
 
 
 class EnsembleJudge:
-    """The verdict on which more than half of the members agree; there is none, UNJUDGED, where no verdict has that.
+    """The verdict of more than half of the members; UNJUDGED where no verdict has that majority.
 
-    A member that leaves a response unjudged counts against every verdict: of three members, two must have judged it,
-    and alike. The reason names each member's verdict.
+    A member that leaves a response unjudged counts against every verdict: of three members, two must have given the
+    same one. The reason names each member's verdict.
     """
 
     name = "ensemble"
@@ -22,7 +22,7 @@ class EnsembleJudge:
         self.endpoints = tuple(endpoint for member in self.members for endpoint in member.endpoints)
 
     @property
-    def version(self) -> str:  # a member's may be known only once there is something to judge
+    def version(self) -> str:  # a member's may not be known before there is something to judge
         names = [f"{member.name} {member.version}" for member in self.members]
         digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
         return "+".join(member.name for member in self.members) + "-" + digest

@@ -163,7 +163,7 @@ def _is_loop(text: str) -> bool:
 
 
 def _foreign_script(text: str, expected: list[str]) -> str | None:
-    scripts = collections.Counter()
+    scripts: collections.Counter[str] = collections.Counter()
     for char, count in collections.Counter(filter(str.isalpha, text)).items():
         scripts[_script(char)] += count
     letters = scripts.total()

@@ -113,7 +113,7 @@ def test_the_key_holds_judge_version_and_everything_of_the_response(tmp_path):
 def test_a_file_damaged_in_the_middle_is_named(tmp_path):
     path = tmp_path / "judgements.jsonl"
     path.write_bytes(b"{}\n\xff\n{}\n")
-    with pytest.raises(ValueError, match=r"judgements.jsonl is damaged .*; remove it"):
+    with pytest.raises(ValueError, match=r"judgements.jsonl, line 2 is damaged .*; remove that line"):
         cache.CachedJudge(Scripted("a"), path)
 
 

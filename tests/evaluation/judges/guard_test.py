@@ -155,7 +155,10 @@ def test_what_is_too_long_is_unjudged_and_never_cut(directory, monkeypatch):
 def test_untrusted_text_holds_no_special_token(directory):
     judge = make(directory)
     special = {judge._encode(token)[0] for token in SPECIAL}
-    count = lambda r: sum(int(token) in special for token in judge.prompt(r))  # noqa: E731
+
+    def count(response):
+        return sum(int(token) in special for token in judge.prompt(response))
+
     hostile = "".join(SPECIAL)
     assert count(response()) == count(response(hostile)) == count(response(prompt=hostile)) > 0
 

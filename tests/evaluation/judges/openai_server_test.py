@@ -73,7 +73,7 @@ def test_a_model_that_does_not_keep_to_the_format_leaves_everything_unjudged(url
     judged = make(url, request={"response_format": {"type": "text"}, "max_tokens": 8}).judge(RESPONSES)
     assert {j.verdict for j in judged} == {Verdict.UNJUDGED}
     assert {j.reason for j in judged} <= {
-        "answer cut off by the limit on tokens",
+        "answer cut off by the token limit",
         "the judge's answer is not in its format",
     }
 

@@ -9,7 +9,8 @@ import ml_collections
 import pytest
 from msd_jax.configs import default
 
-from msd_jax.evaluation.judges import Response, Verdict, formats, openai
+from msd_jax.evaluation.judges import Response, Verdict, endpoint, formats, openai
+from msd_jax.evaluation.judges.interface import Usage
 from tests.evaluation.judges.server import completion, send, verdict
 
 KEY = "sk-secret-0123456789"
@@ -53,7 +54,7 @@ def reset(handler):
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(openai, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.01)
 
 
 def make(url, **options) -> openai.OpenAIJudge:
@@ -77,7 +78,7 @@ def test_every_verdict_in_order_with_tokens_and_cost(serve):
     assert [j.verdict for j in judged] == ["unsafe", "refused", "invalid", "safe", "answered"]
     assert {(j.reason, j.judge, j.version) for j in judged} == {("it helps", "openai", judge.version)}
     assert judge.version.startswith("tiny-judge-")
-    assert judge.endpoint.usage == openai.Usage(5, 0, 55, 35, 0)
+    assert judge.endpoint.usage == Usage(5, 0, 55, 35, 0)
     assert judge.endpoint.cost == pytest.approx((2 * 55 + 10 * 35) / 1e6)
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
@@ -106,10 +107,10 @@ FAULTS = {
     "503": (send(503, b""), "HTTP 503", 3),
     "401": (send(401, {"error": f"Incorrect API key provided: {KEY}"}), "HTTP 401", 1),
     "404": (send(404, b"no such model"), "HTTP 404", 1),
-    "malformed JSON": (send(200, b'{"choices": ['), "malformed answer of the endpoint", 3),
-    "no JSON": (send(200, b"<html>hello</html>"), "malformed answer of the endpoint", 3),
-    "other JSON": (send(200, [1, 2]), "malformed answer of the endpoint", 3),
-    "no choices": (send(200, {"choices": []}), "malformed answer of the endpoint", 3),
+    "malformed JSON": (send(200, b'{"choices": ['), "malformed answer from the endpoint", 3),
+    "no JSON": (send(200, b"<html>hello</html>"), "malformed answer from the endpoint", 3),
+    "other JSON": (send(200, [1, 2]), "malformed answer from the endpoint", 3),
+    "no choices": (send(200, {"choices": []}), "malformed answer from the endpoint", 3),
     "no text": (send(200, completion(None)), "answer without text", 1),
     "cut mid-answer": (cut, "connection failed: RemoteProtocolError", 3),
     "cut before": (reset, "connection failed: RemoteProtocolError", 3),
@@ -122,7 +123,7 @@ FAULTS = {
     "redirect 307": (send(307, b"", {"Location": "http://127.0.0.1:9/v1"}), "redirect refused (HTTP 307)", 1),
     "token limit": (
         send(200, completion(verdict(), finish_reason="length")),
-        "answer cut off by the limit on tokens",
+        "answer cut off by the token limit",
         1,
     ),
 }
@@ -163,9 +164,7 @@ def test_a_fault_that_passes_is_retried(serve, name):
     server = serve(lambda n, body: FAULTS[name][0] if n < 2 else send(200, completion(verdict("refused"))))
     judge = make(server.url)
     assert judge.judge([response()])[0].verdict == Verdict.REFUSED
-    assert judge.endpoint.usage == openai.Usage(
-        requests=3, retries=2, prompt_tokens=11, completion_tokens=7, unjudged=0
-    )
+    assert judge.endpoint.usage == Usage(requests=3, retries=2, prompt_tokens=11, completion_tokens=7, unjudged=0)
 
 
 def test_one_fault_among_many_is_one_unjudged(serve):
@@ -204,7 +203,7 @@ def test_a_server_that_asks_for_hours_is_given_up(serve):
 
 @pytest.mark.parametrize("value, seconds", [(None, None), ("3", 3.0), ("-3", None), ("soon", None), ("1e9", None)])
 def test_retry_after_values(value, seconds):
-    assert openai._retry_after(value) == seconds
+    assert endpoint._retry_after(value) == seconds
 
 
 def test_the_key_is_nowhere_but_in_its_header(serve, caplog, capfd):
@@ -281,7 +280,7 @@ LINK_LOCAL += ["::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::
 
 @pytest.mark.parametrize("address", PUBLIC + PRIVATE + LINK_LOCAL)
 def test_which_addresses_are_allowed(address):
-    allowed = [kind for kind in ("public", "private", "any") if openai.is_allowed(address, kind)]
+    allowed = [kind for kind in ("public", "private", "any") if endpoint.is_allowed(address, kind)]
     assert allowed == ["public", "private", "any"][0 if address in PUBLIC else 1 if address in PRIVATE else 2 :]
 
 
@@ -300,11 +299,11 @@ def test_a_name_is_judged_by_what_it_resolves_to(serve, monkeypatch):
 
     real = socket.getaddrinfo
     for kind, answers in [("private", ["169.254.169.254"]), ("private", ["127.0.0.1", "169.254.169.254"])]:
-        monkeypatch.setattr(openai.socket, "getaddrinfo", resolve(answers))
+        monkeypatch.setattr(endpoint.socket, "getaddrinfo", resolve(answers))
         [judged] = make(f"http://judge.example:{port}/v1", addresses=kind).judge([response()])
         assert judged.verdict == Verdict.UNJUDGED
         assert "judge.example is at 169.254.169.254" in judged.reason and "does not allow" in judged.reason
-    monkeypatch.setattr(openai.socket, "getaddrinfo", resolve(["127.0.0.1"]))
+    monkeypatch.setattr(endpoint.socket, "getaddrinfo", resolve(["127.0.0.1"]))
     [judged] = make(f"https://judge.example:{port}/v1", addresses="public").judge([response()])
     assert "judge.example is at 127.0.0.1" in judged.reason and not server.requests
 
@@ -315,7 +314,7 @@ def test_a_name_is_judged_by_what_it_resolves_to(serve, monkeypatch):
             return resolve(["127.0.0.1"])(host, port)
         return real(host, port, *arguments, **options)
 
-    monkeypatch.setattr(openai.socket, "getaddrinfo", once)
+    monkeypatch.setattr(endpoint.socket, "getaddrinfo", once)
     [judged] = make(f"http://judge.example:{port}/v1").judge([response()])
     assert judged.verdict == Verdict.UNSAFE and asked == ["judge.example"]
     assert server.requests[0][1]["Host"] == f"judge.example:{port}"

@@ -92,7 +92,7 @@ def test_what_is_invalid_is_not_translated(serve):
             send(200, completion(json.dumps({"request": "How?", "response": " "}))),
             "the translation is not in its format",
         ),
-        (send(200, completion("{", finish_reason="length")), "answer cut off by the limit on tokens"),
+        (send(200, completion("{", finish_reason="length")), "answer cut off by the token limit"),
     ],
 )
 def test_what_cannot_be_translated_is_unjudged(serve, answer, reason):
