@@ -21,14 +21,17 @@ def run(arguments: argparse.Namespace, rank: int) -> dict[str, float]:
     from msd_jax.configs import smollm2
 
     from msd_jax.io import jsonl
+    from msd_jax.parallel import host_memory
     from msd_jax.training import loop
+    from msd_jax.training import run as training_run
 
     config = smollm2.get_config()
     config.model.path, config.data.path = arguments.model, arguments.queries
     config.model.lora.rank = rank
     config.train.steps, config.train.export = arguments.steps, False
+    host_memory.give_back_after_compilations()
     with tempfile.TemporaryDirectory() as workdir:
-        loop.Trainer(ml_collections.FrozenConfigDict(config), pathlib.Path(workdir)).train()
+        loop.train(training_run.setup(ml_collections.FrozenConfigDict(config), pathlib.Path(workdir)))
         rows = jsonl.read(pathlib.Path(workdir) / "metrics.jsonl")
     return {
         "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,

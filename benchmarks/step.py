@@ -11,6 +11,7 @@ installed, transformers and tensorboardX load it, which takes 0.2 GB.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import resource
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 COMPARED = ("seconds_per_step", "generation_seconds", "training_seconds", "peak_bytes")
 
@@ -48,15 +50,20 @@ def hide_torch() -> None:
 
 def ours(arguments: argparse.Namespace) -> list[dict[str, float]]:
     hide_torch()
-    from msd_jax.training import loop, metrics
+    from msd_jax.io import jsonl
+    from msd_jax.parallel import host_memory
+    from msd_jax.training import loop, run
 
+    host_memory.give_back_after_compilations()
     with tempfile.TemporaryDirectory() as workdir:
-        trainer = loop.Trainer(configured(arguments), pathlib.Path(workdir))
-        state, writer, rows = trainer.initial_state(), metrics.Metrics(pathlib.Path(workdir), 0), []
-        for step in range(arguments.steps):  # without the checkpoint at the end, which TRL skips as well
-            state, row = trainer.step(step, state, writer)
-            rows.append(row)
-            print(f"step {step}: {row['rollout_seconds']:.1f} + {row['train_seconds']:.1f} s", file=sys.stderr)
+        ready = run.setup(configured(arguments), pathlib.Path(workdir))
+        # Without the checkpoint at the end, which TRL is told to leave out as well.
+        ready = dataclasses.replace(ready, checkpoints=types.SimpleNamespace(save=lambda *_: None))
+        state, frozen = loop.initial_state(ready)
+        loop.take_steps(ready, frozen, state, iter(ready.batches), 0)
+        rows = jsonl.read(pathlib.Path(workdir) / "metrics.jsonl")
+    for row in rows:
+        print(f"step {row['step']}: {row['rollout_seconds']:.1f} + {row['train_seconds']:.1f} s", file=sys.stderr)
     assert "torch" not in sys.modules
     compiled = [row["rollout_compilations"] + row["train_compilations"] for row in rows]
     return [
@@ -78,11 +85,11 @@ def peer(arguments: argparse.Namespace) -> list[dict[str, float]]:
     from trl.experimental import sdft
 
     from msd_jax.models.tokenizer import load_tokenizer
-    from msd_jax.training import loop
+    from msd_jax.training import run
 
     config = configured(arguments)
     with tempfile.TemporaryDirectory() as workdir:
-        batches = loop.Trainer(config, pathlib.Path(workdir)).batches  # the same queries as msd_jax's, in its order
+        batches = iter(run.read(config).batches)  # the queries that ours takes, in its order
         tokenizer = load_tokenizer(arguments.model)
         rows = [peer_row(example, tokenizer) for _ in range(arguments.steps) for example in next(batches).examples]
         options = sdft.SDFTConfig(

@@ -1,1 +1,1 @@
-"""A run: its set-up, its loop, its step."""
+"""Training: the set-up of a run, its loop, its step."""

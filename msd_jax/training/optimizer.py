@@ -13,7 +13,12 @@ SCHEDULES = ("cosine", "constant")  # of config.optimizer.schedule
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up to config.learning_rate, then constant or cosine to final_fraction of it at `steps`."""
+    """Linear warm-up to config.learning_rate, then constant, or a cosine to final_fraction of it at `steps`.
+
+    Args:
+      config: config.optimizer.
+      steps: number of steps of the whole run.
+    """
     warmup = config.warmup_steps
     rest = max(steps - warmup, 1)
     after = {
@@ -28,12 +33,12 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
 def make_optimizer(
     config: ml_collections.ConfigDict, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW, or Adafactor without momentum, behind a global-norm clip."""
+    """(rule, schedule): AdamW, or Adafactor without momentum, after a clip by global norm; arguments as above."""
     schedule = make_schedule(config, steps)
     if config.name == "adafactor":
         rule = optax.adafactor(
             schedule,
-            multiply_by_parameter_scale=False,  # so that a learning rate means what it means to AdamW
+            multiply_by_parameter_scale=False,  # a learning rate then means what it means to AdamW
             weight_decay_rate=config.weight_decay or None,
             weight_decay_mask=_is_matrix,
         )
@@ -45,9 +50,10 @@ def make_optimizer(
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm as one factor for all, which XLA fuses into the moments; optax's division it stores.
+    """As optax.clip_by_global_norm, by one factor for all gradients.
 
-    `update` takes the norm of the gradients as an argument of its own, `norm`, and computes it where it is not given.
+    XLA fuses the factor into the moments, where optax's division would be stored as a second copy of the gradients.
+    `update` takes the norm of the gradients as a further argument, `norm`, and computes it where it is not given.
     """
 
     def update(grads: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any) -> Any:
@@ -72,12 +78,12 @@ def with_state_dtype(rule: optax.GradientTransformation, dtype: jnp.dtype) -> op
 
 
 def state_shardings(rule: optax.GradientTransformation, params: Any) -> Any:
-    """The optimizer's state as ShapeDtypeStructs, each array laid out as the parameter that it belongs to.
+    """The optimizer's state as ShapeDtypeStructs, each array sharded as the parameter that it belongs to.
 
     Args:
       rule: from make_optimizer.
-      params: ShapeDtypeStructs with shardings. A moment of a parameter's shape takes its sharding; one that has an axis
-        less (Adafactor's) takes what is left of it; all else is on every device.
+      params: ShapeDtypeStructs with shardings. A moment of the parameter's shape takes its sharding; one that lacks an
+        axis (Adafactor's) takes the rest of it; everything else is replicated.
     """
 
     def like(moment: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -99,6 +105,6 @@ def state_shardings(rule: optax.GradientTransformation, params: Any) -> Any:
 
 
 def _is_matrix(params: Any) -> Any:
-    """Weight decay is for matrices, not for norms and biases."""
+    """True at matrices, which weight decay is for, and false at norms and biases."""
     names = ("norm", "bias")
     return jax.tree.map_with_path(lambda path, _: not any(name in path[-1].key for name in names), params)

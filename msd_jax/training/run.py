@@ -83,7 +83,7 @@ class Run(Inputs):
 
 
 def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
-    """Reads and checks everything, then makes `workdir` the run's own; no program is compiled, no weight is read.
+    """Reads and checks everything, then makes `workdir` the run's own; no weight is read and no step compiled.
 
     Raises:
       UserError: names what is wrong with the config, a file or the workdir; `workdir` is then as it was.

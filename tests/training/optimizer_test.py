@@ -81,7 +81,10 @@ def descend(config, steps=200):
 
 def test_every_rule_descends_and_keeps_what_it_should(config):
     config.learning_rate = 0.05
-    floats = lambda state: [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]  # noqa: E731
+
+    def floats(state):
+        return [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+
     left, state = descend(config)
     assert left < 0.1 and sum(x.size for x in floats(state)) == 2 * 256 * 130
 

@@ -194,7 +194,10 @@ def test_a_step_holds_little_beside_the_state_and_one_gradient():
     model = pretrained.architecture(dataclasses.replace(CONFIG, **sizes), **options)
     optimize, _ = optimizer.make_optimizer(config.optimizer, 10)
     state, frozen = train_step.abstract_state(model, mesh, optimize, "frozen")
-    rows = lambda *shape: jax.ShapeDtypeStruct((8, *shape), jnp.int32, sharding=sharding.batch_sharding(mesh))  # noqa: E731
+
+    def rows(*shape):
+        return jax.ShapeDtypeStruct((8, *shape), jnp.int32, sharding=sharding.batch_sharding(mesh))
+
     batch = train_step.TrainBatch(rows(4), rows(), rows(4), rows(), rows(4), rows())
     memory = (
         train_step.jit_train_step(config, model, mesh, optimize).lower(state, frozen, batch).compile().memory_analysis()

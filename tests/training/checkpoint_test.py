@@ -1,0 +1,86 @@
+"""What a resumed run may change, and what it must not."""
+
+import ml_collections
+import numpy as np
+import pytest
+from msd_jax.configs import default
+
+from msd_jax.training import checkpoint
+
+
+def changes(**values) -> list[str]:
+    config = default.get_config()
+    old = checkpoint.plain(config)
+    for key, value in values.items():
+        *sections, name = key.split("__")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return checkpoint.config_changes(old, config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train__steps": 1000},
+        {"train__log_every": 5},
+        {"eval__every": 50, "eval__utility_floor": 0.5},
+        {"preflight__min_flip": 0.5},
+        {"judge__guard__batch_size": 1},
+        {"judge__openai__timeout": 5.0, "judge__openai__retries": 9, "judge__openai__concurrency": 1},
+        {"judge__openai__key_variable": "KEY", "judge__openai__addresses": "private"},
+        {"judge__openai__price_per_million_prompt_tokens": 1.0},
+        {"mesh__tensor": 2, "launch__topology": "v6e:4x4"},
+    ],
+)
+def test_what_changes_no_number_may_change(change):
+    assert changes(**change) == []
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("seed", 1),
+        ("model__dtype", "bfloat16"),
+        ("train__micro_batches", 2),
+        ("eval__limit", 7),
+        ("eval__languages", ("en",)),
+        ("eval__slice", 3),
+        ("eval__mgsm__path", "elsewhere"),
+        ("judge__kind", "guard"),
+        ("judge__openai__model", "another"),
+        ("judge__guard__limit", 5),
+    ],
+)
+def test_what_changes_a_number_is_named(key, value):
+    (line,) = changes(**{key: value})
+    assert line.startswith(f"config.{key.replace('__', '.')}: ")
+
+
+def test_a_key_that_only_one_release_has_is_named():
+    config = default.get_config()
+    old = checkpoint.plain(config)
+    del old["loss"]["beta"]
+    old["loss"]["gamma"] = 1
+    assert checkpoint.config_changes(old, config) == [
+        "config.loss.beta: 'absent' -> 0.5",
+        "config.loss.gamma: 1 -> 'absent'",
+    ]
+
+
+def test_paths_may_differ_between_machines():
+    config = ml_collections.ConfigDict({"model": {"path": "/here", "dtype": "float32"}, "data": {"data_dir": "/there"}})
+    assert checkpoint.without_paths(config) == {"model.dtype": "float32"}
+
+
+def test_steps_are_saved_whole_and_the_last_are_kept(tmp_path):
+    config, checkpoints = default.get_config(), checkpoint.Checkpoints(tmp_path, kept=2)
+    assert checkpoints.latest is None and checkpoints.steps == []
+    for step in (2, 4, 6):
+        checkpoints.save(step, {"x": np.full(3, step)}, {"next_index": 10 * step}, config)
+    checkpoints.close()
+    again = checkpoint.Checkpoints(tmp_path)
+    assert again.latest == 6 and again.steps == [6, 4]
+    state, data = again.restore(4, {"x": np.zeros(3, int)})
+    assert state["x"].tolist() == [4, 4, 4] and data == {"next_index": 40}
