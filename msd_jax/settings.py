@@ -12,7 +12,7 @@ from msd_jax.configs import default
 from msd_jax.data import sources
 from msd_jax.errors import UserError
 from msd_jax.evaluation import benchmarks
-from msd_jax.models.lora import INPUTS
+from msd_jax.models.lora import ADAPTABLE
 from msd_jax.planning import topology
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
@@ -153,9 +153,9 @@ def _faults(config: ml_collections.ConfigDict) -> Iterator[str]:
         except ValueError as error:
             yield str(error)
 
-    targets, known = set(config.model.lora.targets), set(INPUTS)
+    targets, known = set(config.model.lora.targets), set(ADAPTABLE)
     if not targets or targets - known:
-        yield f"config.model.lora.targets={tuple(config.model.lora.targets)!r}: choose among {', '.join(INPUTS)}"
+        yield f"config.model.lora.targets={tuple(config.model.lora.targets)!r}: choose among {', '.join(ADAPTABLE)}"
 
     members = tuple(config.judge.members)
     if config.judge.kind == "ensemble" and (

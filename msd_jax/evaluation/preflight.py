@@ -41,7 +41,7 @@ def run(
     config, rows = _both_roles(config), {}
     made = {role: evaluator.Evaluation(config, model, mesh, role) for role in ("student", "teacher")}
     layout = model.shardings(mesh, sharding.ROLLOUT)
-    params = rollout.relayout(model.params(mesh), model.dtype, layout)
+    params = rollout.reshard(model.params(mesh), model.dtype, layout)
     for role, evaluation in made.items():
         say(f"pre-flight: {len(evaluation.prompts)} prompts as the {role}")
         evaluation.run(lambda: params, directory / role)

@@ -191,7 +191,7 @@ def tasks(config: ml_collections.ConfigDict, model: pretrained.Architecture, mes
         return generator.trace(relaid, B, P)
 
     yield Task("train", step, beside=0)
-    yield Task("relayout", lambda: rollout.trace_relayout(weights, relaid), beside=held - bytes_a_chip(weights))
+    yield Task("relayout", lambda: rollout.trace_reshard(weights, relaid), beside=held - bytes_a_chip(weights))
     if config.rollout.policy != "off_policy":
         run = functools.partial(generate, batch_size, prompts.student_limit, length)
         yield Task("rollout", run, held, length - 1)

@@ -270,7 +270,7 @@ class Trainer:
         return state, row
 
     def rollout_params(self, trained: decoder.Params) -> decoder.Params:
-        return rollout.relayout(decoder.join(self.frozen, trained), self.model.dtype, self.rollout_shardings)
+        return rollout.reshard(decoder.join(self.frozen, trained), self.model.dtype, self.rollout_shardings)
 
     def export(self, state: train_step.TrainState) -> None:
         """Writes WORKDIR/model, and the adapters alone to WORKDIR/adapter where they are what was trained."""

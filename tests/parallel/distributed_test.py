@@ -211,7 +211,7 @@ import sys
 import jax._src.clusters.cloud_tpu_cluster as cluster
 
 cluster.running_in_cloud_tpu_vm = True  # the rest is as GKE sets it up
-from msd_jax import distributed
+from msd_jax.parallel import distributed
 
 distributed.start(["program"])
 import jax

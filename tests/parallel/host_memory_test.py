@@ -6,7 +6,7 @@ import sys
 # Blocks too small to be mapped one by one, below one that stays: by itself glibc gives none of them back.
 PROGRAM = """
 import ctypes, jax
-from msd_jax import host_memory
+from msd_jax.parallel import host_memory
 
 seen = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: seen.append(event))
