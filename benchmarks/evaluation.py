@@ -40,7 +40,7 @@ def ours(arguments: argparse.Namespace) -> dict:
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = pretrained.load(arguments.model, dtype="float32", param_dtype="float32", remat="none", mesh=mesh)
-    params = rollout.relayout(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
+    params = rollout.reshard(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
     sampling = rollout.Sampling(arguments.tokens, temperature=0.0)
     generator = rollout.Generator(model.graphdef, mesh, sampling, model.stop_ids, model.pad_id)
     rows = sorted((np.array(ids, np.int32) for ids in prompts_of(arguments, model.tokenizer)), key=len)

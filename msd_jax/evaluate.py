@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--out={out} already holds an evaluation; take another directory")
         params = trained.load_params(cli.FLAGS.checkpoint, model, mesh)
     layout = model.shardings(mesh, sharding.ROLLOUT)
-    summary = evaluation.run(lambda: rollout.relayout(params, model.dtype, layout), out)
+    summary = evaluation.run(lambda: rollout.reshard(params, model.dtype, layout), out)
     report.print_summary(summary)
     log(f"responses and verdicts: {out / 'responses.jsonl'}")
 

@@ -60,7 +60,7 @@ _CHOICES = {
 }
 # Tuples of choices, each at most once: what they are chosen from, and the fewest.
 _SELECTIONS = {
-    "model.lora.targets": (tuple(lora.INPUTS), 1),
+    "model.lora.targets": (tuple(lora.ADAPTABLE), 1),
     "eval.benchmarks": (benchmarks.NAMES, 0),
     "eval.passes": (tuple(answering.TEMPERATURES), 1),
 }

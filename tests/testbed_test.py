@@ -69,7 +69,7 @@ def evaluated(directory, limit=0):
     config.eval.limit = limit
     model = pretrained.load(**config.model)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    params = rollout.relayout(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
+    params = rollout.reshard(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
     config = ml_collections.FrozenConfigDict(config)
     evaluations = (evaluator.Evaluator(config, model, mesh, role) for role in ("student", "teacher"))
     return tuple(summarise(each.answer(params, each.prompts), config)["queries"]["languages"] for each in evaluations)

@@ -94,7 +94,7 @@ class MsdJaxLM(TemplateLM):
         self._model = pretrained_lib.load(**settings, mesh=self._mesh)
         params = trained.load_params(step, self._model, self._mesh)
         layout = self._model.shardings(self._mesh, sharding.ROLLOUT)
-        self._params = rollout.relayout(params, self._model.dtype, layout)
+        self._params = rollout.reshard(params, self._model.dtype, layout)
         self.tokenizer, self._add_bos, self._prefix = self._model.tokenizer, add_bos_token, prefix_token_id
         self._template = dict(chat_template_args or {})
         if enable_thinking is not None:

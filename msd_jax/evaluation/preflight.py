@@ -82,7 +82,7 @@ def run(
     config = _judged_and_greedy(config)
     evaluators = {role: Evaluator(config, model, mesh, role) for role in ("student", "teacher")}
     layout = model.shardings(mesh, sharding.ROLLOUT)
-    params = rollout.relayout(model.params(mesh), model.dtype, layout)
+    params = rollout.reshard(model.params(mesh), model.dtype, layout)
     answered = {}
     for role, evaluator in evaluators.items():
         log(f"pre-flight: {len(evaluator.prompts)} prompts as the {role}")

@@ -1,20 +1,20 @@
-"""Generation: prefill, then decoding with a KV cache, in one jitted program a shape.
+"""Generation: prefill, then decoding with a KV cache, in one jitted program per shape.
 
-Every sampling parameter is an argument; nothing is taken from a model's generation_config but its stop tokens.
+Every sampling parameter is an argument; of a model's generation_config only the stop tokens are used.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from msd_jax.models import attention, decoder, forward
+from msd_jax.models import decoder, forward
 from msd_jax.parallel import padding, sharding
 
 
@@ -42,14 +42,11 @@ class Rollout(NamedTuple):
       response_BxR: int32 ids, right-padded; the first stop token is part of the response.
       length_B: int32 number of response tokens.
       stopped_B: bool, whether a stop token was reached.
-      log_prob_BxR: float32 log-probability of each token at the sampling temperature (at 1 where it is 0), before
-        top_k and top_p; 0 at padding.
     """
 
     response_BxR: jax.Array
     length_B: jax.Array
     stopped_B: jax.Array
-    log_prob_BxR: jax.Array
 
     def row(self, row: int) -> tuple[list[int], bool]:
         """(token ids, whether a stop token was reached) of one row of a rollout on the host."""
@@ -57,39 +54,53 @@ class Rollout(NamedTuple):
 
 
 def argmax(x_BxV: jax.Array) -> jax.Array:
-    """jnp.argmax(x_BxV, axis=-1) of numbers without NaN, int32; unlike that one, XLA vectorises this on CPU."""
+    """int32 jnp.argmax(x_BxV, axis=-1) of numbers without NaN, in a form that XLA vectorises on CPU."""
     V = x_BxV.shape[-1]
     highest_BxV = x_BxV == jnp.max(x_BxV, axis=-1, keepdims=True)
     return jnp.min(jnp.where(highest_BxV, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
 
 
-def sample(logits_BxV: jax.Array, key_B: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """Draws one token a row: (token_B int32, log_prob_B float32); each row has its own key."""
+def sample(logits_BxV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws one token for each row, int32 [B]; each row has its own key."""
     if sampling.temperature == 0:
-        token_B = argmax(logits_BxV)
-        log_prob_BxV = jax.nn.log_softmax(logits_BxV)
-    else:
-        log_prob_BxV = jax.nn.log_softmax(logits_BxV / sampling.temperature)
-        kept_BxV = log_prob_BxV
-        if 0 < sampling.top_k < kept_BxV.shape[-1]:
-            # min, not [-1]: a slice of top_k's values keeps XLA's fast top-k from being used on CPU.
-            lowest_Bx1 = jnp.min(jax.lax.top_k(kept_BxV, sampling.top_k)[0], axis=-1, keepdims=True)
-            kept_BxV = jnp.where(kept_BxV >= lowest_Bx1, kept_BxV, -jnp.inf)
-        if sampling.top_p < 1:
-            kept_BxV = jax.nn.log_softmax(kept_BxV)
-            sorted_BxV = -jnp.sort(-kept_BxV, axis=-1)
-            before_BxV = jnp.cumsum(jnp.exp(sorted_BxV), axis=-1) - jnp.exp(sorted_BxV)
-            last_B = jnp.sum(before_BxV < sampling.top_p, axis=-1) - 1
-            lowest_Bx1 = jnp.take_along_axis(sorted_BxV, jnp.maximum(last_B, 0)[:, None], axis=-1)
-            kept_BxV = jnp.where(kept_BxV >= lowest_Bx1, kept_BxV, -jnp.inf)
-        noise_BxV = jax.vmap(lambda key: jax.random.gumbel(key, kept_BxV.shape[1:], kept_BxV.dtype))(key_B)
-        token_B = argmax(noise_BxV + kept_BxV)  # as jax.random.categorical draws
-    return token_B, jnp.take_along_axis(log_prob_BxV, token_B[:, None], axis=-1)[:, 0]
+        return argmax(logits_BxV)
+    kept_BxV = jax.nn.log_softmax(logits_BxV / sampling.temperature)
+    if 0 < sampling.top_k < kept_BxV.shape[-1]:
+        # min, not [-1]: a slice of top_k's values keeps XLA's fast top-k from being used on CPU.
+        lowest_Bx1 = jnp.min(jax.lax.top_k(kept_BxV, sampling.top_k)[0], axis=-1, keepdims=True)
+        kept_BxV = jnp.where(kept_BxV >= lowest_Bx1, kept_BxV, -jnp.inf)
+    if sampling.top_p < 1:
+        kept_BxV = jax.nn.log_softmax(kept_BxV)
+        sorted_BxV = -jnp.sort(-kept_BxV, axis=-1)
+        before_BxV = jnp.cumsum(jnp.exp(sorted_BxV), axis=-1) - jnp.exp(sorted_BxV)
+        last_B = jnp.sum(before_BxV < sampling.top_p, axis=-1) - 1
+        lowest_Bx1 = jnp.take_along_axis(sorted_BxV, jnp.maximum(last_B, 0)[:, None], axis=-1)
+        kept_BxV = jnp.where(kept_BxV >= lowest_Bx1, kept_BxV, -jnp.inf)
+    noise_BxV = jax.vmap(lambda key: jax.random.gumbel(key, kept_BxV.shape[1:], kept_BxV.dtype))(key_B)
+    return argmax(noise_BxV + kept_BxV)  # as jax.random.categorical draws
 
 
 def row_keys(key: jax.Array, query_hash_B: jax.Array) -> jax.Array:
     """A key for each row that depends on `key` and the query alone, not on the row's place in the batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, query_hash_B)
+
+
+class _Carry(NamedTuple):
+    """What the decoding loop hands on.
+
+    Attributes:
+      t: int32 number of tokens that each row has been given.
+      token_B: int32, the last of them.
+      done_B: bool, rows that get no more.
+      cache: holds all tokens before token_B.
+      rollout: what is written so far.
+    """
+
+    t: jax.Array | int
+    token_B: jax.Array
+    done_B: jax.Array
+    cache: Any
+    rollout: Rollout
 
 
 def generate(
@@ -110,7 +121,7 @@ def generate(
       graphdef, params: of a models.decoder.Decoder.
       prompt_BxP: int32 ids, left-padded.
       prompt_length_B: int32, at least 1.
-      key_B: one key a row; token t is drawn with fold_in(key, t).
+      key_B: one key for each row; token t is drawn with fold_in(key, t).
       active_B: bool; rows that are not active get no tokens (length 0).
       sampling, stop_ids, pad_id: static.
     """
@@ -118,39 +129,36 @@ def generate(
     (B, P), R = prompt_BxP.shape, sampling.max_new_tokens
     stop = jnp.array(stop_ids, jnp.int32)
     position_BxP, valid_BxP = forward.prompt_layout(prompt_length_B, P)
-    valid_BxS = jnp.concatenate([valid_BxP, jnp.ones((B, R), bool)], axis=1)  # later slots are masked as future
-    cache = decoder.init_cache(model.config, B, P + R, model.dtype, model.mesh)
-    hidden_BxPxD, cache = model(prompt_BxP, position_BxP, valid_BxS, cache)
-    layers, cache = model.apart(cache) if attention.platform(model.mesh) == "cpu" else (None, cache)
+    valid_BxS = jnp.concatenate([valid_BxP, jnp.ones((B, R), bool)], axis=1)
 
-    def emit(t, hidden_Bx1xD, done_B, rollout):
+    def emit(t: jax.Array | int, hidden_Bx1xD: jax.Array, done_B: jax.Array, cache: Any, rollout: Rollout) -> _Carry:
         """Samples token t of the rows that are not done."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(key_B, t)
-        token_B, log_prob_B = sample(model.logits(hidden_Bx1xD)[:, 0], keys, sampling)
+        token_B = sample(model.logits(hidden_Bx1xD)[:, 0], keys, sampling)
         token_B = jnp.where(done_B, pad_id, token_B)
         stopped_B = ~done_B & jnp.isin(token_B, stop)
         rollout = Rollout(
-            rollout.response_BxR.at[:, t].set(token_B),
-            rollout.length_B + ~done_B,
-            rollout.stopped_B | stopped_B,
-            rollout.log_prob_BxR.at[:, t].set(jnp.where(done_B, 0.0, log_prob_B)),
+            rollout.response_BxR.at[:, t].set(token_B), rollout.length_B + ~done_B, rollout.stopped_B | stopped_B
         )
-        return token_B, done_B | stopped_B, rollout
+        return _Carry(t + 1, token_B, done_B | stopped_B, cache, rollout)
 
-    def unfinished(carry):
-        t, _, done_B, _, _ = carry
-        return (t < R) & ~jnp.all(done_B)
+    def unfinished(carry: _Carry) -> jax.Array:
+        return (carry.t < R) & ~jnp.all(carry.done_B)
 
-    def decode(carry):
-        t, token_B, done_B, cache, rollout = carry
-        position_Bx1 = (prompt_length_B + t - 1)[:, None]
-        hidden_Bx1xD, cache = model(token_B[:, None], position_Bx1, valid_BxS, cache, P + t - 1, layers)
-        token_B, done_B, rollout = emit(t, hidden_Bx1xD, done_B, rollout)
-        return t + 1, token_B, done_B, cache, rollout
+    def decode(carry: _Carry) -> _Carry:
+        position_Bx1 = (prompt_length_B + carry.t - 1)[:, None]
+        token_Bx1, slot = carry.token_B[:, None], P + carry.t - 1
+        hidden_Bx1xD, cache = run_decoder(token_Bx1, position_Bx1, valid_BxS, carry.cache, slot)
+        return emit(carry.t, hidden_Bx1xD, carry.done_B, cache, carry.rollout)
 
-    empty = Rollout(jnp.full((B, R), pad_id, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), jnp.zeros((B, R)))
-    token_B, done_B, rollout = emit(0, hidden_BxPxD[:, -1:], ~active_B, empty)
-    return jax.lax.while_loop(unfinished, decode, (1, token_B, done_B, cache, rollout))[-1]
+    cache: Any = decoder.init_cache(model.config, B, P + R, model.dtype, model.mesh)
+    hidden_BxPxD, cache = model.prefill(prompt_BxP, position_BxP, valid_BxP, cache)
+    run_decoder: Callable[..., tuple[jax.Array, Any]] = model.decode
+    if sharding.platform(model.mesh) == "cpu":
+        layers, cache = model.unstack_layers(cache)
+        run_decoder = functools.partial(model.decode_unstacked, layers)
+    empty = Rollout(jnp.full((B, R), pad_id, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
+    return jax.lax.while_loop(unfinished, decode, emit(0, hidden_BxPxD[:, -1:], ~active_B, cache, empty)).rollout
 
 
 class Generator:
@@ -162,18 +170,32 @@ class Generator:
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, sampling: Sampling, stop_ids: tuple[int, ...], pad_id: int):
         self.mesh, self.sampling, self.pad_id, self.compilations = mesh, sampling, pad_id, 0
-        batch = sharding.batch_sharding(mesh)
 
-        def run(params, prompt_BxP, prompt_length_B, query_hash_B, active_B, key_data):
-            self.compilations += 1  # runs while tracing
-            static = {"sampling": sampling, "stop_ids": stop_ids, "pad_id": pad_id}
-            keys = row_keys(jax.random.wrap_key_data(key_data), query_hash_B)
-            return generate(graphdef, params, prompt_BxP, prompt_length_B, keys, active_B, **static)
+        def run(
+            params: decoder.Params,
+            prompt_BxP: jax.Array,
+            prompt_length_B: jax.Array,
+            query_hash_B: jax.Array,
+            active_B: jax.Array,
+            key_data: jax.Array,
+        ) -> Rollout:
+            self.compilations += 1  # only while tracing
+            key_B = row_keys(jax.random.wrap_key_data(key_data), query_hash_B)
+            prompts = prompt_BxP, prompt_length_B, key_B, active_B
+            return generate(graphdef, params, *prompts, sampling=sampling, stop_ids=stop_ids, pad_id=pad_id)
 
-        self._run = jax.jit(run, out_shardings=batch)
+        self._run = jax.jit(run, out_shardings=sharding.batch_sharding(mesh))
 
-    def __call__(self, params, prompt_BxP, prompt_length_B, query_hash_B, active_B, key: jax.Array) -> Rollout:
-        """As `generate`, from host arrays; `key` and a query's hash decide its response, whatever the batch."""
+    def __call__(
+        self,
+        params: decoder.Params,
+        prompt_BxP: np.ndarray,
+        prompt_length_B: np.ndarray,
+        query_hash_B: np.ndarray,
+        active_B: np.ndarray,
+        key: jax.Array,
+    ) -> Rollout:
+        """`generate` from host arrays; `key` and a query's hash alone decide its response, whatever the batch."""
         arrays = sharding.put_batch(self.mesh, (prompt_BxP, prompt_length_B, query_hash_B, active_B))
         key_data = jax.device_get(jax.random.key_data(key))
         return self._run(params, *arrays, sharding.put_replicated(self.mesh, key_data))
@@ -192,21 +214,21 @@ class Generator:
         Args:
           params: in the rollout layout.
           prompts_ids: int32 [P] each, of any lengths up to `limit`; padded here.
-          rows: B, divisible by the devices that share it; always the same, so that little is compiled.
+          rows: B, divisible by the devices that share it; always the same, so that few programs are compiled.
           limit: the largest P.
-          query_hash, key: as of `__call__`; needed where tokens are sampled.
+          query_hash, key: as in `__call__`; needed only where tokens are sampled.
         """
         count = len(prompts_ids)
         filled = [*prompts_ids, *[prompts_ids[0]] * (rows - count)]
         prompt_BxP, length_B = padding.left_pad(filled, limit, self.pad_id)
         hash_B = np.zeros(rows, np.uint32)
         hash_B[:count] = 0 if query_hash is None else query_hash
-        active_B = np.arange(rows) < count  # the others get no tokens
+        active_B = np.arange(rows) < count
         key = jax.random.key(0) if key is None else key
         return sharding.fetch(self(params, prompt_BxP, length_B, hash_B, active_B, key))
 
     def trace(self, params: decoder.Params, B: int, P: int) -> jax.stages.Traced:
-        """The program for B prompts of P tokens and abstract params, to be compiled for devices that are elsewhere."""
+        """The program for B prompts of P tokens and abstract params, to be compiled for devices elsewhere."""
         rows = sharding.batch_sharding(self.mesh)
         shapes = ((B, P), jnp.int32), ((B,), jnp.int32), ((B,), jnp.uint32), ((B,), jnp.bool_)
         arrays = (jax.ShapeDtypeStruct(*shape, sharding=rows) for shape in shapes)
@@ -215,20 +237,21 @@ class Generator:
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "shardings"))
-def _relayout(params, dtype, shardings):
-    cast = jax.tree.map(lambda p: p.astype(dtype), params)
-    leaves, treedef = jax.tree.flatten(cast)
-    return treedef.unflatten([jax.lax.with_sharding_constraint(p, s) for p, s in zip(leaves, shardings)])
+def _reshard(params: decoder.Params, dtype: jnp.dtype, shardings: tuple[NamedSharding, ...]) -> decoder.Params:
+    leaves, treedef = jax.tree.flatten(params)
+    return jax.tree.unflatten(
+        treedef, [jax.lax.with_sharding_constraint(p.astype(dtype), s) for p, s in zip(leaves, shardings)]
+    )
 
 
-def relayout(params: decoder.Params, dtype: jnp.dtype, shardings: decoder.Params) -> decoder.Params:
-    """Params in the compute dtype and the rollout's layout: gathered once a rollout, not once a token."""
+def reshard(params: decoder.Params, dtype: jnp.dtype, shardings: decoder.Params) -> decoder.Params:
+    """Params in the compute dtype and the rollout's layout: gathered once per rollout, not once per token."""
     flat = tuple(jax.tree.leaves(shardings))
     same = [p.dtype == dtype and p.sharding.is_equivalent_to(s, p.ndim) for p, s in zip(jax.tree.leaves(params), flat)]
-    return params if all(same) else _relayout(params, jnp.dtype(dtype), flat)
+    return params if all(same) else _reshard(params, jnp.dtype(dtype), flat)
 
 
-def trace_relayout(params: decoder.Params, relaid: decoder.Params) -> jax.stages.Traced:
-    """The program of `relayout` for abstract params and abstract results, to be compiled for devices elsewhere."""
-    leaves = jax.tree.leaves(relaid)
-    return _relayout.trace(params, leaves[0].dtype, tuple(leaf.sharding for leaf in leaves))
+def trace_reshard(params: decoder.Params, resharded: decoder.Params) -> jax.stages.Traced:
+    """The program of `reshard` for abstract params and abstract results, to be compiled for devices elsewhere."""
+    leaves = jax.tree.leaves(resharded)
+    return _reshard.trace(params, leaves[0].dtype, tuple(leaf.sharding for leaf in leaves))

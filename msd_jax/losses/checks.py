@@ -36,8 +36,10 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_cross_entropy(response_tokens: jax.Array | None, top_k: int | None) -> None:
+def check_cross_entropy(response_tokens: jax.Array | None, top_k: int | None) -> jax.Array:
+    """Returns the response tokens."""
     if response_tokens is None:
         raise ValueError("divergence='cross_entropy' needs the response tokens, got None")
     if top_k is not None:
         raise ValueError(f"divergence='cross_entropy' has no top_k, got {top_k!r}")
+    return response_tokens

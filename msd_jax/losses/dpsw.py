@@ -192,8 +192,8 @@ def token_values(
     check_choice("weighting", s.weighting, WEIGHTINGS)
     check_top_k("weight_top_k", s.weight_top_k, 2, teacher_logits.shape[-1])
     if s.divergence == "cross_entropy":
-        check_cross_entropy(response_tokens, s.top_k)
-        kl = cross_entropy(student_logits, response_tokens, temperature=s.temperature)
+        tokens = check_cross_entropy(response_tokens, s.top_k)
+        kl = cross_entropy(student_logits, tokens, temperature=s.temperature)
     else:
         options = {"beta": s.beta} if s.divergence == "jsd" else {}
         divergence = DIVERGENCES[s.divergence]

@@ -24,7 +24,9 @@ from msd_jax.losses.dpsw import weighted_loss
 from msd_jax.losses.settings import LossSettings
 
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]  # loss_sum, normaliser, aux
-Gradients = tuple[jax.Array | None, jax.Array | None]
+Gradients = tuple[jax.Array | None, jax.Array | None]  # of the student's hidden states and head; None: not wanted
+Data = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]  # teacher's hidden states and head, response, mask
+Axes = str | tuple[str, ...] | None  # mesh axes that split one axis of an array
 
 TOKEN_AXES = ("data", "fsdp")  # mesh axes that split the tokens
 HEAD_AXES = ("fsdp", "tensor")  # those that split a head's rows and its vocabulary
@@ -92,25 +94,27 @@ def fused_dpsw_loss(
     """
     _check(student_hidden_NxD, student_head_DxV, teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N, mesh)
     layout = _Layout(LossSettings(**options), chunk, dtype, logit_softcap, tied, mesh)
-    data = (teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N)
+    data: Data = (teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N)
 
     @jax.custom_vjp
-    def fused(hidden, head, data):
+    def fused(hidden: jax.Array, head: jax.Array, data: Data) -> Sums:
         return _losses_and_gradients(hidden, head, *data, layout, wanted=(False, False))[0]
 
-    def forward(hidden, head, data):
-        values = jax.tree.map(lambda x: x.value, data, is_leaf=lambda x: hasattr(x, "perturbed"))
+    def forward(hidden: Any, head: Any, data: Any) -> tuple[Sums, Gradients]:  # each array as a CustomVJPPrimal
+        values: Data = jax.tree.map(lambda x: x.value, data, is_leaf=lambda x: hasattr(x, "perturbed"))
         wanted = (hidden.perturbed, head.perturbed)
         return _losses_and_gradients(hidden.value, head.value, *values, layout, wanted)
 
-    def backward(gradients, cotangents):
+    def backward(gradients: Gradients, cotangents: Any) -> tuple[jax.Array | None, jax.Array | None, None]:
         scale = cotangents[0]  # of loss_sum; normaliser and aux carry no gradient
         if isinstance(scale, SymbolicZero):
             return None, None, None
-        return *(None if g is None else (scale * g).astype(g.dtype) for g in gradients), None
+        d_hidden, d_head = (None if g is None else (scale * g).astype(g.dtype) for g in gradients)
+        return d_hidden, d_head, None
 
     fused.defvjp(forward, backward, symbolic_zeros=True)
-    return fused(student_hidden_NxD, student_head_DxV, data)
+    sums: Sums = fused(student_hidden_NxD, student_head_DxV, data)
+    return sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +149,16 @@ def _losses_and_gradients(
     local = functools.partial(_local, layout=layout, wanted=wanted)
     dtypes, mesh = (hidden.dtype, head.dtype), layout.mesh
 
-    def as_stored(x):  # a head, or the two mesh axes of one; its own inverse
-        return (x[::-1] if isinstance(x, tuple) else x.T) if layout.tied else x
+    def as_stored(head: jax.Array) -> jax.Array:  # its own inverse
+        return head.T if layout.tied else head
 
-    def returned(d_hidden, d_head):
-        gradients = (d_hidden, None if d_head is None else as_stored(d_head))
-        return tuple(None if g is None else g.astype(d) for g, d in zip(gradients, dtypes))
+    def axes_as_stored(rows: Axes, columns: Axes) -> tuple[Axes, Axes]:
+        return (columns, rows) if layout.tied else (rows, columns)
+
+    def returned(d_hidden: jax.Array | None, d_head: jax.Array | None) -> Gradients:
+        d_head = None if d_head is None else as_stored(d_head)
+        d_hidden, d_head = (None if g is None else g.astype(d) for g, d in zip((d_hidden, d_head), dtypes))
+        return d_hidden, d_head
 
     hidden, teacher_hidden, head, teacher_head = map(layout.cast, (hidden, teacher_hidden, head, teacher_head))
     head, teacher_head = as_stored(head), as_stored(teacher_head)
@@ -158,16 +166,17 @@ def _losses_and_gradients(
         sums, gradients = local(hidden, head, teacher_hidden, teacher_head, response, mask)
         return sums, returned(*gradients)
 
-    def constrain(x, *spec):
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
+        constrained: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+        return constrained
 
-    def on_one_device(*operands):
+    def on_one_device(*operands: Any) -> tuple[Sums, Gradients]:
         sums, (d_hidden, d_head) = local(*operands)
         return jax.lax.psum(sums, TOKEN_AXES), (d_hidden, None if d_head is None else d_head[None])
 
     # Heads are gathered here, not inside: there XLA would gather their vocabulary as well. For the same reason the
     # devices' gradients of the head come out side by side, and are added under their final sharding.
-    gathered = as_stored((None, HEAD_AXES[1]))
+    gathered = axes_as_stored(None, HEAD_AXES[1])
     head, teacher_head = (constrain(w, *gathered) for w in (head, teacher_head))
     tokens, whole = PartitionSpec(TOKEN_AXES), PartitionSpec()
     sums, (d_hidden, d_head) = jax.shard_map(
@@ -179,7 +188,7 @@ def _losses_and_gradients(
         check_vma=False,
     )(hidden, head, teacher_hidden, teacher_head, response, mask)
     if d_head is not None:
-        d_head = constrain(jnp.sum(constrain(d_head, TOKEN_AXES, *gathered), axis=0), *as_stored(HEAD_AXES))
+        d_head = constrain(jnp.sum(constrain(d_head, TOKEN_AXES, *gathered), axis=0), *axes_as_stored(*HEAD_AXES))
     return sums, returned(d_hidden, d_head)
 
 
@@ -202,17 +211,19 @@ def _local(
     chunks = -(-N // layout.chunk)
     size = -(-N // chunks)
 
-    def split(x):  # the last chunk is filled up with tokens that are masked out
+    def split(x: jax.Array) -> jax.Array:  # the last chunk is filled up with tokens that are masked out
         return jnp.pad(x, [(0, chunks * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
-    def one_chunk(d_head, tokens):
+    def one_chunk(
+        d_head: jax.Array | None, tokens: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]
+    ) -> tuple[jax.Array | None, tuple[Sums, jax.Array | None]]:
         hidden, teacher_hidden, response, mask = tokens
         hidden = jnp.where(mask[:, None], hidden, 0)  # what is masked out may be NaN, and 0 * NaN is not 0
         # Transposed here, within the loop, where a product takes its operands either way.
         head_DxV, teacher_head_DxV = (w.T if layout.tied else w for w in (head, teacher_head))
         teacher_logits = layout.capped(_matmul(teacher_hidden, teacher_head_DxV))
 
-        def loss(product):
+        def loss(product: jax.Array) -> tuple[jax.Array, Sums]:
             sums = weighted_loss(layout.capped(product), teacher_logits, response, mask, layout.loss)
             return sums[0], sums
 
@@ -221,7 +232,7 @@ def _local(
         _, pullback, sums = jax.vjp(loss, _matmul(hidden, head_DxV), has_aux=True)
         (gradient,) = pullback(jnp.ones((), jnp.float32))
         d_hidden = _matmul(gradient, head_DxV.T) if wanted[0] else None
-        if wanted[1]:
+        if d_head is not None:
             d_head += _matmul(gradient.T, hidden) if layout.tied else _matmul(hidden.T, gradient)
         return d_head, (sums, d_hidden)
 
@@ -244,12 +255,21 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _parts(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Two arrays of `dtype` that add up to x, almost."""
     # reduce_precision, not a cast: XLA may take float32 -> bfloat16 -> float32 for nothing at all.
     high = jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
     return high.astype(dtype), (x - high).astype(dtype)
 
 
-def _check(hidden, head, teacher_hidden, teacher_head, response, mask, mesh):
+def _check(
+    hidden: jax.Array,
+    head: jax.Array,
+    teacher_hidden: jax.Array,
+    teacher_head: jax.Array,
+    response: jax.Array | None,
+    mask: jax.Array,
+    mesh: Mesh | None,
+) -> None:
     N, V = len(hidden), head.shape[-1]
     for name, h, w in (("student", hidden, head), ("teacher", teacher_hidden, teacher_head)):
         if h.ndim != 2 or w.ndim != 2 or len(h) != N or w.shape != (h.shape[1], V):

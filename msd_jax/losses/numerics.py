@@ -80,7 +80,8 @@ def blockwise_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """
     V = x.shape[-1]
     if V % _BLOCKS or k >= V // _BLOCKS:
-        return tuple(jax.lax.top_k(x, k))
+        values, indices = jax.lax.top_k(x, k)
+        return values, indices
     values, indices = jax.lax.top_k(x.reshape(*x.shape[:-1], _BLOCKS, -1), k)
     indices += jnp.arange(0, V, V // _BLOCKS)[:, None]
     values, indices = (a.reshape(*x.shape[:-1], -1) for a in (values, indices))

@@ -11,6 +11,7 @@ import numpy as np
 from msd_jax.errors import UserError, UserFileError
 
 SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as config.json names them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,43 +20,58 @@ class Rope:
 
     Attributes:
       theta: base of the geometric series of wavelengths.
-      scaling: parameters of the scaling, `rope_type` among them, as sorted pairs (hashable); empty for none.
+      rope_type: how frequencies are scaled for longer contexts: "default" (not at all), "linear", "llama3" or "yarn".
+      factor: of the scaling.
+      original_positions: the context that the model was trained on before scaling (llama3, yarn).
+      low_freq_factor, high_freq_factor: of llama3.
+      beta_fast, beta_slow: of yarn.
+      attention_factor: of yarn, on cos and sin; None: 0.1 log(factor) + 1.
     """
 
     theta: float
-    scaling: tuple[tuple[str, float | str], ...] = ()
+    rope_type: str = "default"
+    factor: float = 1.0
+    original_positions: float = 0.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """Radians per position, float32 [H/2], and the factor on cos and sin (YaRN's attention factor, else 1).
+        """Radians per position, float32 [H/2], and the factor on cos and sin.
 
         The formulas are those of `transformers.modeling_rope_utils` and of the papers named there.
         """
-        exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-        frequencies = self.theta**-exponents
-        scaling = dict(self.scaling)
-        kind = scaling.get("rope_type", "default")
-        if kind == "default":
-            return frequencies.astype(np.float32), 1.0
-        factor = scaling["factor"]
-        if kind == "linear":
-            return (frequencies / factor).astype(np.float32), 1.0
-        original = scaling["original_max_position_embeddings"]
-        if kind == "llama3":
-            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            # 0 where the wavelength exceeds original/low, 1 where it is below original/high, linear between.
-            keep = np.clip((original * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
-            return (keep * frequencies + (1 - keep) * frequencies / factor).astype(np.float32), 1.0
-        assert kind == "yarn", kind  # read() admits no other
+        plain = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if self.rope_type == "default":
+            return plain.astype(np.float32), 1.0
+        if self.rope_type == "linear":
+            return (plain / self.factor).astype(np.float32), 1.0
+        kept = self._kept_by_llama3(plain) if self.rope_type == "llama3" else self._kept_by_yarn(head_dim)
+        scaled = (kept * plain + (1 - kept) * plain / self.factor).astype(np.float32)
+        if self.rope_type == "llama3":
+            return scaled, 1.0
+        return scaled, 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+
+    def _kept_by_llama3(self, frequencies: np.ndarray) -> np.ndarray:
+        """The share of each frequency that is not scaled.
+
+        0 where the wavelength exceeds original/low, 1 where it is below original/high, and linear between.
+        """
+        low, high = self.low_freq_factor, self.high_freq_factor
+        return np.clip((self.original_positions * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
+
+    def _kept_by_yarn(self, head_dim: int) -> np.ndarray:
+        """The share of each frequency that is not scaled, by how often it rotates within the original context."""
 
         def dimension(rotations: float) -> float:
-            return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+            wavelength = self.original_positions / (rotations * 2 * math.pi)
+            return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
 
-        first = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)
-        last = min(math.ceil(dimension(scaling.get("beta_slow", 1))), head_dim - 1)
-        ramp = (np.arange(head_dim // 2) - first) / max(last - first, 1e-3)
-        keep = 1 - np.clip(ramp, 0, 1)
-        attention_factor = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0
-        return (keep * frequencies + (1 - keep) * frequencies / factor).astype(np.float32), attention_factor
+        first = max(math.floor(dimension(self.beta_fast)), 0)
+        last = min(math.ceil(dimension(self.beta_slow)), head_dim - 1)
+        return 1 - np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +90,7 @@ class DecoderConfig:
       sandwich_norms: also normalise the outputs of attention and feed-forward (Gemma).
       query_scale: factor on the attention logits.
       attention_softcap, logit_softcap: cap * tanh(x / cap) on attention and final logits (Gemma 2), or None.
-      windows: for each layer the number of most recent positions that it attends to, 0 for all.
+      windows: for each layer the number of most recent tokens that it attends to, None for all.
       ropes: for each layer its Rope.
       initializer_range: standard deviation of a new model's weights.
     """
@@ -88,7 +104,7 @@ class DecoderConfig:
     ffw: int
     norm_eps: float
     query_scale: float
-    windows: tuple[int, ...]
+    windows: tuple[int | None, ...]
     ropes: tuple[Rope, ...]
     norm_offset: float = 0.0
     activation: str = "silu"
@@ -103,7 +119,11 @@ class DecoderConfig:
 
 
 def read(directory: pathlib.Path) -> DecoderConfig:
-    """Reads DIRECTORY/config.json; raises one clear error for what is missing or not implemented."""
+    """Reads DIRECTORY/config.json.
+
+    Raises:
+      UserError: the file is missing or broken, or asks for something that the decoder does not implement.
+    """
     path = pathlib.Path(directory) / "config.json"
     if not path.is_file():
         raise UserFileError(f"{path} is missing: {directory} is not a Hugging Face model directory")
@@ -125,32 +145,17 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
     """DecoderConfig from the contents of a config.json.
 
     Raises:
-      UserError: the configuration asks for something that the decoder does not implement; it is named.
+      UserError: the configuration asks for something that the decoder does not implement; the message names it.
       KeyError: a key without a default is missing.
     """
     family = values.get("model_type")
     if family not in SUPPORTED:
         raise UserError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    _refuse_unimplemented(values)
     gemma = family.startswith("gemma")
-    for key, harmless in _ONLY.items():
-        if (values.get(key) or harmless) != harmless:
-            raise UserError(f"{key}={values[key]!r} is not implemented (only {harmless!r})")
-    for key in values:
-        if "expert" in key and values[key]:
-            raise UserError(f"{key}={values[key]!r}: mixture-of-experts models are not implemented")
-    # Qwen2 has its biases by architecture; elsewhere `attention_bias` would put one on the output as well.
-    if values.get("attention_bias"):
-        raise UserError("attention_bias=True is not implemented")
-
-    activation = values.get("hidden_activation") or values.get("hidden_act") or "silu"
-    activations = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if activation not in activations:
-        raise UserError(f"hidden_act={activation!r} is not implemented (only {', '.join(activations)})")
-
     layers, width, heads = values["num_hidden_layers"], values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim") or width // heads
     kinds = _layer_kinds(values)
-    window = values.get("sliding_window") or 0
     scale = values.get("query_pre_attn_scalar", head_dim) if gemma else head_dim
     return DecoderConfig(
         vocab_size=values["vocab_size"],
@@ -162,10 +167,10 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
         ffw=values["intermediate_size"],
         norm_eps=values.get("rms_norm_eps", 1e-6),
         query_scale=scale**-0.5,
-        windows=tuple(window if kind == "sliding_attention" else 0 for kind in kinds),
+        windows=tuple(values.get("sliding_window") or None if kind == SLIDING else None for kind in kinds),
         ropes=tuple(_rope(values, kind) for kind in kinds),
         norm_offset=1.0 if gemma else 0.0,
-        activation=activations[activation],
+        activation=_ACTIVATIONS[_activation(values)],
         tied_embeddings=values.get("tie_word_embeddings", gemma),
         embed_scale=width**0.5 if gemma else 1.0,
         qkv_bias=family == "qwen2",
@@ -177,63 +182,76 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
     )
 
 
-# Keys whose other values the decoder does not implement.
+# Keys of config.json, and the one value that the decoder implements, which an absent or empty one means too.
 _ONLY = {
+    "attention_bias": False,  # Qwen2 has its biases by architecture; elsewhere this puts one on the output as well
     "mlp_bias": False,
     "quantization_config": None,
     "vision_config": None,
     "partial_rotary_factor": 1.0,
     "use_bidirectional_attention": False,
 }
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def _refuse_unimplemented(values: dict[str, Any]) -> None:
+    for key, implemented in _ONLY.items():
+        if values.get(key) and values[key] != implemented:
+            raise UserError(f"{key}={values[key]!r} is not implemented (only {implemented!r})")
+    for key in values:
+        if "expert" in key and values[key]:
+            raise UserError(f"{key}={values[key]!r}: mixture-of-experts models are not implemented")
+    if _activation(values) not in _ACTIVATIONS:
+        raise UserError(f"hidden_act={_activation(values)!r} is not implemented (only {', '.join(_ACTIVATIONS)})")
+
+
+def _activation(values: dict[str, Any]) -> str:
+    return values.get("hidden_activation") or values.get("hidden_act") or "silu"
 
 
 def _layer_kinds(values: dict[str, Any]) -> tuple[str, ...]:
-    """ "full_attention" or "sliding_attention" for each layer."""
+    """FULL or SLIDING for each layer."""
     layers = values["num_hidden_layers"]
     kinds = values.get("layer_types")
     if kinds is None:
-        if not values.get("sliding_window") or values.get("use_sliding_window") is False:
-            kinds = ["full_attention"] * layers
-        elif values["model_type"] == "gemma3_text":
-            pattern = values.get("sliding_window_pattern", 6)
-            kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-        elif values["model_type"] == "gemma2":
-            kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
-        elif values["model_type"] in ("qwen2", "qwen3"):
-            first = values.get("max_window_layers", 28)
-            kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-        else:
-            kinds = ["sliding_attention"] * layers
+        kinds = [SLIDING if _is_sliding(values, layer) else FULL for layer in range(layers)]
     if len(kinds) != layers:
         raise UserError(f"layer_types names {len(kinds)} layers, num_hidden_layers says {layers}")
     for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UserError(f"layer_types holds {kind!r}, which is not implemented")
+        if kind not in (FULL, SLIDING):
+            raise UserError(f"layer_types holds {kind!r}, which is not implemented (only {FULL!r} and {SLIDING!r})")
     return tuple(kinds)
 
 
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+def _is_sliding(values: dict[str, Any], layer: int) -> bool:
+    """Whether a layer attends to a window, in the files of families that did not yet write layer_types."""
+    if not values.get("sliding_window") or values.get("use_sliding_window") is False:
+        return False
+    family = values["model_type"]
+    if family == "gemma3_text":
+        return (layer + 1) % values.get("sliding_window_pattern", 6) != 0
+    if family == "gemma2":
+        return layer % 2 == 0
+    if family in ("qwen2", "qwen3"):
+        return layer >= values.get("max_window_layers", 28)
+    return True
+
+
+# Parameters of each type of scaling, and whether it needs them.
+_ROPE_PARAMETERS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "linear": {"factor": True},
+    "llama3": {"factor": True, "low_freq_factor": True, "high_freq_factor": True},
+    "yarn": {"factor": True, "beta_fast": False, "beta_slow": False, "attention_factor": False},
 }
 
 
 def _rope(values: dict[str, Any], kind: str) -> Rope:
-    """The Rope of one kind of layer, from the layout of transformers 5 (rope_parameters) or the older one."""
-    parameters = values.get("rope_parameters")
-    if parameters is None:
-        theta = values.get("rope_theta", 10_000.0)
-        parameters = dict(values.get("rope_scaling") or {})
-        if values["model_type"] == "gemma3_text" and kind == "sliding_attention":
-            theta, parameters = values.get("rope_local_base_freq", 10_000.0), {}
-    else:
-        parameters = dict(parameters.get(kind, parameters))
-        theta = parameters.get("rope_theta", values.get("rope_theta", 10_000.0))
+    """The Rope of one kind of layer."""
+    theta, parameters = _rope_parameters(values, kind)
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type not in _ROPE_KEYS:
-        raise UserError(f"rope_type {rope_type!r} is not implemented (only {', '.join(_ROPE_KEYS)})")
+    if rope_type not in _ROPE_PARAMETERS:
+        raise UserError(f"rope_type {rope_type!r} is not implemented (only {', '.join(_ROPE_PARAMETERS)})")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("partial_rotary_factor other than 1.0 is not implemented")
     for key in ("mscale", "mscale_all_dim"):
@@ -241,14 +259,22 @@ def _rope(values: dict[str, Any], kind: str) -> Rope:
             raise UserError(f"the rope parameter {key} is not implemented")
     if parameters.get("truncate") is False:
         raise UserError("the rope parameter truncate=False is not implemented")
-    scaling: dict[str, float | str] = {}
-    if rope_type != "default":
-        scaling["rope_type"] = rope_type
-        if rope_type in ("llama3", "yarn"):
-            parameters.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-        for key in _ROPE_KEYS[rope_type]:
-            if parameters.get(key) is not None:
-                scaling[key] = parameters[key]
-            elif key not in ("beta_fast", "beta_slow", "attention_factor"):
-                raise KeyError(f"rope parameter {key}")
-    return Rope(theta=float(theta), scaling=tuple(sorted(scaling.items())))
+    known = {key: parameters[key] for key in _ROPE_PARAMETERS[rope_type] if parameters.get(key) is not None}
+    for key, needed in _ROPE_PARAMETERS[rope_type].items():
+        if needed and key not in known:
+            raise UserError(f"rope_type {rope_type!r} needs the rope parameter {key!r}, which is missing")
+    if rope_type in ("llama3", "yarn"):
+        original = parameters.get("original_max_position_embeddings")
+        known["original_positions"] = values["max_position_embeddings"] if original is None else original
+    return Rope(theta=float(theta), rope_type=rope_type, **known)
+
+
+def _rope_parameters(values: dict[str, Any], kind: str) -> tuple[float, dict[str, Any]]:
+    """(theta, parameters of the scaling), from the layout of transformers 5, rope_parameters, or the older one."""
+    theta, parameters = values.get("rope_theta", 10_000.0), values.get("rope_parameters")
+    if parameters is not None:
+        parameters = parameters.get(kind, parameters)
+        return parameters.get("rope_theta", theta), parameters
+    if values["model_type"] == "gemma3_text" and kind == SLIDING:
+        return values.get("rope_local_base_freq", 10_000.0), {}
+    return theta, values.get("rope_scaling") or {}

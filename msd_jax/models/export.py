@@ -1,7 +1,7 @@
 """params -> a Hugging Face directory that transformers, vLLM and the like load.
 
 A run exports its last step; `python -m msd_jax.export --config configs/NAME.py --checkpoint WORKDIR/checkpoints/STEP
---out DIR` does so for another.
+--out DIR` exports another.
 """
 
 import contextlib
@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, pretrained, weights
 from msd_jax.models import lora as lora_lib
-from msd_jax.parallel import sharding
+from msd_jax.parallel import distributed, sharding
 
 
 def save(
@@ -43,13 +44,15 @@ def save(
     dtype = dtype or values.get("dtype") or values.get("torch_dtype") or "float32"
     values.pop("torch_dtype", None)
     if lora:
-        params = lora_lib.merge(params, lora, jax.numpy.dtype(dtype))
+        params = lora_lib.merge(params, lora, jnp.dtype(dtype))
+    tensors = weights.tensors(params, config, jnp.dtype(dtype))
     if not _writes(params):
-        weights.write(None, params, config, jax.numpy.dtype(dtype), max_shard_bytes)
+        for _ in tensors:  # takes its part in gathering them
+            pass
         return
-    with _whole(directory) as unfinished:
-        weights.write(unfinished, params, config, jax.numpy.dtype(dtype), max_shard_bytes)
-        weights.copy_tokenizer(source, unfinished)
+    with _replacing(directory) as unfinished:
+        weights.write(unfinished, tensors, max_shard_bytes)
+        weights.copy_companions(source, unfinished)
         (unfinished / "config.json").write_text(json.dumps(values | {"dtype": dtype}, indent=2) + "\n")
 
 
@@ -59,26 +62,28 @@ def save_adapter(directory: pathlib.Path, params: decoder.Params, model: pretrai
     Args:
       directory: replaced as a whole, and only when everything is written.
       params: holds the adapters.
-      model: what they belong to.
-      base: hub id or directory, noted as the base model.
+      model: the model that they belong to.
+      base: hub id or directory, named as the base model.
     """
+    if model.lora is None:
+        raise ValueError("the model has no adapters")
     adapters, _ = decoder.split(params, lora_lib.is_adapter)
     fetched = sharding.fetch(adapters)
     if not _writes(adapters):
         return
-    with _whole(directory) as unfinished:
-        lora_lib.write(unfinished, fetched, model.lora, weights.layout(model.config), base)
+    with _replacing(directory) as unfinished:
+        lora_lib.write_peft(unfinished, fetched, model.lora, weights.layout(model.config), base)
         model.tokenizer.save_pretrained(unfinished)
 
 
 def _writes(params: decoder.Params) -> bool:
-    """Whether this process writes `params`: process 0 does, and any process what it holds alone."""
-    return jax.process_index() == 0 or all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
+    """Whether this process writes `params`: process 0 does, and so does any process that alone holds them."""
+    return distributed.is_first() or all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
 
 
 @contextlib.contextmanager
-def _whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new directory to write into, which takes the place of `directory` when all is written."""
+def _replacing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a new directory to write into, which takes the place of `directory` once all is written."""
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The two forward passes: one program, run with the student's and with the teacher's prompt over the same response.
+"""The forward pass over a prompt and a response: for the student's prompt and for the teacher's, the same program.
 
 A sequence is [prompt, LEFT-padded to P][response, RIGHT-padded to R], so that the response begins in the same column
 in every row and its t-th token is predicted by the hidden state of column P + t - 1. Positions count real tokens
@@ -13,7 +13,7 @@ from msd_jax.models import decoder
 
 
 def response_mask(length_B: jax.Array, R: int) -> jax.Array:
-    """bool [B, R]: which columns hold a response token."""
+    """bool [B, R], true at response tokens."""
     return jnp.arange(R) < length_B[:, None]
 
 
@@ -43,18 +43,21 @@ def response_hidden(
     tokens_BxT = jnp.concatenate([prompt_BxP, response_BxR], axis=1)
     position_BxT = jnp.concatenate([position_BxP, prompt_length_B[:, None] + jnp.arange(R)], axis=1)
     valid_BxT = jnp.concatenate([valid_BxP, response_mask(response_length_B, R)], axis=1)
-    hidden_BxTxD, _ = nnx.merge(graphdef, params)(tokens_BxT, position_BxT, valid_BxT)
+    hidden_BxTxD = nnx.merge(graphdef, params)(tokens_BxT, position_BxT, valid_BxT)
     return hidden_BxTxD[:, P - 1 : P + R - 1]
 
 
 def response_hidden_and_head(
     graphdef: nnx.GraphDef, params: decoder.Params, *sequence: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(hidden_NxD, head_DxV), whose product is the logits of the N = B R response tokens, one row after the other."""
+    """(hidden_NxD, head_DxV), whose product is the logits of the N = B R response tokens, row by row.
+
+    Logits are not capped, see `config.logit_softcap`; `sequence` is as in response_hidden.
+    """
     hidden_BxRxD = response_hidden(graphdef, params, *sequence)
     return hidden_BxRxD.reshape(-1, hidden_BxRxD.shape[-1]), nnx.merge(graphdef, params).head_DxV
 
 
 def response_logits(graphdef: nnx.GraphDef, params: decoder.Params, *sequence: jax.Array) -> jax.Array:
-    """logits_BxRxV, float32, of the response tokens; `sequence` as in response_hidden."""
+    """logits_BxRxV, float32, of the response tokens; `sequence` is as in response_hidden."""
     return nnx.merge(graphdef, params).logits(response_hidden(graphdef, params, *sequence))

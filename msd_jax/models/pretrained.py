@@ -1,4 +1,4 @@
-"""A Hugging Face model as this project uses it: decoder, tokenizer and stop tokens, found by path or hub id."""
+"""A Hugging Face model as this project uses it: decoder, tokenizer and stop tokens, by path or hub id."""
 
 import dataclasses
 import pathlib
@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from msd_jax.errors import UserError
+from msd_jax.io.console import say
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, weights
 from msd_jax.models.lora import Lora, is_adapter
@@ -20,15 +21,15 @@ from msd_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What of a model follows from its config.json and config.model: enough to compile for it, without its weights.
+    """What follows from a model's config.json and config.model: enough to compile its programs, without its weights.
 
     Attributes:
       config: sizes and family differences.
       graphdef, abstract, axes: of the decoder: structure, ShapeDtypeStructs and logical axes of its params.
       dtype: of matrix products and of generation.
-      lora: settings of the adapters, which alone are trained; None where there are none.
+      lora: settings of the adapters, which alone are trained; None without adapters.
       freeze_embeddings: embeddings, and with them a tied head, are not trained.
-      stored: what weights.dtypes says of the checkpoint; {} where there is none yet.
+      stored: the dtypes of the checkpoint, from weights.dtypes; {} where there is none yet.
     """
 
     config: model_config.DecoderConfig
@@ -41,12 +42,13 @@ class Architecture:
     stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def split(self, params: Any) -> tuple[Any, Any]:
-        """(what is trained, what is frozen) of a tree like params; decoder.join puts them together."""
+        """(trained, frozen) parts of a tree like params; decoder.join puts them together again."""
         if self.lora:
             return decoder.split(params, is_adapter)
         return decoder.split(params, lambda name: not (self.freeze_embeddings and name == "embedding"))
 
     def shardings(self, mesh: Mesh, rules: sharding.Rules) -> Any:
+        """NamedSharding of each parameter under `rules`."""
         return sharding.param_shardings(mesh, self.abstract, self.axes, rules)
 
     def target(self, mesh: Mesh) -> decoder.Params:
@@ -58,13 +60,13 @@ class Architecture:
         )
 
     def frozen_teacher(self, trained: decoder.Params) -> decoder.Params:
-        """ShapeDtypeStructs of the teacher that stays as the student began, in dtypes that change none of its numbers.
+        """ShapeDtypeStructs of a frozen teacher, in the narrowest dtypes that change none of its numbers.
 
-        A weight that the checkpoint has in bfloat16 is widened where it is used, a layer at a time, which is exact; one
-        that the decoder casts to `dtype` before each use is held in it.
+        A weight that the checkpoint has in bfloat16 is widened where it is used, one layer at a time, which is exact;
+        one that the decoder casts to `dtype` before each use is held in `dtype`.
 
         Args:
-          trained: ShapeDtypeStructs of the student's weights that are trained, the first part of `split`.
+          trained: ShapeDtypeStructs of the student's trained weights, the first part of `split`.
         """
 
         def held(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -72,7 +74,7 @@ class Architecture:
             exact = [leaf.dtype]
             if self.stored.get(name) == "BF16":
                 exact.append(jnp.dtype(jnp.bfloat16))
-            if name != "embedding" and "norm" not in name:  # those two go into the float32 residual stream as they are
+            if name != "embedding" and "norm" not in name:  # those are used in float32
                 exact.append(self.dtype)
             within = (dtype for dtype in exact if jnp.promote_types(dtype, leaf.dtype) == leaf.dtype)
             return leaf.update(dtype=min(within, key=lambda dtype: dtype.itemsize))
@@ -88,7 +90,7 @@ class Pretrained(Architecture):
       directory: the local Hugging Face directory.
       tokenizer: transformers' fast tokenizer.
       stop_ids: tokens that end a response.
-      pad_id: fills unused columns; masks never look at it.
+      pad_id: fills unused columns; masks never depend on it.
     """
 
     directory: pathlib.Path
@@ -97,7 +99,7 @@ class Pretrained(Architecture):
     pad_id: int
 
     def params(self, mesh: Mesh, directory: pathlib.Path | None = None, seed: int = 0) -> decoder.Params:
-        """Weights of `directory` (default: the model's own) in the training layout, and new adapters."""
+        """Weights of `directory` (default: the model's own) in the training layout, and new adapters from `seed`."""
         adapters, base = decoder.split(self.target(mesh), is_adapter)
         params = weights.read(directory or self.directory, self.config, base)
         if not self.lora:
@@ -111,7 +113,7 @@ class Pretrained(Architecture):
         return decoder.join(params, jax.jit(new_adapters, out_shardings=jax.tree.map(lambda x: x.sharding, adapters))())
 
     def frozen_params(self, mesh: Mesh) -> decoder.Params:
-        """Those of `params` that are not trained."""
+        """The part of `params` that is not trained."""
         _, frozen = self.split(self.target(mesh))
         return weights.read(self.directory, self.config, frozen)
 
@@ -127,7 +129,7 @@ def architecture(
     lora: Any = None,
     mesh: Mesh | None = None,
 ) -> Architecture:
-    """The decoder of `config`, nothing allocated; the other arguments are as in `load`."""
+    """The decoder of `config`, without allocating; the other arguments are as in `load`."""
     adapters = Lora(lora["rank"], lora["alpha"], tuple(lora["targets"])) if lora and lora["rank"] else None
     graphdef, abstract, axes = decoder.abstract(
         config,
@@ -154,19 +156,19 @@ def architecture(
 
 
 def load(path: str, **options: Any) -> Pretrained:
-    """Reads all of a model but its weights.
+    """Reads everything of a model but its weights, and prints which axes of it the mesh replicates.
 
     Args:
       path: a directory or a hub id.
       **options: the other keys of config.model, and `mesh`:
         dtype: of matrix products and of generation;
-        param_dtype: of what is trained; under LoRA the base takes lora.base_dtype;
+        param_dtype: of trained weights; under LoRA the base takes lora.base_dtype;
         remat, attention, mesh: see decoder.Decoder;
         freeze_embeddings: see Architecture;
         lora: a mapping with rank (0: no adapters), alpha, targets and base_dtype.
 
     Raises:
-      UserError: with one message that names the file and what is wrong with it.
+      UserError: the message names the file and what is wrong with it.
     """
     directory = weights.resolve(path)
     config = model_config.read(directory)
@@ -177,6 +179,12 @@ def load(path: str, **options: Any) -> Pretrained:
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
         )
     stop_ids = stop_token_ids(tokenizer, str(directory))
+    mesh = options.get("mesh")
+    if mesh is not None and sharding.is_replicated(sharding.TRAIN, mesh, "kv_heads", config.kv_heads):
+        say(
+            f"{directory.name}: its {config.kv_heads} key/value heads do not divide over "
+            f"tensor={mesh.shape['tensor']}; each device holds all of them"
+        )
     return Pretrained(
         **vars(architecture(config, **options)) | {"stored": weights.dtypes(files, config)},
         directory=directory,

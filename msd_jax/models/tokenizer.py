@@ -1,4 +1,4 @@
-"""Tokenizers: loading, chat templates, stop tokens."""
+"""Tokenizers: where models are found, loading, chat templates, stop tokens."""
 
 import inspect
 import json
@@ -19,7 +19,7 @@ Messages = list[dict[str, str]]
 
 
 def render(tokenizer: "transformers.PreTrainedTokenizerBase", messages: Messages, template_kwargs: Mapping) -> str:
-    """The prompt as text, for people; see `token_ids`."""
+    """The prompt as text, for people to read; see `token_ids`."""
     return _apply_chat_template(tokenizer, messages, template_kwargs, tokenize=False)
 
 
@@ -28,13 +28,13 @@ def token_ids(
 ) -> np.ndarray:
     """The prompt, int32 [P], rendered by the tokenizer's own chat template up to where the reply begins.
 
-    The ids come from the chat template alone: tokenizing its text anew would add a second BOS.
+    The ids come straight from the chat template: tokenizing its text again would add a second BOS.
 
     Args:
       tokenizer: of transformers.
-      messages: of one role.
-      template_kwargs: variables of the chat template, such as enable_thinking. Llama 3's takes today's date unless
-        `date_string` is given, and then prompts differ from day to day.
+      messages: of one conversation.
+      template_kwargs: variables of the chat template, such as enable_thinking. Without `date_string` Llama 3's template
+        writes today's date, and prompts differ from day to day.
 
     Raises:
       UserError: there is no chat template, or it refuses the messages.
@@ -47,12 +47,12 @@ def _apply_chat_template(tokenizer: Any, messages: Messages, template_kwargs: Ma
 
     if not tokenizer.chat_template:
         raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; take an instruction-tuned model, or put "
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model, or put "
             "the template beside the tokenizer as chat_template.jinja"
         )
     options = {"add_generation_prompt": True, "return_dict": False} | options
     variables = dict(template_kwargs)
-    # transformers takes both from the same keywords, and some of its own would cut a prompt.
+    # transformers takes its own options from the same keywords, and some of them would truncate a prompt.
     for key in variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys():
         raise UserError(f"config.prompts: {key!r} in template_kwargs is not a variable of the chat template")
     try:  # transformers renders it in jinja2's ImmutableSandboxedEnvironment
@@ -65,33 +65,39 @@ def _apply_chat_template(tokenizer: Any, messages: Messages, template_kwargs: Ma
 
 
 def without_special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> str:
-    """Untrusted text in which no special token is left that could end a message or open another."""
+    """Untrusted text without special tokens, which could end a message or begin another: they are spelled out."""
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
             text = text.replace(token.content, " ".join(token.content))
     return text
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether `path` has the form OWNER/NAME of a model on the Hugging Face hub."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path))
+def is_local(path: str) -> bool:
+    """Whether config.model.path is a directory; otherwise it is the hub id (owner/name) of a model.
+
+    Raises:
+      UserFileError: it is neither.
+    """
+    if not path:
+        raise UserFileError("config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)")
+    if pathlib.Path(path).expanduser().is_dir():
+        return True
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
+        raise UserFileError(f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)")
+    return False
 
 
 def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face directory or hub id. Code that a model brings along is never run.
+    """The tokenizer of a Hugging Face directory or hub id; a model's own code is never run.
 
     Raises:
       UserError: with one line that names `path`.
     """
     import transformers
 
-    if not path:
-        raise UserError("config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)")
-    local = os.path.isdir(path)
-    if not local and not is_hub_id(path):
-        raise UserFileError(f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)")
+    local = is_local(path)
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
         if not local:
@@ -106,11 +112,11 @@ def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
 def stop_token_ids(tokenizer: "transformers.PreTrainedTokenizerBase", directory: str) -> tuple[int, ...]:
     """All tokens that end a reply, sorted: a chat model's end of turn is often not its tokenizer's eos.
 
-    They are the tokenizer's eos, those of generation_config.json (which may be absent), and the special token with
-    which the chat template closes an assistant's message.
+    They are the tokenizer's eos, those of generation_config.json (which may be absent), and the special token that
+    closes an assistant's message in the chat template.
 
     Raises:
-      UserFileError: `directory` is none.
+      UserFileError: `directory` is not a directory.
       UserError: generation_config.json is broken, or there is no stop token at all.
     """
     if not os.path.isdir(directory):
@@ -141,7 +147,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     messages = [{"role": "user", "content": "QUERY"}, {"role": "assistant", "content": reply}]
     text = _apply_chat_template(tokenizer, messages, {}, tokenize=False, add_generation_prompt=False)
     _, found, rest = text.rpartition(reply)
-    # Only what stands right behind the reply ends it; a later special token may open the next message.
+    # Only what comes right after the reply ends it; a later special token may open the next message.
     ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
     added = tokenizer.added_tokens_decoder
     return ids[0] if ids and ids[0] in added and added[ids[0]].special else None

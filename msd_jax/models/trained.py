@@ -1,7 +1,6 @@
-"""Trained weights: of a Hugging Face directory, or of a step of a run."""
+"""Trained weights, from a Hugging Face directory or a step of a run."""
 
 import pathlib
-from typing import Any
 
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
@@ -10,19 +9,19 @@ from msd_jax.errors import UserFileError
 from msd_jax.models import decoder, pretrained, weights
 
 
-def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> Any:
+def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> decoder.Params:
     """The student's weights, in the training layout.
 
     Args:
       path: a Hugging Face directory, a step of a run (WORKDIR/checkpoints/STEP), or "": the model's own directory.
-      model: what the weights belong to.
+      model: the model that the weights belong to.
       mesh: from sharding.make_mesh.
 
     Raises:
-      UserError: `path` is neither, or does not fit the model.
+      UserError: `path` is none of these, or does not fit the model.
     """
     directory = pathlib.Path(path).resolve() if path else model.directory
-    if any(directory.glob("*.safetensors")):  # not by config.json, which a run's workdir has too
+    if any(directory.glob("*.safetensors")):  # config.json would not tell: a run's workdir has one too
         weights.check(directory, model.config)
         return model.params(mesh, directory)
     saved = directory / "state"

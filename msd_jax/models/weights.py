@@ -1,4 +1,4 @@
-"""safetensors of a Hugging Face directory <-> params, by one table that serves both directions."""
+"""safetensors of a Hugging Face directory <-> params, by one table for both directions."""
 
 import collections
 import functools
@@ -7,7 +7,7 @@ import math
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import einops
@@ -20,31 +20,27 @@ import safetensors.numpy
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.models import decoder
 from msd_jax.models.config import DecoderConfig
-from msd_jax.models.tokenizer import is_hub_id
+from msd_jax.models.tokenizer import is_local
 
 INDEX = "model.safetensors.index.json"
-# What a model directory is made of besides its weights; nothing that holds code or pickles.
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-
+# The files of a model directory beside its weights; none that holds code or pickles.
+COMPANIONS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 
 _GROUPS = re.compile(r"\(([^)]*)\)|(\w)")  # of one side of an einops pattern
 
 
 def resolve(path: str) -> pathlib.Path:
-    """The local directory of a model: `path` itself, or a snapshot of the hub id `path` (HF_HUB_OFFLINE respected)."""
-    directory = pathlib.Path(path).expanduser()
-    if path and directory.is_dir():
-        return directory
-    if not is_hub_id(path):
-        raise UserFileError(
-            f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)"
-            if path
-            else "config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)"
-        )
+    """The local directory of a model: `path` itself, or a snapshot of the hub id `path` (HF_HUB_OFFLINE respected).
+
+    Raises:
+      UserError: `path` is neither, or the hub does not give it.
+    """
+    if is_local(path):
+        return pathlib.Path(path).expanduser()
     import huggingface_hub
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_PATTERNS)))
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.safetensors", *COMPANIONS]))
     except Exception as error:  # the hub's own errors are many; what the user can do is always the same
         raise UserFileError(
             f"config.model.path={path!r} is not a directory here, and the hub did not give it "
@@ -53,7 +49,10 @@ def resolve(path: str) -> pathlib.Path:
 
 
 def layout(config: DecoderConfig) -> dict[str, tuple[str, str]]:
-    """Parameter name -> (tensor name with {} for the layer, einops pattern from tensor to one layer's parameter)."""
+    """Parameter name -> (tensor name, einops pattern from tensor to parameter).
+
+    Parameters of the layers have {} for the layer in the tensor's name, and the pattern of one layer.
+    """
     table = {
         "embedding": ("model.embed_tokens.weight", "v d -> v d"),
         "final_norm": ("model.norm.weight", "d -> d"),
@@ -89,12 +88,13 @@ def layout(config: DecoderConfig) -> dict[str, tuple[str, str]]:
 def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params) -> decoder.Params:
     """Parameters from DIRECTORY's safetensors.
 
+    Tensors are read one at a time, and of each only the slices that this process holds.
+
     Args:
       directory: holds model.safetensors, or several files with model.safetensors.index.json.
       config: of the model, from its config.json.
-      target: the parameters wanted, all or some, as ShapeDtypeStructs: their dtypes are what the tensors are cast to,
-        and their shardings (None: the default device) where they go. Tensors are read one at a time, and only for the
-        slices that this process holds.
+      target: the parameters wanted, all or some, as ShapeDtypeStructs with the dtypes and shardings that they get
+        (sharding None: the default device).
 
     Raises:
       UserError: as `check`.
@@ -103,32 +103,33 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
     table = layout(config)
     anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def put(
-        tensor: str, pattern: str, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding
-    ) -> jax.Array:
-        slices: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one read
-
-        def read_slice(index: tuple[slice, ...]) -> np.ndarray:
-            bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
-            if bounds not in slices:
-                slices[bounds] = _read_slice(files[tensor], tensor, pattern, shape, bounds).astype(dtype)
-            return slices[bounds]
-
-        return jax.make_array_from_callback(shape, sharding, read_slice)
-
     def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        tensor, pattern = table[".".join(key.key for key in path)]
-        sharding = leaf.sharding or anywhere
+        tensor, pattern = table[_name(path)]
+        leaf = leaf.update(sharding=leaf.sharding or anywhere)
         if "{}" not in tensor:
-            return put(tensor, pattern, leaf.shape, leaf.dtype, sharding)
+            return _read_tensor(files[tensor], tensor, pattern, leaf)
         # Stacked on the devices, so that the host never holds more than one layer of a parameter.
-        stack = _making_zeros(leaf.shape, leaf.dtype, sharding)()
+        stack = _making_zeros(leaf.shape, leaf.dtype, leaf.sharding)()
+        one = leaf.update(shape=leaf.shape[1:], sharding=_without_layers(leaf.sharding))
         for layer in range(config.layers):
-            one = put(tensor.format(layer), pattern, leaf.shape[1:], leaf.dtype, _without_layers(sharding))
-            stack = _write_layer(stack, one, layer)
+            name = tensor.format(layer)
+            stack = _write_layer(stack, _read_tensor(files[name], name, pattern, one), layer)
         return stack
 
     return jax.tree.map_with_path(load, target)
+
+
+def _read_tensor(file: Any, tensor: str, pattern: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """A tensor as the parameter `leaf`, or as the layer of a parameter."""
+    slices: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one read
+
+    def read_slice(index: Any) -> np.ndarray:
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape))
+        if bounds not in slices:
+            slices[bounds] = _read_slice(file, tensor, pattern, leaf.shape, bounds).astype(leaf.dtype)
+        return slices[bounds]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read_slice)
 
 
 @functools.cache
@@ -149,11 +150,12 @@ def _without_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 
 def _read_slice(file: Any, tensor: str, pattern: str, shape: tuple[int, ...], bounds: tuple) -> np.ndarray:
-    """Part `bounds` (start and stop of each axis) of a parameter of `shape`; nothing else of the tensor is read."""
+    """The part of a parameter of `shape` between `bounds`, (start, stop) of each axis; reads nothing else."""
     left, right = pattern.split("->")
     axes = right.split()
     size, bound = dict(zip(axes, shape)), dict(zip(axes, bounds))
-    part, inner_sizes = [], {}
+    part: list[slice] = []
+    inner_sizes: dict[str, int] = {}
     for group, single in _GROUPS.findall(left):
         outer, *inner = (group or single).split()
         step = math.prod(size[axis] for axis in inner)  # inner axes (a head's) are never split
@@ -163,20 +165,13 @@ def _read_slice(file: Any, tensor: str, pattern: str, shape: tuple[int, ...], bo
 
 
 def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
-    """The open safetensors file of each tensor, all of them there and of the right shape; reads headers alone.
+    """The open safetensors file of each tensor, all of them present and of the right shape; reads headers alone.
 
     Raises:
-      UserError: a file is missing, truncated or not safetensors, or tensors are missing, left
-        over or of another shape; the message names the file and the tensors.
+      UserError: a file is missing, truncated or not safetensors, or tensors are missing, left over or of another
+        shape; the message names the file and the tensors.
     """
-    _, abstract, _ = decoder.abstract(config)
-    expected = {}
-    for name, leaf in _flat(abstract):
-        tensor, pattern = layout(config)[name]
-        stacked = "{}" in tensor
-        letters = dict(zip(pattern.split("->")[1].split(), leaf.shape[stacked:]))
-        shape = _tensor_shape(pattern, letters)
-        expected |= {tensor.format(layer): shape for layer in range(config.layers if stacked else 1)}
+    expected = _expected_shapes(config)
     found = _files(directory)
     # A tied head and rotary tables are sometimes stored; they follow from what is read.
     derived = {tensor for tensor in found if tensor.endswith("rotary_emb.inv_freq")}
@@ -194,77 +189,92 @@ def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
     return {tensor: files[path] for tensor, path in found.items()}
 
 
+def _expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the config asks for."""
+    _, abstract, _ = decoder.abstract(config)
+    table = layout(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, leaf in _flat(abstract):
+        tensor, pattern = table[name]
+        stacked = "{}" in tensor
+        shape = _tensor_shape(pattern, leaf.shape[1:] if stacked else leaf.shape)
+        shapes |= {tensor.format(layer): shape for layer in range(config.layers if stacked else 1)}
+    return shapes
+
+
 def dtypes(files: dict[str, Any], config: DecoderConfig) -> dict[str, str]:
     """The dtype of each parameter in its files, as safetensors writes it ("F32", "BF16"); "mixed" where layers differ.
 
     Args:
       files: what `check` returned.
+      config: of the model.
     """
     found = {}
     for name, (tensor, _) in layout(config).items():
-        layers = {tensor.format(layer) for layer in range(config.layers)}
-        first, *others = {files[name].get_slice(name).get_dtype() for name in layers}
+        tensors = {tensor.format(layer) for layer in range(config.layers)}
+        first, *others = {files[tensor].get_slice(tensor).get_dtype() for tensor in tensors}
         found[name] = "mixed" if others else first
     return found
 
 
-def write(
-    directory: pathlib.Path | None,
-    params: decoder.Params,
-    config: DecoderConfig,
-    dtype: Any,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Writes params as model.safetensors, or as several files and an index above `max_shard_bytes`.
+def tensors(params: decoder.Params, config: DecoderConfig, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the checkpoint in `dtype`, with its name, fetched to the host one layer at a time.
 
-    Where they lie on the devices of several processes all of them call this, for each layer is gathered from all;
-    those with `directory` None write nothing.
+    Where params lie on the devices of several processes, all of them run through this, since each tensor is gathered
+    from all.
     """
     table = layout(config)
-    sizes: list[tuple[str, int]] = []  # decided on shapes alone, so that one shard at a time is in host memory
     for name, leaf in _flat(params):
-        tensor, _ = table[name]
-        count = config.layers if "{}" in tensor else 1
-        sizes += [(tensor.format(i), leaf.size // count * np.dtype(dtype).itemsize) for i in range(count)]
-    total, shards, room = 0, 0, 0
-    for _, size in sizes:
-        total += size
-        if shards == 0 or size > room:
-            shards, room = shards + 1, max_shard_bytes
-        room -= size
+        tensor, pattern = table[name]
+        left, right = pattern.split("->")
+        for layer in range(config.layers) if "{}" in tensor else (None,):
+            value = einops.rearrange(_fetch(leaf, layer, dtype), f"{right} -> {left}")
+            yield tensor.format(layer), np.ascontiguousarray(value)
 
-    weight_map: dict[str, str] = {}
-    shard: dict[str, np.ndarray] = {}
-    room = max_shard_bytes
 
-    def flush() -> None:
-        number = len(set(weight_map.values())) + 1
-        file = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        safetensors.numpy.save_file(shard, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o644)  # safetensors gives it to its owner alone
-        weight_map.update(dict.fromkeys(shard, file))
-        shard.clear()
+def write(directory: pathlib.Path, named: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> None:
+    """Writes tensors as model.safetensors or, above `max_shard_bytes`, as several files and an index.
 
-    for tensor, value in _tensors(params, table, dtype):
-        if directory is None:
-            continue
-        value = np.ascontiguousarray(value)
-        if shard and value.nbytes > room:
-            flush()
-            room = max_shard_bytes
-        shard[tensor] = value
-        room -= value.nbytes
-    if directory is None:
-        return
-    flush()
-    if shards > 1:
+    Args:
+      directory: exists.
+      named: from `tensors`; the host holds those of one file at a time.
+      max_shard_bytes: a larger tensor has a file of its own.
+    """
+    names: list[list[str]] = []  # of each file
+    total = 0
+    for shard in _shards(named, max_shard_bytes):
+        names.append(list(shard))
+        total += sum(value.nbytes for value in shard.values())
+        path = directory / f"{len(names)}.safetensors"  # until it is known how many there are
+        safetensors.numpy.save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner may read
+    files = [f"model-{number:05d}-of-{len(names):05d}.safetensors" for number in range(1, len(names) + 1)]
+    if len(files) == 1:
+        files = ["model.safetensors"]
+    for number, file in enumerate(files, 1):
+        (directory / f"{number}.safetensors").rename(directory / file)
+    if len(files) > 1:
+        weight_map = {name: file for file, inside in zip(files, names) for name in inside}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+def _shards(named: Iterable[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    """The tensors of one file after the other, each filled up to `max_bytes`."""
+    shard: dict[str, np.ndarray] = {}
+    room = max_bytes
+    for name, value in named:
+        if shard and value.nbytes > room:
+            yield shard
+            shard, room = {}, max_bytes
+        shard[name] = value
+        room -= value.nbytes
+    yield shard
+
+
+def copy_companions(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies everything of a model directory but its weights: tokenizer, chat template, configs."""
-    for pattern in HUB_PATTERNS[1:]:
+    for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.name != INDEX:
                 shutil.copyfile(file, target / file.name)
@@ -272,42 +282,41 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     """The safetensors file of each tensor, from headers alone."""
-    index, weight_map = directory / INDEX, None
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{index} is not a safetensors index ({error!r})") from error
-        for name in set(weight_map.values()):
-            if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{index} points to {name!r}, which is not a .safetensors file beside it")
-        paths = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        paths = [directory / "model.safetensors"]
+    if not (directory / INDEX).is_file():
+        path = directory / "model.safetensors"
+        return dict.fromkeys(_tensor_names(directory, path), path)
+    weight_map = _read_index(directory / INDEX)
     found: dict[str, pathlib.Path] = {}
-    for path in paths:
-        if not path.is_file():
-            pickled = sorted(p.name for p in directory.glob("*.bin"))
-            hint = f"; {', '.join(pickled)} will not be opened: convert to safetensors" if pickled else ""
-            raise UserFileError(f"{path} is missing{hint}")
-        _check_link(directory, path)
-        for tensor in _tensor_names(path):
-            if weight_map is not None and weight_map.get(tensor) != path.name:
-                raise UserError(f"{path} holds {tensor}, which {index.name} does not expect there")
-            found[tensor] = path
+    for file in sorted(set(weight_map.values())):
+        for tensor in _tensor_names(directory, directory / file):
+            if weight_map.get(tensor) != file:
+                raise UserError(f"{directory / file} holds {tensor}, which {INDEX} does not expect there")
+            found[tensor] = directory / file
     return found
 
 
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+    """The file name of each tensor."""
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{index} is not a safetensors index ({error!r})") from error
+    for name in set(weight_map.values()):
+        if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} points to {name!r}, which is not a .safetensors file beside it")
+    return weight_map
+
+
 def _check_link(directory: pathlib.Path, path: pathlib.Path) -> None:
-    """Refuses a link out of the model's directory; the hub's cache keeps a snapshot's files in blobs/ beside it."""
+    """Refuses a link out of the model's directory, unless into blobs/ of the hub's cache, where snapshots link to."""
     root = directory.resolve()
     allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise UserError(f"{path} is a link to {path.resolve()}, outside of the model's directory; copy the file there")
+        raise UserError(f"{path} is a link to {path.resolve()}, outside the model's directory; copy the file into it")
 
 
-def _tensor_names(path: pathlib.Path) -> list[str]:
-    """Names of the tensors in a file. Duplicates are refused here; the library checks header, offsets and length."""
+def _tensor_names(directory: pathlib.Path, path: pathlib.Path) -> list[str]:
+    """Names of the tensors in a file of a model's directory; the library checks header, offsets and length."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, count in collections.Counter(name for name, _ in pairs).items():
@@ -315,6 +324,11 @@ def _tensor_names(path: pathlib.Path) -> list[str]:
                 raise UserError(f"{path} holds {name} twice")
         return dict(pairs)
 
+    if not path.is_file():
+        pickled = sorted(p.name for p in directory.glob("*.bin"))
+        hint = f"; {', '.join(pickled)} will not be opened: convert to safetensors" if pickled else ""
+        raise UserFileError(f"{path} is missing{hint}")
+    _check_link(directory, path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             names = list(file.keys())
@@ -326,37 +340,34 @@ def _tensor_names(path: pathlib.Path) -> list[str]:
     return names
 
 
-def _tensor_shape(pattern: str, letters: dict[str, int]) -> tuple[int, ...]:
-    """Shape of the left side of an einops pattern."""
-    groups = _GROUPS.findall(pattern.split("->")[0])
-    return tuple(int(np.prod([letters[k] for k in (group or single).split()])) for group, single in groups)
+def _tensor_shape(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the tensor of which an einops pattern makes a parameter of `shape`."""
+    left, right = pattern.split("->")
+    sizes = dict(zip(right.split(), shape))
+    groups = [(group or single).split() for group, single in _GROUPS.findall(left)]
+    return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
 
 
-def _flat(params: decoder.Params) -> list[tuple[str, jax.Array]]:
-    return [(".".join(k.key for k in path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+def _name(path: tuple) -> str:
+    return ".".join(key.key for key in path)
 
 
-def _tensors(params: decoder.Params, table: dict[str, tuple[str, str]], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the checkpoint in `dtype`, fetched to the host one layer at a time."""
-    for name, leaf in _flat(params):
-        tensor, pattern = table[name]
-        left, right = pattern.split("->")
-        for i in range(leaf.shape[0] if "{}" in tensor else 1):
-            value = _fetch(leaf, i if "{}" in tensor else None, dtype)
-            yield tensor.format(i), einops.rearrange(value, f"{right} -> {left}")
+def _flat(params: decoder.Params) -> list[tuple[str, Any]]:
+    return [(_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
 
 
-def _fetch(leaf: jax.Array, layer: int | None, dtype: Any) -> np.ndarray:
-    """A parameter, or one layer of a stacked one, whole, on the host."""
-    whole = None
+def _fetch(leaf: jax.Array, layer: int | None, dtype: jnp.dtype) -> np.ndarray:
+    """A whole parameter (layer None), or one layer of a stacked one, on the host."""
+    replicated = None
     if not leaf.is_fully_addressable:  # gathered from the other processes, over the devices
-        whole = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
-    return np.asarray(jax.device_get(_taking(whole)(leaf, layer, np.dtype(dtype))))
+        assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
+        replicated = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+    return np.asarray(jax.device_get(_taking_layer(replicated)(leaf, layer, jnp.dtype(dtype))))
 
 
 @functools.cache
-def _taking(sharding: jax.sharding.Sharding | None) -> Any:
-    def take(leaf: jax.Array, layer: jax.Array | None, dtype: Any) -> jax.Array:
+def _taking_layer(sharding: jax.sharding.Sharding | None) -> Any:
+    def take(leaf: jax.Array, layer: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
         return (leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)).astype(dtype)
 
     return jax.jit(take, static_argnums=2, out_shardings=sharding)

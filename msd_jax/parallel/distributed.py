@@ -1,12 +1,11 @@
 """One run over many processes: how they find each other, agree, and end together.
 
-On a TPU pod, under Slurm's srun and in a GKE JobSet JAX finds the other processes by itself. Elsewhere, as in
-launch/local.sh, they are told by --coordinator, --processes and --process_id, or by JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment. Without any of it a run is one process, and nothing here does
-anything.
+On a TPU pod, under Slurm's srun and in a GKE JobSet, JAX finds the other processes by itself. Elsewhere, as in
+launch/local.sh, --coordinator, --processes and --process_id name them, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+and JAX_PROCESS_ID in the environment. Without any of these a run is one process, and nothing here has an effect.
 
-Every process runs the same program on the same queries, holds the same host batches and copies its rows of them to its
-devices. What a process might see otherwise than its peers (files, above all) process 0 looks up for all: `from_first`.
+Every process runs the same program on the same queries, holds the same host batches and copies its own rows to its
+devices. What processes might see differently, above all files, process 0 looks up for all: `from_first`.
 """
 
 import contextlib
@@ -26,12 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jax._src import distributed as jax_distributed  # the only way to the key-value store that the processes share
+from jax._src import distributed as jax_distributed  # there is no other way to the processes' key-value store
 from jax.experimental import multihost_utils
 
 from msd_jax.errors import UserError
 
-# Their own set, for they are needed before --config is read: a config file may touch a device.
+# A set of their own, because they are needed before --config is read: a config file may touch a device.
 _FLAGS = flags.FlagValues()
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0 [{_ENVIRONMENT[0]}].", flag_values=_FLAGS)
@@ -40,15 +39,15 @@ flags.DEFINE_integer("process_id", None, f"Which of them this is, from 0 [{_ENVI
 flags.FLAGS.append_flag_values(_FLAGS)
 
 SECONDS_BETWEEN_BEATS = 2.0
-# A process that was silent for so long is dead. Compiling and reading weights leave the beating thread running.
+# A process that has been silent for this long is dead; compiling and reading weights do not stop the beating thread.
 SECONDS_OF_SILENCE = 30.0
-_EXIT_PREEMPTED = 143  # as a shell tells SIGTERM
+_EXIT_PREEMPTED = 143  # as a shell reports SIGTERM
 
 _peers: "_Peers | None" = None
 
 
 def start(argv: list[str]) -> None:
-    """Joins the run that this process is a part of; to be called before any device is touched.
+    """Joins the run that this process is part of; must be called before any device is touched.
 
     Raises:
       UserError: only some of the three flags are given.
@@ -56,20 +55,17 @@ def start(argv: list[str]) -> None:
     """
     global _peers
     _FLAGS(argv, known_only=True)
-    environment = [os.environ.get(name) for name in _ENVIRONMENT]
-    coordinator = _FLAGS.coordinator or environment[0]
-    processes = _FLAGS.processes if _FLAGS.processes is not None else environment[1]
-    process_id = _FLAGS.process_id if _FLAGS.process_id is not None else environment[2]
-    told = [value is not None for value in (coordinator, processes, process_id)]
-    if any(told) and not all(told):
-        raise UserError(
-            "--coordinator, --processes and --process_id (or "
-            + ", ".join(_ENVIRONMENT)
-            + ") go together; give all three or none"
-        )
-    if all(told):
+    flag_values = (_FLAGS.coordinator, _FLAGS.processes, _FLAGS.process_id)
+    given = [os.environ.get(name) if value is None else value for name, value in zip(_ENVIRONMENT, flag_values)]
+    coordinator, processes, process_id = given
+    if coordinator is not None and processes is not None and process_id is not None:
         jax.distributed.initialize(coordinator, int(processes), int(process_id), cluster_detection_method="deactivate")
-    elif not _in_a_bare_pod():
+    elif any(value is not None for value in given):
+        raise UserError(
+            f"--coordinator, --processes and --process_id (or {', '.join(_ENVIRONMENT)}) go together; "
+            "give all three or none"
+        )
+    elif not _in_pod_without_job():
         try:
             jax.distributed.initialize()
         except ValueError as error:
@@ -80,15 +76,15 @@ def start(argv: list[str]) -> None:
         _peers = _Peers()
 
 
-def _in_a_bare_pod() -> bool:
-    """Whether this is a Kubernetes pod of no job, a notebook say: JAX would look for the job in vain, and fail."""
+def _in_pod_without_job() -> bool:
+    """Whether this is a Kubernetes pod outside any job, such as a notebook: JAX would fail looking for the job."""
     of_many = {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "SLURM_PROCID"}
     return "KUBERNETES_SERVICE_HOST" in os.environ and not of_many & os.environ.keys()
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around a run: an error in one process ends them all, and without one they all end at the same time."""
+    """Around a run: an error in one process ends them all; without one, they all end at the same time."""
     try:
         yield
     except BaseException as error:
@@ -98,53 +94,53 @@ def together() -> Iterator[None]:
             _peers.finish()
             raise
         reason = str(error) or "interrupted"
-        if not isinstance(error, SystemExit | KeyboardInterrupt):  # those are said in one line
+        if not isinstance(error, SystemExit | KeyboardInterrupt):  # those need one line alone
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
         lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason
         if lost or "Gloo" in reason:
-            time.sleep(SECONDS_OF_SILENCE + 10)  # most likely a peer died; the thread that watches it will name it
+            time.sleep(SECONDS_OF_SILENCE + 10)  # most likely a peer died; the watching thread will name it
         _peers.fail(reason)
 
 
 def preempted(step: int) -> bool:
-    """Whether all processes are to save and end after `step`, for one was sent SIGTERM. To be asked after each step."""
+    """Whether all processes must save and end after `step`, since one received SIGTERM; call it after each step."""
     return _peers is not None and multihost_utils.reached_preemption_sync_point(step)
 
 
 def end_preempted(message: str) -> None:
-    """Ends this process, as all others, with the exit code of a preemption."""
+    """Ends this process, as it does all others, with the exit code of a preemption."""
     if is_first():
         print(message, file=sys.stderr)
     sys.exit(_EXIT_PREEMPTED)
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which alone prints and writes files (but for checkpoints)."""
+    """Whether this is process 0, which alone prints and writes files (other than checkpoints)."""
     return jax.process_index() == 0
 
 
 def from_first(look_up: Callable[[], Any]) -> Any:
-    """What `look_up` gives on process 0 (a JSON value), on every process."""
+    """On every process, what `look_up` returns on process 0 (a JSON value)."""
     if jax.process_count() == 1:
         return look_up()
     data = json.dumps(look_up()).encode() if is_first() else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    text_S = np.frombuffer(data or bytes(size), np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(text_S).tobytes())
+    text = np.frombuffer(data or bytes(size), np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
 
 
 def require_same(what: str, look_up: Callable[[], Any]) -> None:
     """Raises a UserError, on every process, where `look_up` (of a JSON value) differs between processes."""
     if jax.process_count() == 1:
         return
-    digest_H = np.frombuffer(hashlib.sha256(json.dumps(look_up(), sort_keys=True).encode()).digest(), np.uint8)
-    digests_PxH = multihost_utils.process_allgather(digest_H)
-    _require((digests_PxH == digests_PxH[0]).all(axis=1), f"has another {what} than process 0; all need the same")
+    digest = np.frombuffer(hashlib.sha256(json.dumps(look_up(), sort_keys=True).encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)  # one row for each process
+    _require((digests == digests[0]).all(axis=1), f"has another {what} than process 0; all need the same")
 
 
 def require_shared(directory: pathlib.Path) -> None:
-    """Raises a UserError, on every process, where one does not see in `directory` what process 0 writes there."""
+    """Raises a UserError, on every process, where one does not see what process 0 writes to `directory`."""
     if jax.process_count() == 1:
         return
 
@@ -156,19 +152,20 @@ def require_shared(directory: pathlib.Path) -> None:
     deadline = time.monotonic() + 30  # a network file system may be late
     while not mark.exists() and time.monotonic() < deadline:
         time.sleep(0.5)
-    seen_P = multihost_utils.process_allgather(np.array(mark.exists()))
+    seen = multihost_utils.process_allgather(np.array(mark.exists()))
     if is_first():
         mark.unlink()
-    _require(seen_P, f"does not see what process 0 writes to {directory}; take a directory that all machines share")
+    _require(seen, f"does not see what process 0 writes to {directory}; use a directory that all machines share")
 
 
-def _require(good_P: np.ndarray, otherwise: str) -> None:
-    for process in np.flatnonzero(~good_P):
+def _require(fine: np.ndarray, otherwise: str) -> None:
+    """Raises a UserError that names the first process for which `fine` is false."""
+    for process in np.flatnonzero(~fine):
         raise UserError(f"{_peers.names[process] if _peers else f'process {process}'} {otherwise}")
 
 
 class _Peers:
-    """The other processes of the run: tells them that this one lives, and ends this one once one of them does not."""
+    """The processes of the run: tells the others that this one is alive, and ends this one once one of them is not."""
 
     def __init__(self):
         # Not from jax.process_index(), which would set up the devices before --jax_platforms is read.
@@ -184,7 +181,9 @@ class _Peers:
         self._thread.start()
 
     def _watch(self) -> None:
-        beat, last = 0, {}
+        """Until the run ends: beats, and looks for failures and for processes that no longer beat."""
+        beat = 0
+        last: dict[int, tuple[str | None, float]] = {}  # of each process, its latest beat and when it was first seen
         while not self._stop.wait(SECONDS_BETWEEN_BEATS):
             beat += 1
             try:
@@ -201,7 +200,7 @@ class _Peers:
                 if last.setdefault(process, (seen, now))[0] != seen:
                     last[process] = (seen, now)
                 if now - last[process][1] > SECONDS_OF_SILENCE:
-                    self._end(f"{name} died: not a sign of life for {SECONDS_OF_SILENCE:.0f} seconds")
+                    self._end(f"{name} died: no sign of life for {SECONDS_OF_SILENCE:.0f} seconds")
 
     def fail(self, reason: str) -> None:
         """Tells the others why this process ends, and ends it."""
@@ -213,7 +212,7 @@ class _Peers:
         self._exit()
 
     def finish(self) -> None:
-        """Waits for the others, so that none is taken for dead, and leaves the run."""
+        """Waits for the others, so that none takes this one for dead, and leaves the run."""
         self._store.wait_at_barrier("msd_jax/finish", 24 * 3600 * 1000)
         self._stop.set()
         self._thread.join()
@@ -221,12 +220,12 @@ class _Peers:
 
     def _end(self, message: str) -> None:
         if not self._stop.is_set():
-            print(f"error: {message}\nThe same command goes on from the last checkpoint.", file=sys.stderr)
+            print(f"error: {message}\nRun the same command again to resume from the last checkpoint.", file=sys.stderr)
             self._exit()
         threading.Event().wait()  # this process is ending already
 
     def _exit(self) -> None:
-        """Ends the process, whatever its main thread waits for."""
+        """Ends the process, whatever its main thread is waiting for."""
         sys.stdout.flush()
         sys.stderr.flush()
         if self._me == 0:

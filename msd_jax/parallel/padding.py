@@ -1,4 +1,4 @@
-"""Left-padding, and the few sizes that lengths are padded to."""
+"""Left-padding, and the few sizes to which lengths are padded."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def left_pad(rows: Sequence[np.ndarray], limit: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [B, P] with each row at the right, and lengths int32 [B]; P is the bucket of the longest row."""
+    """(int32 [B, P] with each row at the right, int32 lengths [B]); P is the bucket of the longest row."""
     length_B = np.array([len(row) for row in rows], np.int32)
     prompt_BxP = np.full((len(rows), bucket(int(length_B.max()), limit)), pad_id, np.int32)
     for padded, row in zip(prompt_BxP, rows):
@@ -16,10 +16,12 @@ def left_pad(rows: Sequence[np.ndarray], limit: int, pad_id: int) -> tuple[np.nd
 
 
 def bucket(length: int, limit: int) -> int:
-    """The size that `length` is padded to: 16, 24, 32, 48, 64, 96, ..., and `limit` at most.
+    """The size to which `length` is padded: 16, 24, 32, 48, 64, 96, ..., and `limit` at most.
 
-    Few sizes mean few compilations, and never more than a third of a row is padding for the longest row above 16.
-    Raises ValueError where `length` exceeds `limit`.
+    Few sizes mean few compilations, and above 16 tokens at most a third of a batch's longest row is padding.
+
+    Raises:
+      ValueError: `length` exceeds `limit`.
     """
     if length > limit:
         raise ValueError(f"a length of {length} exceeds its limit of {limit}")

@@ -2,8 +2,10 @@
 
 Parameters carry logical axes ("embed", "heads", ...) beside their shapes in models/decoder.py; the tables below say
 which mesh axes split them. Training is fully sharded: weights, gradients and optimizer state are split over `fsdp`
-and gathered a layer at a time. Generation reads every weight for every token, so there they are split over `tensor`
-alone and gathered once, before the first token.
+and gathered one layer at a time. Generation reads every weight for every token, so its weights are split over `tensor`
+alone, gathered once before the first token.
+
+A size that its mesh axes do not divide is an error that names the parameter, with one exception: see REPLICABLE.
 """
 
 import math
@@ -28,36 +30,43 @@ TRAIN: Rules = {
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "head": None,
     "ffw": "tensor",
+    "norm": None,
+    "rank": None,
 }
 ROLLOUT: Rules = {**TRAIN, "embed": None}
 
+# Axes that every device holds whole where their mesh axes do not divide the size but number a multiple of it: a model
+# often has fewer key/value heads than `tensor` has devices. Their projections are small beside the other weights.
+REPLICABLE = frozenset({"kv_heads"})
+
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all); one size may be -1 and takes the devices that are left.
+    """A mesh over `devices` (default: all); one size may be -1 and takes the remaining devices.
 
     TPU slices are joined by the data-center network, which only `data` crosses.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
+      UserError: the sizes do not multiply to the number of devices, or `data` is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = [data, fsdp, tensor], len(devices)
     asked = "x".join(map(str, sizes))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"config.mesh={asked}: sizes are positive, and at most one is -1 (what is left)")
+        raise UserError(f"config.mesh={asked}: sizes are positive, and at most one is -1 (the rest)")
     if -1 in sizes:
         sizes[sizes.index(-1)] = count // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != count:
         raise UserError(
             f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices: the product must be {count}"
         )
-    # Not jax.make_mesh: it knows no slices, and takes only meshes whose axes are axes of the torus.
+    # Not jax.make_mesh: it does not know slices, and accepts only meshes whose axes are axes of the torus.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
         raise UserError(
             f"config.mesh={asked} (data x fsdp x tensor) over {slices} slices: data must be a multiple of {slices}, "
-            "for only data crosses the network between slices"
+            "because only data crosses the network between slices"
         )
     if slices == 1:
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -67,57 +76,75 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
+def platform(mesh: Mesh | None) -> str:
+    """The platform of the mesh's devices; without a mesh, of the default device."""
+    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
+
+
 def spec(rules: Rules, mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None], name: str) -> PartitionSpec:
-    """The mesh axes that split an array of this shape and these logical axes (None: an axis that is whole).
+    """The mesh axes that split an array of this shape and these logical axes (None: an axis that is never split).
 
     Raises:
-      UserError: two axes fall on one mesh axis, or a size is not divisible by the mesh axes that split it; the message
-        names the array, as `name`, and the axis.
+      UserError: two axes fall on one mesh axis, or the mesh axes that split a size do not divide it (unless the axis is
+        replicated, see `is_replicated`); the message names the array, as `name`, and the axis.
     """
     used: set[str] = set()
-    parts = []
+    parts: list[str | tuple[str, ...] | None] = []
     for size, axis in zip(shape, axes, strict=True):
-        assigned = rules[axis] if axis else None
-        mesh_axes = (assigned,) if isinstance(assigned, str) else assigned or ()
-        count = math.prod(mesh.shape[a] for a in mesh_axes)
-        if axis == "kv_heads" and size % count and count % size == 0:
-            assigned, mesh_axes = None, ()  # fewer heads than devices: each has all of them
-        elif size % count:
+        if axis is None or is_replicated(rules, mesh, axis, size):
+            parts.append(None)
+            continue
+        mesh_axes, count = _mesh_axes(rules, mesh, axis)
+        if size % count:
             raise UserError(
-                f"{name}: axis {axis!r} of size {size} does not divide over mesh axis {assigned!r} of size {count}; "
+                f"{name}: axis {axis!r} of size {size} does not divide over mesh axis {rules[axis]!r} of size {count}; "
                 "choose another config.mesh"
             )
         if used & set(mesh_axes):
-            raise UserError(f"{name}: axis {axis!r} falls on mesh axis {assigned!r}, already taken")
+            raise UserError(f"{name}: axis {axis!r} falls on mesh axis {rules[axis]!r}, already taken")
         used |= set(mesh_axes)
-        parts.append(assigned)
+        parts.append(rules[axis])
     return PartitionSpec(*parts)
 
 
+def is_replicated(rules: Rules, mesh: Mesh, axis: str, size: int) -> bool:
+    """Whether every device holds an axis whole that the rules would split: the rule of REPLICABLE."""
+    _, count = _mesh_axes(rules, mesh, axis)
+    return axis in REPLICABLE and size % count != 0 and count % size == 0
+
+
+def _mesh_axes(rules: Rules, mesh: Mesh, axis: str) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that split a logical axis, and their number of devices."""
+    assigned = rules[axis]
+    names = (assigned,) if isinstance(assigned, str) else assigned or ()
+    return names, math.prod(mesh.shape[name] for name in names)
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """An activation with its logical axes split as the table says; as it is where there is no mesh."""
+    """An activation with its logical axes split as TRAIN says; unchanged without a mesh."""
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(TRAIN, mesh, x.shape, axes, "activation")))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`; the other axes whole."""
+    """Rows of a batch split over `data` and `fsdp`; the other axes are not split."""
     return NamedSharding(mesh, PartitionSpec(TRAIN["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_rows(mesh: Mesh, wanted: int) -> int:
-    """The fewest rows from `wanted` on that divide over the devices."""
+    """`wanted`, rounded up to a multiple of the parts that a batch is split into."""
     shards = batch_shards(mesh)
     return -(-wanted // shards) * shards
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts that a batch is split into."""
+    """The number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -142,16 +169,16 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any, rules: Rules) -> Any:
 
 
 def put_batch(mesh: Mesh, arrays: Any) -> Any:
-    """Host arrays whose first axis is B -> global device arrays; each process copies only its own rows.
+    """Host arrays with a leading B axis -> global device arrays; each process copies only its own rows.
 
-    Every process holds the whole batch on the host (token ids are small), so that its order cannot depend on the
-    number of processes.
+    Every process holds the whole batch on the host (token ids are small), so that the order of rows cannot depend on
+    the number of processes.
     """
     return _put(arrays, batch_sharding(mesh))
 
 
 def put_replicated(mesh: Mesh, arrays: Any) -> Any:
-    """Host arrays, the same on every process -> global device arrays, whole on every device."""
+    """Host arrays, equal on all processes -> global device arrays, replicated."""
     return _put(arrays, replicated(mesh))
 
 
@@ -159,12 +186,12 @@ def _put(arrays: Any, sharding: NamedSharding) -> Any:
     def put(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    with jax.transfer_guard("allow"):  # the training loop knows no other way to a device than this one
+    with jax.transfer_guard("allow"):  # the only way to a device that the training loop may take
         return jax.tree.map(put, arrays)
 
 
 def fetch(arrays: Any) -> Any:
-    """Global device arrays -> host arrays, whole, on every process."""
+    """Global device arrays -> whole host arrays, on every process."""
 
     def whole(array: jax.Array) -> Any:
         if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):

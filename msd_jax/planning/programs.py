@@ -75,7 +75,7 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
 
     prompts, response = config.prompts, config.rollout.max_new_tokens
     yield Program("train", trace_train, resident_bytes=0)
-    yield Program("relayout", lambda: rollout.trace_relayout(weights, relaid), state_bytes - bytes_per_device(weights))
+    yield Program("relayout", lambda: rollout.trace_reshard(weights, relaid), state_bytes - bytes_per_device(weights))
     if config.rollout.policy != "off_policy":
         yield generation("rollout", config.data.batch_size, prompts.student_limit, response)
     if config.rollout.policy != "on_policy":

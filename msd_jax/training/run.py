@@ -247,7 +247,7 @@ def teacher_store(
 
 def rollout_params(run: Run, frozen: decoder.Params, trained: decoder.Params) -> decoder.Params:
     """All weights as generation takes them; `frozen` and `trained` are the two parts of model.split."""
-    return rollout.relayout(decoder.join(frozen, trained), run.model.dtype, run.rollout_shardings)
+    return rollout.reshard(decoder.join(frozen, trained), run.model.dtype, run.rollout_shardings)
 
 
 def describe(run: Run) -> None:

@@ -43,7 +43,7 @@ def make(config, devices=1):
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     evaluation = evaluator.Evaluator(ml_collections.FrozenConfigDict(config), model, mesh)
     layout = model.shardings(mesh, sharding.ROLLOUT)
-    return evaluation, lambda: rollout.relayout(model.params(mesh), model.dtype, layout)
+    return evaluation, lambda: rollout.reshard(model.params(mesh), model.dtype, layout)
 
 
 def test_every_prompt_once_a_pass_with_its_verdict(config, tmp_path):

@@ -27,7 +27,7 @@ def mesh():
 def loaded(tmp_path_factory, mesh):
     directory = write_guard(tmp_path_factory.mktemp("models") / "tiny", template=CHAT)
     model = pretrained.load(str(directory), dtype="float32", param_dtype="float32", remat="none", mesh=mesh)
-    return model, rollout.relayout(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
+    return model, rollout.reshard(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
 
 
 def prompt_ids(model, question, options):
@@ -43,7 +43,7 @@ def expected(model, params, ids):
         letter_ids = model.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"]
         row = jnp.array([context + letter_ids])
         decoder = nnx.merge(model.graphdef, params)
-        hidden, _ = decoder(row, jnp.arange(row.shape[1])[None], jnp.ones_like(row, bool))
+        hidden = decoder(row, jnp.arange(row.shape[1])[None], jnp.ones_like(row, bool))
         log_probs = np.asarray(jax.nn.log_softmax(decoder.logits(hidden)), np.float64)[0]
         start = len(context) - 1
         found.append(sum(log_probs[start + i, token] for i, token in enumerate(letter_ids)))
@@ -75,7 +75,7 @@ def test_a_model_that_knows_is_right(loaded, mesh):
     def step(params):
         def loss(params):
             decoder = nnx.merge(model.graphdef, params)
-            hidden, _ = decoder(row, jnp.arange(row.shape[1])[None], jnp.ones_like(row, bool))
+            hidden = decoder(row, jnp.arange(row.shape[1])[None], jnp.ones_like(row, bool))
             log_probs = jax.nn.log_softmax(decoder.logits(hidden[0, -n - 1 : -1]))
             return -jnp.sum(log_probs[jnp.arange(n), row[0, -n:]])
 

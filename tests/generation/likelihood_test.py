@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from msd_jax.generation import likelihood, rollout
-from msd_jax.models import pretrained
+from msd_jax.models import forward, pretrained
 from msd_jax.parallel import padding, sharding
 from tests.conftest import LLAMA, write_model
 
@@ -31,14 +31,14 @@ def directory(request, tmp_path_factory):
 
 def load(directory, mesh):
     model = pretrained.load(str(directory), dtype="float32", param_dtype="float32", remat="none", mesh=mesh)
-    return model, rollout.relayout(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
+    return model, rollout.reshard(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
 
 
 def expected(model, params, context, continuation):
     """One unpadded row through the model, log-softmax in float64."""
     ids = jnp.array([[*context, *continuation]])
     decoder = nnx.merge(model.graphdef, params)
-    hidden, _ = decoder(ids, jnp.arange(ids.shape[1])[None], jnp.ones_like(ids, bool))
+    hidden = decoder(ids, jnp.arange(ids.shape[1])[None], jnp.ones_like(ids, bool))
     logits = np.asarray(decoder.logits(hidden)[0, len(context) - 1 : -1], np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     total = log_probs[np.arange(len(continuation)), continuation].sum()
@@ -74,13 +74,15 @@ def test_what_greedy_decoding_writes_is_greedy(model_dir, rng):
     prompt, length = padding.left_pad([rng.integers(0, V, n) for n in (3, 9, 5)], 16, model.pad_id)
     generator = rollout.Generator(model.graphdef, mesh(1, 1, 1), rollout.Sampling(12, 0.0), (-1,), model.pad_id)
     active = np.ones(3, bool)
-    written = generator(params, prompt, length, np.zeros(3, np.uint32), active, jax.random.key(0))
-    pairs = [(row[-n:].tolist(), r.tolist()) for row, n, r in zip(prompt, length, np.asarray(written.response_BxR))]
+    written = jax.device_get(generator(params, prompt, length, np.zeros(3, np.uint32), active, jax.random.key(0)))
+    pairs = [(row[-n:].tolist(), r.tolist()) for row, n, r in zip(prompt, length, written.response_BxR)]
     changed = [(context, [*response[:5], (response[5] + 1) % V, *response[6:]]) for context, response in pairs]
     scores = likelihood.Scorer(model, mesh(1, 1, 1), batch_size=8, limit=64)(params, pairs + changed)
     assert [score.greedy for score in scores] == [True] * 3 + [False] * 3
-    sums = np.asarray(written.log_prob_BxR, np.float64).sum(1)
-    np.testing.assert_allclose([score.log_likelihood for score in scores[:3]], sums, atol=1e-4)
+    sequence = prompt, length, written.response_BxR, written.length_B
+    log_probs = jax.nn.log_softmax(forward.response_logits(model.graphdef, params, *sequence))
+    of_tokens = np.take_along_axis(np.asarray(log_probs, np.float64), written.response_BxR[..., None], axis=-1)
+    np.testing.assert_allclose([score.log_likelihood for score in scores[:3]], of_tokens.sum((1, 2)), atol=1e-4)
 
 
 def test_last_tokens_share_a_row(model_dir, rng, monkeypatch):

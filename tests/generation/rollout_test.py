@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from msd_jax.generation import rollout
-from msd_jax.models import attention, decoder, forward
 from msd_jax.models import config as model_config
+from msd_jax.models import decoder, forward
 from msd_jax.parallel import sharding
 from tests.conftest import LLAMA
 
@@ -43,22 +43,50 @@ def generate(model, mesh, prompt, length, *, hashes=None, active=None, seed=0, s
     return jax.device_get(generator(params, prompt, length, hashes, active, jax.random.key(seed)))
 
 
+def generate_and_record(graphdef, params, mesh, prompt, length, monkeypatch, stop=STOP, **sampling):
+    """A rollout, the logits that its tokens were drawn from, [B, R, V], and the generator."""
+    recorded, sample = [], rollout.sample
+
+    def sample_and_record(logits, keys, sampling):
+        jax.debug.callback(lambda logits: recorded.append(np.asarray(logits)), logits, ordered=True)
+        return sample(logits, keys, sampling)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "sample", sample_and_record)
+        generator = rollout.Generator(graphdef, mesh, rollout.Sampling(12, **sampling), stop, pad_id=STOP[0])
+        hashes, active = np.arange(len(prompt), dtype=np.uint32), np.ones(len(prompt), bool)
+        arrays = prompt.astype(np.int32), length.astype(np.int32), hashes, active
+        out = jax.device_get(generator(params, *arrays, jax.random.key(0)))
+        jax.effects_barrier()
+    return out, np.stack(recorded, axis=1), generator
+
+
 def prompts(rng, rows=6, P=9):
     return rng.integers(0, V, (rows, P)), rng.integers(1, P + 1, rows)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_log_probs_are_those_of_the_scoring_pass(model, mesh, rng, temperature):
+def test_tokens_are_drawn_from_what_the_scoring_pass_sees(model, mesh, rng, temperature, monkeypatch):
     """Cached decoding and the training forward agree on every response token, the first and the stop included."""
     prompt, length = prompts(rng)
-    out = generate(model, mesh, prompt, length, temperature=temperature)
+    out, drawn_from, _ = generate_and_record(*model, mesh, prompt, length, monkeypatch, temperature=temperature)
+    np.testing.assert_array_equal(
+        out.response_BxR, generate(model, mesh, prompt, length, temperature=temperature).response_BxR
+    )
     logits = forward.response_logits(*model, jnp.array(prompt), jnp.array(length), out.response_BxR, out.length_B)
-    log_probs = jax.nn.log_softmax(logits / (temperature or 1.0))
-    scored = np.take_along_axis(np.asarray(log_probs), out.response_BxR[..., None], axis=-1)[..., 0]
-    mask = np.arange(12) < out.length_B[:, None]
-    np.testing.assert_allclose(out.log_prob_BxR, np.where(mask, scored, 0), atol=2e-5)
+    steps = drawn_from.shape[1]  # fewer than 12 where all rows have stopped
+    assert steps == out.length_B.max()
+    mask = (np.arange(12) < out.length_B[:, None])[:, :steps]
+    scored, decoded = (jax.nn.log_softmax(x / (temperature or 1.0)) for x in (logits[:, :steps], drawn_from))
+    np.testing.assert_allclose(np.asarray(decoded)[mask], np.asarray(scored)[mask], atol=2e-5)
+    # And the tokens are those that the scoring pass's rows and the rows' keys give.
+    key_B = rollout.row_keys(jax.random.key(0), jnp.arange(len(prompt), dtype=jnp.uint32))
+    for t in range(steps):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(key_B, t)
+        tokens = rollout.sample(logits[:, t], keys, rollout.Sampling(12, temperature))
+        np.testing.assert_array_equal(out.response_BxR[mask[:, t], t], np.asarray(tokens)[mask[:, t]])
     if temperature == 0:
-        np.testing.assert_array_equal(out.response_BxR[mask], np.argmax(logits, -1)[mask])
+        np.testing.assert_array_equal(out.response_BxR[:, :steps][mask], np.argmax(logits[:, :steps], -1)[mask])
 
 
 def test_stops_at_the_first_stop_token_and_counts_it(model, mesh, rng):
@@ -95,7 +123,7 @@ def test_inactive_rows_get_no_tokens_and_change_no_other(model, mesh, rng):
     assert (out.length_B[~active] == 0).all() and not out.stopped_B[~active].any()
     np.testing.assert_array_equal(out.response_BxR[active], base.response_BxR[active])
     nothing = generate(model, mesh, prompt, length, active=np.zeros(6, bool))
-    assert (nothing.length_B == 0).all() and (nothing.log_prob_BxR == 0).all()
+    assert (nothing.length_B == 0).all() and (nothing.response_BxR == STOP[0]).all()
 
 
 def test_ends_early_when_all_rows_have_stopped(model, mesh, rng):
@@ -105,7 +133,7 @@ def test_ends_early_when_all_rows_have_stopped(model, mesh, rng):
     assert (out.length_B == 1).all() and out.stopped_B.all()
 
 
-def test_compiles_once_a_prompt_shape(model, mesh, rng):
+def test_compiles_once_per_prompt_shape(model, mesh, rng):
     generator = rollout.Generator(model[0], mesh, rollout.Sampling(3), STOP, pad_id=0)
     for P in (5, 5, 8, 5):
         arrays = np.ones((2, P), np.int32), np.full(2, P, np.int32), np.zeros(2, np.uint32), np.ones(2, bool)
@@ -113,19 +141,20 @@ def test_compiles_once_a_prompt_shape(model, mesh, rng):
     assert generator.compilations == 2
 
 
-def test_layers_apart_and_scanned_generate_the_same(model, mesh, rng, monkeypatch):
-    """The loop of CPUs, which slices no layers, and that of the other platforms, here on a CPU."""
+def test_unstacked_and_scanned_layers_generate_the_same(model, mesh, rng, monkeypatch):
+    """The loop on CPUs, which slices no layers, and that on other platforms, both run on a CPU."""
     prompt, length = prompts(rng)
-    loops = []
+    runs, scans = [], []
     for platform in ("cpu", "gpu"):
-        monkeypatch.setattr(attention, "platform", lambda mesh, platform=platform: platform)
-        generator = rollout.Generator(model[0], mesh, rollout.Sampling(12), (-1,), pad_id=0)
-        arrays = prompt.astype(np.int32), length.astype(np.int32), np.arange(6, dtype=np.uint32), np.ones(6, bool)
-        loops.append((jax.device_get(generator(model[1], *arrays, jax.random.key(0))), generator.trace(model[1], 6, 9)))
-    (apart, apart_trace), (scanned, scanned_trace) = loops
-    np.testing.assert_array_equal(apart.response_BxR, scanned.response_BxR)
-    np.testing.assert_allclose(apart.log_prob_BxR, scanned.log_prob_BxR, atol=1e-5)
-    assert [str(trace.jaxpr).count("= scan[") for trace in (apart_trace, scanned_trace)] == [1, 2]  # prefill; both
+        monkeypatch.setattr(sharding, "platform", lambda mesh, platform=platform: platform)
+        *run, generator = generate_and_record(*model, mesh, prompt, length, monkeypatch, stop=(-1,))
+        runs.append(run)
+        scans.append(str(generator.trace(model[1], 6, 9).jaxpr).count("= scan["))
+    (unstacked, unstacked_logits), (scanned, scanned_logits) = runs
+    np.testing.assert_array_equal(unstacked.response_BxR, scanned.response_BxR)
+    log_probs = (jax.nn.log_softmax(logits) for logits in (unstacked_logits, scanned_logits))
+    np.testing.assert_allclose(*log_probs, atol=1e-5)
+    assert scans == [1, 2]  # prefill; prefill and decoding
 
 
 def test_argmax_is_that_of_jax(rng):
@@ -138,13 +167,13 @@ def test_argmax_is_that_of_jax(rng):
 
 def test_draws_are_those_of_jax(rng):
     logits, keys = jnp.asarray(rng.normal(size=(64, 30)), jnp.float32), jax.random.split(jax.random.key(5), 64)
-    token, _ = rollout.sample(logits, keys, rollout.Sampling(1))
+    token = rollout.sample(logits, keys, rollout.Sampling(1))
     np.testing.assert_array_equal(token, jax.vmap(jax.random.categorical)(keys, jax.nn.log_softmax(logits)))
 
 
 def draws(logits, n=20_000, **sampling):
     keys = jax.random.split(jax.random.key(0), n)
-    tokens, _ = rollout.sample(jnp.tile(logits, (n, 1)), keys, rollout.Sampling(1, **sampling))
+    tokens = rollout.sample(jnp.tile(logits, (n, 1)), keys, rollout.Sampling(1, **sampling))
     return np.bincount(np.asarray(tokens), minlength=len(logits))
 
 
@@ -169,15 +198,15 @@ def test_samples_follow_the_distribution(rng, sampling):
         assert stats.chisquare(counts[used], kept[used] * counts.sum()).pvalue > 1e-4
 
 
-def test_relayout_casts_and_reshards():
+def test_reshard_casts_as_well():
     config = model_config.from_dict(LLAMA)
     _graphdef, params = decoder.init(config, jax.random.key(0))
     _, abstract, axes = decoder.abstract(config)
     mesh = sharding.make_mesh(1, 4, 2)
     trained = jax.device_put(params, sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN))
     target = sharding.param_shardings(mesh, abstract, axes, sharding.ROLLOUT)
-    laid = rollout.relayout(trained, jnp.bfloat16, target)
+    laid = rollout.reshard(trained, jnp.bfloat16, target)
     for leaf, source, wanted in zip(*map(jax.tree.leaves, (laid, params, target))):
         assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(source.astype(jnp.bfloat16)))
-    assert rollout.relayout(laid, jnp.bfloat16, target) is laid
+    assert rollout.reshard(laid, jnp.bfloat16, target) is laid

@@ -186,7 +186,9 @@ def test_holds_a_chunk_and_computes_what_is_asked_for(rng):
     inputs = make_inputs(rng, tokens=256)
 
     def products(wanted):
-        fused = lambda *inputs: losses.fused_dpsw_loss(*inputs, chunk=16)[0]  # noqa: E731
+        def fused(*inputs):
+            return losses.fused_dpsw_loss(*inputs, chunk=16)[0]
+
         shapes = shapes_of(jax.grad(fused, wanted) if wanted else fused, *inputs)
         assert max(int(np.prod(shape)) for _, shape in shapes) < 256 * V / 4
         return sum(name == "dot_general" for name, _ in shapes)

@@ -44,7 +44,7 @@ def reference(query, key, value, valid, window, scores):
 def kernel(kind, scores, windows, mesh=None):
     if kind == "splash":
         return functools.partial(lib._splash, windows=windows, scores=scores, mesh=mesh, interpret=True)
-    return functools.partial(lib.attention, slot=0, windows=windows, scores=scores, kind=kind)
+    return functools.partial(lib.self_attention, windows=windows, scores=scores, kernel=kind)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -67,7 +67,10 @@ def test_gradients_of_splash_are_those_of_xla(softcap, rng):
 
     def gradients(kind):
         run = kernel(kind, Scores(0.3, softcap), (100, WIDE))
-        total = lambda *qkv: jnp.sum(run(*qkv, valid, window=100) * tangent)  # noqa: E731
+
+        def total(*qkv):
+            return jnp.sum(run(*qkv, valid, window=100) * tangent)
+
         return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, value)
 
     for ours, theirs in zip(gradients("splash"), gradients("xla")):
@@ -97,20 +100,46 @@ def test_splash_lowers_for_tpus(head_dim):
     assert exported.mlir_module().count("tpu_custom_call") >= 6  # forward, dq and dkv of two windows
 
 
-def choice(platform, T, S, H=64, dtype=jnp.bfloat16, slot=0, softcap=None):
+@pytest.mark.parametrize("window", [WIDE, 100])
+def test_a_cache_gives_the_queries_of_its_last_slots_what_the_whole_sequence_gives(window, rng):
+    """The keys of slots behind a query, which are not written yet, are never seen."""
+    query, key, value, valid = arrays(rng)
+    whole = lib.self_attention(query, key, value, valid, window, windows=(window,), scores=Scores(0.3))
+    for first, last in ((0, 200), (200, 201), (201, T)):
+        written = np.arange(T)[:, None] < last
+        cache = (jnp.where(written, x, 1e3) for x in (key, value))
+        actual = lib.cached_attention(query[:, first:last], *cache, valid, jnp.int32(first), window, Scores(0.3))
+        mask = np.asarray(valid)[:, first:last]
+        np.testing.assert_allclose(np.asarray(actual)[mask], np.asarray(whole[:, first:last])[mask], atol=2e-5)
+
+
+def choice(platform, T, H=64, dtype=jnp.bfloat16, softcap=None):
     mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
-    query, key = (jax.ShapeDtypeStruct((2, *shape, H), dtype) for shape in ((T, 4), (4, S)))
-    return lib.choose(query, key, slot, Scores(0.1, softcap), mesh)
+    return lib.choose(jax.ShapeDtypeStruct((2, T, 4, H), dtype), Scores(0.1, softcap), mesh)
 
 
 def test_the_kernel_follows_platform_and_shapes():
-    assert choice("tpu", 256, 256) == "splash"
-    assert choice("tpu", 256, 256, softcap=3.0) == "splash"
-    assert choice("tpu", 200, 200) == "xla"  # not a multiple of 128
-    assert choice("tpu", 1, 256, slot=jnp.int32(3)) == "xla"  # decoding
-    assert choice("gpu", 96, 96) == "cudnn"
-    assert choice("gpu", 96, 96, dtype=jnp.float32) == "xla"
-    assert choice("gpu", 96, 96, softcap=3.0) == "xla"
-    assert choice("gpu", 96, 96, H=256) == "xla"
-    assert choice("gpu", 1, 96, slot=jnp.int32(3)) == "xla"
-    assert choice("cpu", 256, 256) == "xla"
+    assert choice("tpu", 256) == "splash"
+    assert choice("tpu", 256, softcap=3.0) == "splash"
+    assert choice("tpu", 200) == "xla"  # not a multiple of 128
+    assert choice("gpu", 96) == "cudnn"
+    assert choice("gpu", 96, dtype=jnp.float32) == "xla"
+    assert choice("gpu", 96, softcap=3.0) == "xla"
+    assert choice("gpu", 96, H=256) == "xla"
+    assert choice("cpu", 256) == "xla"
+
+
+def test_cudnn_refuses_a_softcap(rng):
+    query, key, value, valid = arrays(rng)
+    options = {"windows": (WIDE,), "scores": Scores(0.1, 3.0), "kernel": "cudnn"}
+    with pytest.raises(ValueError, match=r"no soft-cap, got 3.0"):
+        lib.self_attention(query, key, value, valid, WIDE, **options)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_cache_is_attended_to_without_a_kernel(platform, rng, monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+    query, key, value, valid = (x.astype(jnp.bfloat16) if x.dtype != bool else x for x in arrays(rng))
+    run = functools.partial(lib.cached_attention, window=WIDE, scores=Scores(0.1))
+    text = str(jax.make_jaxpr(run)(query, key, value, valid, jnp.int32(0)))
+    assert "pallas_call" not in text and "cudnn" not in text

@@ -32,7 +32,7 @@ def test_first_response_token_is_predicted_by_the_last_prompt_token(model, rng):
     run = nnx.merge(graphdef, params)
     for row, length in enumerate(prompt_length):
         bare = jnp.array(prompt[row, -length:])[None]
-        hidden, _ = run(bare, jnp.arange(length)[None], jnp.ones((1, length), bool))
+        hidden = run(bare, jnp.arange(length)[None], jnp.ones((1, length), bool))
         np.testing.assert_allclose(actual[row, 0], run.logits(hidden)[0, -1], atol=1e-5)
 
 

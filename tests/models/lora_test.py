@@ -1,5 +1,6 @@
 """Adapters: nothing at first, the same function merged or not, they alone are trained, and PEFT reads them."""
 
+import functools
 import json
 
 import jax
@@ -21,13 +22,13 @@ from msd_jax.training import checkpoint, loop, run
 from tests.conftest import LLAMA, WORDS
 
 CONFIG = model_config.from_dict(LLAMA)
-LORA = lora_lib.Lora(rank=3, alpha=7.0, targets=tuple(lora_lib.INPUTS))
+LORA = lora_lib.Lora(rank=3, alpha=7.0, targets=lora_lib.ADAPTABLE)
 
 
 def logits(graphdef, params, tokens):
     model = nnx.merge(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return model.logits(model(tokens, positions, jnp.ones(tokens.shape, bool))[0])
+    return model.logits(model(tokens, positions, jnp.ones(tokens.shape, bool)))
 
 
 def grown(params, key):
@@ -128,7 +129,7 @@ def test_peft_and_transformers_give_our_logits(model_dir, tmp_path, rng):
     expected = np.asarray(logits(model.graphdef, params, jnp.array(tokens)))
     export.save_adapter(tmp_path / "adapter", params, model, str(model_dir))
     export.save(tmp_path / "merged", params, model_dir, lora=model.lora)
-    load = lambda path: transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")  # noqa: E731
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
     adapted = peft.PeftModel.from_pretrained(load(model_dir), tmp_path / "adapter")
     for other in (adapted, load(tmp_path / "merged")):
         with torch.no_grad():

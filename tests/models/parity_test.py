@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import pathlib
 
 import einops
@@ -111,7 +112,7 @@ def test_log_probs_equal_pytorch(pair, rng):
     @jax.jit
     def run(params, *inputs):
         model = nnx.merge(pair.graphdef, params)
-        return jax.nn.log_softmax(model.logits(model(*inputs)[0]))
+        return jax.nn.log_softmax(model.logits(model(*inputs)))
 
     actual = run(pair.params, tokens, positions, valid)
     expected = pair.torch_log_probs(tokens, valid, positions)
@@ -119,22 +120,30 @@ def test_log_probs_equal_pytorch(pair, rng):
 
 
 def test_cached_decoding_equals_pytorch(pair, rng):
+    """A prompt at once, or in two parts, of which the second attends to the cache, and then token by token."""
     tokens, valid, positions = ragged(rng)
-    T, prefill = tokens.shape[1], 20
+    T = tokens.shape[1]
 
-    @jax.jit
-    def run(params, cache, slot, tokens, positions):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(step, params, *inputs):
         model = nnx.merge(pair.graphdef, params)
-        hidden, cache = model(tokens, positions, valid, cache, slot)
+        hidden, cache = step(model, *inputs)
         return jax.nn.log_softmax(model.logits(hidden)), cache
 
-    cache, parts = decoder.init_cache(pair.config, len(tokens), T, jnp.float32), []
-    for first, last in [(0, prefill)] + [(t, t + 1) for t in range(prefill, T)]:
-        log_probs, cache = run(pair.params, cache, first, tokens[:, first:last], positions[:, first:last])
-        parts.append(log_probs)
+    def decoded(P):
+        cache = decoder.init_cache(pair.config, len(tokens), T, jnp.float32)
+        prompt = tokens[:, :P], positions[:, :P], valid[:, :P]
+        log_probs, cache = run(decoder.Decoder.prefill, pair.params, *prompt, cache)
+        yield log_probs
+        for first, last in [(P, 20)] * (P < 20) + [(t, t + 1) for t in range(20, T)]:
+            inputs = tokens[:, first:last], positions[:, first:last], valid, cache, first
+            log_probs, cache = run(decoder.Decoder.decode, pair.params, *inputs)
+            yield log_probs
+
     expected = pair.torch_log_probs(tokens, valid, positions)
-    actual = np.concatenate(parts, axis=1)
-    np.testing.assert_allclose(actual[valid], expected[valid], atol=2e-4, rtol=0)
+    for P in (20, 7):
+        actual = np.concatenate(list(decoded(P)), axis=1)
+        np.testing.assert_allclose(actual[valid], expected[valid], atol=2e-4, rtol=0)
 
 
 def test_greedy_generation_equals_transformers(pair, rng):
@@ -198,10 +207,9 @@ def test_gradients_of_the_msd_loss_equal_autograd(pair, rng):
     """Reverse KL with DPSW weights, every parameter, against PyTorch's autograd in float64 on unpadded sequences."""
     B, P, Q, R = 3, 8, 14, 9
     # Not token 0: it is Gemma's pad, whose embedding is zero and takes no gradient in PyTorch.
-    make = lambda length: jnp.array(rng.integers(1, SIZES["vocab_size"], (B, length)))  # noqa: E731
-    batch = train_step.TrainBatch(
-        make(P), jnp.array([8, 3, 5]), make(Q), jnp.array([14, 9, 12]), make(R), jnp.array([9, 4, 1])
-    )
+    prompt, teacher_prompt, response = (jnp.array(rng.integers(1, SIZES["vocab_size"], (B, n))) for n in (P, Q, R))
+    lengths = (jnp.array(rows) for rows in ([8, 3, 5], [14, 9, 12], [9, 4, 1]))
+    batch = train_step.TrainBatch(*itertools.chain(*zip((prompt, teacher_prompt, response), lengths)))
 
     @jax.jit
     @jax.grad

@@ -78,21 +78,22 @@ def test_cached_decoding_equals_pytorch(model, params, reference, rng):
     position, valid = forward.prompt_layout(jnp.array(length), P)
     valid = jnp.concatenate([valid, jnp.ones((B, steps), bool)], axis=1)
 
-    @jax.jit
-    def run(params, cache, slot, tokens, position):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(step, params, *inputs):
         merged = nnx.merge(model.graphdef, params)
-        hidden, cache = merged(tokens, position, valid, cache, slot)
+        hidden, cache = step(merged, *inputs)
         return jax.nn.log_softmax(merged.logits(hidden[:, -1])), cache
 
     cache = decoder.init_cache(model.config, B, P + steps, jnp.float32)
-    log_probs, cache = run(params, cache, 0, prompt, position)
+    log_probs, cache = run(decoder.Decoder.prefill, params, prompt, position, valid[:, :P], cache)
     for t in range(steps):
         for row, p in enumerate(length):
             sequence = np.concatenate([prompt[row, -p:], response[row, :t]])
             expected = torch_log_probs(reference, sequence)[-1]
             np.testing.assert_allclose(log_probs[row], expected, atol=2e-4, rtol=0)
         position = jnp.array(length)[:, None] + t
-        log_probs, cache = run(params, cache, P + t, response[:, t : t + 1], position)
+        inputs = response[:, t : t + 1], position, valid, cache, P + t
+        log_probs, cache = run(decoder.Decoder.decode, params, *inputs)
 
 
 def test_the_exported_directory_gives_the_same_logits(model, params, reference, rng, tmp_path):
@@ -101,7 +102,7 @@ def test_the_exported_directory_gives_the_same_logits(model, params, reference, 
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokens(TEXTS[1])["input_ids"]
-    hidden, _ = nnx.merge(model.graphdef, changed)(
+    hidden = nnx.merge(model.graphdef, changed)(
         jnp.array(ids)[None], jnp.arange(len(ids))[None], jnp.ones((1, len(ids)), bool)
     )
     actual = jax.nn.log_softmax(nnx.merge(model.graphdef, changed).logits(hidden)[0])

@@ -58,7 +58,7 @@ def computed(name, shape):
     layout = model.shardings(mesh, sharding.ROLLOUT)
     greedy = rollout.Generator(model.graphdef, mesh, rollout.Sampling(R, temperature=0.0), (3,), 0)
     hashes, active = np.arange(B, dtype=np.uint32), np.ones(B, bool)
-    laid = rollout.relayout(state.teacher, model.dtype, layout)
+    laid = rollout.reshard(state.teacher, model.dtype, layout)
     written = greedy(laid, prompt.astype(np.int32), lengths[0].astype(np.int32), hashes, active, jax.random.key(0))
     state, scalars = train_step.jit_train_step(config, model, mesh, optimize)(state, {}, batch)
     return jax.device_get((state, scalars, written))

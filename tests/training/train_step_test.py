@@ -183,7 +183,7 @@ def test_a_step_holds_little_beside_the_state_and_one_gradient():
         "width": 256,
         "ffw": 1024,
         "layers": 8,
-        "windows": (0,) * 8,
+        "windows": (None,) * 8,
         "ropes": CONFIG.ropes[:1] * 8,
     }
     config = default.get_config()

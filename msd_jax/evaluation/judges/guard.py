@@ -175,7 +175,7 @@ class GuardJudge:
         return formats.settle(response, dataclasses.replace(answer, unsafe=unsafe, reason=reason), self._rules)
 
     def _params(self) -> decoder.Params:
-        return rollout.relayout(self._model.params(self._mesh), self._model.dtype, self._layout)
+        return rollout.reshard(self._model.params(self._mesh), self._model.dtype, self._layout)
 
     def _with_lead(self, ids: np.ndarray) -> np.ndarray:
         """The prompt with the two line breaks before the word, unless the chat template ends in them."""

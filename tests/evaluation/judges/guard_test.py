@@ -216,7 +216,7 @@ def test_polyguard_reads_p_unsafe_where_it_says_whether_the_response_is_harmful(
         for row, ids in enumerate(written):
             response_BxR[row, : len(ids)] = ids
         lengths = np.array([*map(len, written), 0])
-        return guard.rollout.Rollout(response_BxR, lengths, lengths > 0, np.zeros((4, 64), np.float32))
+        return guard.rollout.Rollout(response_BxR, lengths, lengths > 0)
 
     seen = []
     real = judge.p_unsafe

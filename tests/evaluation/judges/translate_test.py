@@ -162,7 +162,7 @@ def itself(model_dir):
             for row in range(len(prompts_ids)):
                 tokens = model.tokenizer(spoken(seen[row - len(prompts_ids)]), add_special_tokens=False)["input_ids"]
                 response_BxR[row, : len(tokens)], length_B[row] = tokens[:6], len(tokens[:6])
-            return rollout.Rollout(response_BxR, length_B, length_B < 6, np.zeros((rows, 6), np.float32))
+            return rollout.Rollout(response_BxR, length_B, length_B < 6)
 
         translator._generator.write = write
         return translator, seen, weights
