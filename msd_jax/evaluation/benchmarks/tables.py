@@ -1,4 +1,4 @@
-"""Files of benchmarks as they come: found in a directory, decoded, cut into rows; errors name file and line."""
+"""Benchmark files: found in a directory, decoded, split into rows; errors name file and line."""
 
 import csv
 import io
@@ -10,18 +10,19 @@ from msd_jax.errors import UserError, UserFileError
 def find(path: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
     """`path` itself if it is a file, else the files below it that match one of `patterns`, sorted.
 
-    Raises FileNotFoundError where there are none.
+    Raises:
+      UserFileError: there are none.
     """
     if path.is_file():
         return [path]
     found = sorted({file for pattern in patterns for file in path.rglob(pattern)})
     if not found:
-        raise UserFileError(f"{path}: there is no {' or '.join(patterns)} in it")
+        raise UserFileError(f"{path}: it holds no {' or '.join(patterns)}")
     return found
 
 
 def text(path: pathlib.Path) -> str:
-    """The file's text, which must be UTF-8; a byte order mark is dropped."""
+    """The file's text without a byte order mark. Raises UserError where it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -29,7 +30,7 @@ def text(path: pathlib.Path) -> str:
 
 
 def csv_rows(path: pathlib.Path) -> list[list[str]]:
-    """All rows of a CSV file, empty ones too."""
+    """All rows of a CSV file, including empty ones. Raises UserError where it is malformed."""
     try:
         return list(csv.reader(io.StringIO(text(path), newline=""), strict=True))
     except csv.Error as error:
@@ -37,11 +38,11 @@ def csv_rows(path: pathlib.Path) -> list[list[str]]:
 
 
 def xlsx_rows(path: pathlib.Path) -> list[list[str]]:
-    """All rows of a workbook's first sheet, cells as text."""
+    """All rows of a workbook's first sheet, cells as text. Raises UserError where it cannot be read."""
     import openpyxl
 
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         return [["" if cell is None else str(cell) for cell in row] for row in book.worksheets[0].values]
     except Exception as error:  # of zipfile, xml or openpyxl
-        raise UserError(f"{path}: this is no xlsx workbook ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not an xlsx workbook ({type(error).__name__}: {error})") from None
