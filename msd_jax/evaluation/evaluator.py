@@ -49,8 +49,7 @@ class Evaluator:
         self.prompts = encoding.encode(config, model, role)
         self._judge = judges.make(config.judge, mesh, self._translator)
         limit, _ = encoding.prompt_limit(config, role)
-        with_choices = any(prompt.benchmark.choices for prompt in self.prompts)
-        self.answerer = answering.Answerer(config, model, mesh, limit, with_choices)
+        self.answerer = answering.Answerer(config, model, mesh, self.prompts, limit)
 
     def _translator(self) -> Translator:
         """The model itself, with the weights that are being evaluated."""

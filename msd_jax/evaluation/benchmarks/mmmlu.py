@@ -82,7 +82,9 @@ def _csv(file: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     header, *rows = tables.csv_rows(file) or [[]]
     columns = {name.strip().lower(): i for i, name in enumerate(header)}
     if missing := [name for name in _COLUMNS if name not in columns]:
-        raise UserError(f"{file}: it has no column {' and no '.join(missing)}, only {', '.join(header) or 'no columns'}")
+        raise UserError(
+            f"{file}: it has no column {' and no '.join(missing)}, only {', '.join(header) or 'no columns'}"
+        )
     index = next((columns[name] for name in _INDEX if name in columns), None)
     for number, row in enumerate(rows, start=2):
         if not any(row):
