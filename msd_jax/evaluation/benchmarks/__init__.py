@@ -30,7 +30,7 @@ class Benchmark:
       what: one line: what is in it, and its paper.
       get: how a user obtains it.
       read: its file or directory -> queries. A query need not have every language.
-      judged: whether responses are judged (attack success, refusals).
+      judged: whether config.judge judges responses; otherwise the rules look for refusals of harmless prompts.
       correct: (response, answer, language) -> whether a query's reference answer was given.
       choices: whether queries are multiple choice, scored by the log-likelihood of each choice and not generated.
     """
