@@ -31,16 +31,19 @@ class Answerer:
         config: ml_collections.ConfigDict,
         model: pretrained.Pretrained,
         mesh: Mesh,
+        prompts: Sequence[EncodedPrompt],
         limit: int,
-        with_choices: bool,
     ):
-        """`limit`: the most tokens of a prompt; `with_choices`: whether any prompt is a multiple choice."""
+        """`prompts`: all that may be asked; `limit`: the most tokens of one."""
         self._tokenizer, self._limit = model.tokenizer, limit
         self._rows = sharding.batch_rows(mesh, config.eval.batch_size)
         self._key = jax.random.key(config.seed)
         self._chooser = None
-        if with_choices:
+        if any(prompt.benchmark.choices for prompt in prompts):
             self._chooser = multiple_choice.Chooser(model, mesh, config.eval.batch_size, limit)
+        # What a reply may be in: the language of any prompt, one that the model is safe in, or English.
+        sources = {"en", config.data.source_language, *config.eval.source_languages}
+        self._identifier = language_id.LanguageIdentifier(sources | {prompt.language for prompt in prompts})
         self._generators = {
             Pass(name): rollout.Generator(
                 model.graphdef,
@@ -114,7 +117,7 @@ class Answerer:
                     tokens=len(tokens),
                     stopped=stopped,
                     exact_match=_exact_match(prompt, text),
-                    language_match=language_id.matches(text, prompt.language),
+                    language_match=self._identifier.matches(text, prompt.language),
                 )
             )
         return generated

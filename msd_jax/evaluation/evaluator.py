@@ -14,7 +14,7 @@ from msd_jax.evaluation.encoding import EncodedPrompt
 from msd_jax.evaluation.judges import Verdict
 from msd_jax.evaluation.judges.translate import ModelTranslator, Translator
 from msd_jax.evaluation.rates import Summary, summarise
-from msd_jax.evaluation.records import Pass, RecordLog, ResponseRecord
+from msd_jax.evaluation.records import Pass, PromptKey, RecordLog, ResponseRecord
 from msd_jax.io import jsonl
 from msd_jax.io.console import log
 from msd_jax.models import decoder, pretrained
@@ -49,8 +49,7 @@ class Evaluator:
         self.prompts = encoding.encode(config, model, role)
         self._judge = judges.make(config.judge, mesh, self._translator)
         limit, _ = encoding.prompt_limit(config, role)
-        with_choices = any(prompt.benchmark.choices for prompt in self.prompts)
-        self.answerer = answering.Answerer(config, model, mesh, limit, with_choices)
+        self.answerer = answering.Answerer(config, model, mesh, self.prompts, limit)
 
     def _translator(self) -> Translator:
         """The model itself, with the weights that are being evaluated."""
@@ -134,13 +133,29 @@ class Evaluator:
 
 
 def judged(records: Sequence[ResponseRecord], judge: judges.Judge) -> list[ResponseRecord]:
-    """The records with `judge`'s verdicts, reasons and name; all three None in benchmarks that are not judged."""
-    asked = [record for record in records if benchmarks.BENCHMARKS[record.benchmark].judged]
-    judgements = judge.judge(
-        [judges.Response(r.language, r.prompt, r.response, r.harmful, bool(r.stopped)) for r in asked]
-    )
-    by_key = {record.key: judgement for record, judgement in zip(asked, judgements)}
+    """The records with verdicts, reasons and the judge's name.
+
+    `judge` judges the benchmarks that are declared so. In the others the rules judge looks for refusals of harmless
+    prompts, which costs nothing: a refused problem of arithmetic is over-refusal, and not only a wrong answer. Of what
+    is not generated, and of harmful prompts of those others, all three are None.
+    """
+    asked, harmless = [], []
+    for record in records:
+        if benchmarks.BENCHMARKS[record.benchmark].judged:
+            asked.append(record)
+        elif record.harmful is False and record.pass_name != Pass.LIKELIHOOD:
+            harmless.append(record)
+    by_key = _judgements(asked, judge) | _judgements(harmless, judges.RulesJudge())
     return [_with_judgement(record, by_key.get(record.key)) for record in records]
+
+
+def _judgements(
+    records: Sequence[ResponseRecord], judge: judges.Judge
+) -> dict[tuple[Pass, PromptKey], judges.Judgement]:
+    if not records:
+        return {}
+    responses = [judges.Response(r.language, r.prompt, r.response, r.harmful, bool(r.stopped)) for r in records]
+    return {record.key: judgement for record, judgement in zip(records, judge.judge(responses))}
 
 
 def _with_judgement(record: ResponseRecord, judgement: judges.Judgement | None) -> ResponseRecord:
@@ -155,9 +170,12 @@ def _with_judgement(record: ResponseRecord, judgement: judges.Judgement | None) 
 
 
 def _warn_of_unjudged(records: Sequence[ResponseRecord]) -> None:
-    unjudged = sum(record.verdict == Verdict.UNJUDGED for record in records)
-    if unjudged:
-        log(
-            f"evaluation: {unjudged} of {len(records)} responses unjudged; each may be unsafe, and rates are of the "
-            "others alone"
-        )
+    """Prints how many responses have no verdict: what may be unsafe apart from what may be an over-refusal."""
+    for harmless, prompts, may_be in ((False, "harmful", "unsafe"), (True, "harmless", "an over-refusal")):
+        its_records = [r for r in records if r.verdict is not None and (r.harmful is False) == harmless]
+        unjudged = sum(record.verdict == Verdict.UNJUDGED for record in its_records)
+        if unjudged:
+            log(
+                f"evaluation: {unjudged} of {len(its_records)} responses to {prompts} prompts unjudged; each may be "
+                f"{may_be}, and rates are of the others alone"
+            )

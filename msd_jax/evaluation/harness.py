@@ -1,19 +1,19 @@
-"""Our models in EleutherAI's lm-evaluation-harness, so that any of its tasks runs on them: `--model msd_jax`.
+"""Runs any task of EleutherAI's lm-evaluation-harness on our models: `--model msd_jax`.
 
     pip install -e '.[eval]'
     python -m msd_jax.lm_eval run --model msd_jax --model_args pretrained=HF_DIR,dtype=bfloat16 --tasks TASK ...
 
 The command is the harness's own with our model added. Releases of the harness after 0.4.13 find the model by its entry
-point, so that `lm_eval run --model msd_jax` does the same there. In Python:
+point, so that `lm_eval run --model msd_jax` does the same. In Python:
 
     import lm_eval
     from msd_jax.lm_eval import MsdJaxLM
     lm_eval.simple_evaluate(model=MsdJaxLM("HF_DIR"), tasks=[...])
 
-Numbers are those of the harness's `hf` model, whose rules for special tokens, where a context ends and what is too long
-are followed or called; its log-likelihoods want softmax_dtype=float64, for torch's softmax over 49,152 tokens is off by
-1e-5 a token. All processes of a run (here they find each other by the environment, see distributed.py) are one model,
-and process 0 alone has the results.
+Numbers equal those of the harness's `hf` model: its rules for special tokens, for where a context ends and for what is
+too long are followed or called. To compare log-likelihoods, give `hf` softmax_dtype=float64: torch's float32 softmax
+over 49,152 tokens is off by 1e-5 per token. All processes of a run (they find each other by the environment, see
+distributed.py) are one model, and process 0 alone has the results.
 """
 
 import collections
@@ -41,13 +41,13 @@ from msd_jax.models import pretrained as pretrained_lib
 from msd_jax.models import trained
 from msd_jax.parallel import sharding
 
-_AUTO_BATCH = 32  # rows, where the harness is told to find them itself
+_AUTO_BATCH = 32  # rows, where the harness is asked to find a batch size
 _log = logging.getLogger(__name__)
 
 
 @register_model("msd_jax")
 class MsdJaxLM(TemplateLM):
-    """A model for the harness."""
+    """One of our models, as the harness drives it."""
 
     def __init__(
         self,
@@ -75,15 +75,15 @@ class MsdJaxLM(TemplateLM):
             WORKDIR/config.json names).
           dtype: of matrix products; default: float32, or what the run's config says.
           batch_size: rows at a time over all devices, or "auto".
-          max_length: tokens of a context and what follows it; default: what the model's config.json says.
-          max_gen_toks: of a task that does not say it.
+          max_length: tokens of a context and its continuation; default: what the model's config.json says.
+          max_gen_toks: for tasks that do not set it.
           data, fsdp, tensor: the mesh, as config.mesh.
-          seed: of what is sampled.
-          add_bos_token, prefix_token_id, enable_thinking, chat_template_args: as of the harness's `hf`.
-          max_batch_size, device: the harness gives them to every model; JAX knows its devices.
+          seed: for sampling.
+          add_bos_token, prefix_token_id, enable_thinking, chat_template_args: as for the harness's `hf`.
+          max_batch_size, device: ignored; the harness passes them to every model.
 
         Raises:
-          UserError: `pretrained` is none of the three, or not fit.
+          UserError: `pretrained` is none of the three, or cannot be read.
         """
         super().__init__()
         del max_batch_size, device
@@ -107,9 +107,9 @@ class MsdJaxLM(TemplateLM):
         # As the harness counts, the model reads all but the last token.
         self._scorer = likelihood.Scorer(self._model, self._mesh, self.batch_size, self.max_length + 1)
         self._generators: dict[rollout.Sampling, rollout.Generator] = {}
-        # It would fork for the error of a perplexity, and a fork of JAX's threads may hang.
+        # For a perplexity's error bar the harness would fork, and forking a process with JAX's threads may hang.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
-        if jax.process_count() > 1:  # the harness's way to tell which of several processes of one model writes
+        if jax.process_count() > 1:  # by which the harness decides which process of one model writes
             os.environ["LOCAL_RANK"] = str(jax.process_index())
 
     @property
@@ -118,7 +118,7 @@ class MsdJaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """What precedes a text without a context."""
         if self._prefix is not None:
             return int(self._prefix)
         bos = self.tokenizer.bos_token_id
@@ -138,7 +138,7 @@ class MsdJaxLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids; unless told, special tokens are added as the tokenizer does, but never a second BOS."""
+        """Token ids; by default special tokens are added as the tokenizer does, but never a second BOS."""
         del kwargs
         if add_special_tokens is None:
             prefix = self.tokenizer.decode(self.prefix_token_id)
@@ -147,7 +147,7 @@ class MsdJaxLM(TemplateLM):
         return self.tokenizer.encode(string, **options)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of max_length tokens where they are longer."""
+        """The log-likelihoods of whole texts, in windows of max_length tokens where they are longer."""
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
@@ -166,13 +166,13 @@ class MsdJaxLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Called with what TemplateLM.loglikelihood tokenized: (texts, context ids, continuation ids) each."""
+        """The scores of what TemplateLM.loglikelihood tokenized: (texts, context ids, continuation ids) each."""
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise UserError(f"a continuation of {longest} tokens does not fit into max_length={self.max_length}")
         for texts, context, continuation in requests:
             if not context or not continuation:
-                raise UserError(f"the tokenizer gives no token to context or continuation of {texts!r:.200}")
+                raise UserError(f"the tokenizer gives the context or the continuation of {texts!r:.200} no token")
         pairs = [
             (context[max(0, len(context) + len(continuation) - self.max_length - 1) :], continuation)
             for _, context, continuation in requests
@@ -187,7 +187,7 @@ class MsdJaxLM(TemplateLM):
         return scores
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop token, one of the stop strings of the request (left out) or its number of tokens."""
+        """Texts that end before a stop token or stop string of the request, or at its limit on tokens."""
         groups: dict[str, list[int]] = collections.defaultdict(list)
         for index, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True, default=str)].append(index)
@@ -197,7 +197,7 @@ class MsdJaxLM(TemplateLM):
         return [texts[index] for index in range(len(requests))]
 
     def _generate(self, requests: list[Instance], indices: list[int]) -> dict[int, str]:
-        """Texts, by index, of requests that are generated alike."""
+        """Texts, by index, of requests with the same settings."""
         settings = dict(normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks))
         until, R = settings.pop("until"), settings.pop("max_gen_toks")
         temperature, top_k, top_p = (settings.pop(*x) for x in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)))
@@ -205,7 +205,7 @@ class MsdJaxLM(TemplateLM):
             temperature = 0.0
         sampling = rollout.Sampling(R, float(temperature), int(top_k), float(top_p))
         if settings:
-            raise UserError(f"msd_jax does not generate with {settings}; it knows temperature, top_k and top_p")
+            raise UserError(f"msd_jax does not generate with {settings}; it supports temperature, top_k and top_p")
         room = self.max_length - R
         if room < 1:
             raise UserError(f"max_gen_toks={R} leaves no room for a prompt in max_length={self.max_length} tokens")
@@ -218,7 +218,7 @@ class MsdJaxLM(TemplateLM):
             sampling,
             rollout.Generator(self._model.graphdef, self._mesh, sampling, self._model.stop_ids, self._model.pad_id),
         )
-        # A draw depends on the prompt and on how often it was asked before, so that repeats differ.
+        # A draw depends on the prompt and on how often it was asked before, so repeats differ.
         asked: collections.Counter[str] = collections.Counter()
         hashes = []
         for request in requests:
@@ -241,7 +241,7 @@ class MsdJaxLM(TemplateLM):
 
 
 def _run_settings(path: str) -> tuple[str, dict[str, Any]]:
-    """(the step or "", config.model) of a Hugging Face directory, a hub id or a step of a run."""
+    """(the step of a run or "", config.model), for a Hugging Face directory, a hub id or a step of a run."""
     if not (pathlib.Path(path) / "state").is_dir():
         return "", {"path": path, "dtype": "float32", "param_dtype": "float32", "remat": "none"}
     file = pathlib.Path(path).resolve().parent.parent / "config.json"

@@ -1,4 +1,4 @@
-"""What an evaluation says of its rates: intervals, before against after, several seeds, agreement of two raters."""
+"""Statistics of rates: intervals, before against after, over seeds, and the agreement of two raters."""
 
 import dataclasses
 import math
@@ -15,8 +15,8 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
         (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)
 
-    Unlike the textbook `p ± z sqrt(p (1 - p) / n)` it does not shrink to a point at a rate of 0 or 1, which is
-    where a safety evaluation lives.
+    Unlike the textbook `p ± z sqrt(p (1 - p) / n)` it does not shrink to a point at a rate of 0 or 1, where a safety
+    evaluation often ends up.
 
     Args:
       successes: how often the event was seen, `0 <= successes <= n`.
@@ -47,7 +47,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     center = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    # At a rate of 0 or 1 one end lies exactly there; rounding would put it beside.
+    # At a rate of 0 or 1 one end is exactly that; rounding would miss it.
     low = (center - half) / scale if successes > 0 else 0.0
     high = (center + half) / scale if successes < n else 1.0
     return low, high
@@ -55,7 +55,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """The same prompts before and after.
+    """A rate before and after, on the same prompts.
 
     Attributes:
       n: prompts.
@@ -75,12 +75,12 @@ class Paired:
 def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     """Before against after, prompt by prompt, with McNemar's exact test.
 
-    Prompts that did not change tell nothing of a change. Were it chance, each of the m = gone + new that did would go
-    either way with probability 1/2, so that, with k the smaller of the two counts,
+    Prompts whose event did not change carry no information. By chance alone, each of the m = gone + new that did would
+    go either way with probability 1/2, so that, with k the smaller of the two counts,
 
         p = min(1, 2 sum_{i <= k} C(m, i) / 2^m)
 
-    Exact, where the chi-squared form is not for few changes, which is what a small evaluation has.
+    This is exact also for the few changes of a small evaluation, where the chi-squared form is not.
 
     Args:
       before, after: whether the event was seen, of the same prompts in the same order.
@@ -96,7 +96,9 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     Psychometrika 12, 1947.
     """
     if len(before) != len(after) or not before:
-        raise ValueError(f"before and after must be of the same prompts; got {len(before)} and {len(after)}.")
+        raise ValueError(
+            f"before and after must be of the same prompts, at least one; got {len(before)} and {len(after)}."
+        )
     gone = sum(bool(a) and not b for a, b in zip(before, after))
     new = sum(bool(b) and not a for a, b in zip(before, after))
     changed = gone + new
@@ -107,12 +109,12 @@ def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
 
 @dataclasses.dataclass(frozen=True)
 class OverSeeds:
-    """A value measured with several seeds.
+    """A value measured over several seeds.
 
     Attributes:
       n: seeds.
       mean: over them.
-      deviation: standard deviation with n - 1; NaN for one seed, of which nothing is known.
+      deviation: standard deviation with n - 1; NaN for one seed.
       low, high: Student's t interval of the mean; NaN for one seed.
     """
 
@@ -127,10 +129,10 @@ def over_seeds(values: Sequence[float], confidence: float = 0.95) -> OverSeeds:
     """Mean, spread and interval of one rate over runs that differ in their seed.
 
     The interval is for the mean over seeds on these prompts. Pooling the prompts of all runs into one binomial would
-    count each prompt once a seed, and be too sure.
+    count each prompt once per seed and be overconfident.
 
     Args:
-      values: one a seed.
+      values: one per seed.
       confidence: coverage, in (0, 1).
 
     Raises:
@@ -142,7 +144,7 @@ def over_seeds(values: Sequence[float], confidence: float = 0.95) -> OverSeeds:
       (0.2, 0.1, -0.048, 0.448)
     """
     if not values:
-        raise ValueError("values must hold one value a seed; got none.")
+        raise ValueError("values must hold one value per seed; got none.")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, exclusive; got {confidence}.")
     n, mean = len(values), statistics.fmean(values)
@@ -155,7 +157,7 @@ def over_seeds(values: Sequence[float], confidence: float = 0.95) -> OverSeeds:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """A rater against the truth, on whether something is positive; None where a rate has no denominator.
+    """A rater against the truth on a yes-or-no question; None where a rate has no denominator.
 
     Attributes:
       n: items.
@@ -188,7 +190,7 @@ def agreement(truth: Sequence[bool], rated: Sequence[bool]) -> Agreement:
     n, positive, called = len(truth), sum(map(bool, truth)), sum(map(bool, rated))
     hits = sum(bool(a) and bool(b) for a, b in zip(truth, rated))
     agreed = n - positive - called + 2 * hits
-    # n^2 times the agreement by chance: in whole numbers a chance of 1 is exactly that.
+    # n^2 times the agreement by chance: in integers, a chance of 1 is exact.
     chance = positive * called + (n - positive) * (n - called)
     return Agreement(
         n,

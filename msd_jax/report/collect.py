@@ -1,4 +1,4 @@
-"""A run's directory, or evaluations alone -> one dataclass with all that a report is made of."""
+"""The files of a run, or of evaluations alone -> one dataclass with all that a report is made of."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ class RunFiles:
     Attributes:
       directory: the workdir, or what holds the evaluations.
       config: of the run, as config.json has it.
-      metrics: rows of metrics.jsonl, one a logged step.
+      metrics: rows of metrics.jsonl, one per logged step.
       completions: rows of completions.jsonl.
       evaluations: the finished ones, by step.
       model: the exported model's directory; None before it is there.
@@ -78,7 +78,7 @@ def workdir(directory: pathlib.Path) -> RunFiles:
     """
     config = directory / "config.json"
     if not config.is_file():
-        raise UserFileError(f"--workdir={directory} holds no run: there is no config.json in it")
+        raise UserFileError(f"--workdir={directory} holds no run: it has no config.json")
     model = directory / "model"
     steps = sorted(int(path.name) for path in (directory / "eval").glob("*") if path.name.isdecimal())
     found = [(step, directory / "eval" / str(step)) for step in steps]
@@ -103,7 +103,7 @@ def evaluations(directories: Sequence[pathlib.Path]) -> RunFiles:
         raise UserError("--evaluation takes one directory, or two to compare: BEFORE,AFTER")
     for directory in directories:
         if not (directory / "summary.json").is_file():
-            raise UserFileError(f"--evaluation={directory} holds no finished evaluation: no summary.json in it")
+            raise UserFileError(f"--evaluation={directory} holds no finished evaluation: it has no summary.json")
     return RunFiles(directories[-1], evaluations=tuple(_evaluation(path, None) for path in directories))
 
 
@@ -111,7 +111,7 @@ def _evaluation(directory: pathlib.Path, step: int | None) -> FinishedEvaluation
     summary = _read(directory / "summary.json")
     if not all(isinstance(levels, dict) and {"languages", "groups"} <= levels.keys() for levels in summary.values()):
         raise UserError(
-            f"{directory / 'summary.json'} is of another version of msd_jax; evaluate again into a new directory"
+            f"{directory / 'summary.json'} was written by another version; evaluate again into a new directory"
         )
     label = directory.name if step is None else f"after {step} steps" if step else "before training"
     return FinishedEvaluation(label, step, directory, summary)

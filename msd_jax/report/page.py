@@ -1,4 +1,4 @@
-"""Results -> report.html: one file that asks for nothing else.
+"""Results -> report.html: one self-contained file.
 
 Whatever a model or a data set wrote reaches the page in two ways: escaped by Jinja in page.html, or as JSON that
 page.js shows in text nodes. The page's policy lets nothing run but the one script, known by its hash, and nothing load.
@@ -24,10 +24,12 @@ from msd_jax.evaluation.records import ResponseRecord
 from msd_jax.report import charts, untrusted
 from msd_jax.report.pairs import ResponsePair
 from msd_jax.report.results import Results
-from msd_jax.report.rows import RATES, RateRow
+from msd_jax.report.rows import RATES, RateRow, by_group
 from msd_jax.report.words import direction, interval, language_label, p_text, p_value, percent
 
 MOST_PROMPTS = 20_000  # shown; a browser holds their text in memory
+_LARGE = ("asr", "over_refusal", "exact_match", "accuracy")  # rates that have tiles
+_BARS = ("over_refusal", "over_refusal_t1", "exact_match", "exact_match_t1", "accuracy")  # and those that have bars
 # Section -> (key of metrics.jsonl, title, upper end of the axis or None).
 CURVES = {
     "Optimisation": (
@@ -125,41 +127,34 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _heat(results: Results) -> list[tuple[str, list[tuple[str, str, dict[str, RateRow]]]]]:
-    """[(group, [(name, label, {benchmark: row})])]: the lines of the heat map, benchmarks side by side."""
+def _heat(results: Results) -> list[tuple[str, list[dict[str, RateRow]]]]:
+    """[(group, [{benchmark: row}])]: the lines of the heat map, benchmarks side by side."""
     groups = []
     for group in LANGUAGE_GROUPS:
         lines: dict[tuple[bool, str], dict[str, RateRow]] = {}
-        labels = {}
         for benchmark, rows in results.rows("asr").items():
             for row in rows:
                 if row.group == group:
                     lines.setdefault((row.pooled, row.name), {})[benchmark] = row
-                    labels[row.name] = row.label
-        ordered = sorted(lines.items(), key=lambda item: item[0][0])  # the group as a whole comes last
-        if ordered:
-            groups.append((group, [(name, labels[name], cells) for (_, name), cells in ordered]))
+        if lines:  # the group as a whole comes last
+            groups.append((group, [cells for _, cells in sorted(lines.items(), key=lambda line: line[0][0])]))
     return groups
 
 
 def _tiles(results: Results) -> Iterator[tuple[str, str, RateRow]]:
-    """(title, rate, row) of the few figures that are shown large."""
+    """(title, rate, row) of the few figures that are shown large: attack success by group, utility of the first."""
     for rate in RATES:
-        if rate.key.endswith("_t1") or rate.key == "language_match":
-            continue
-        for benchmark, rows in results.rows(rate.key).items():
-            stand_in = {row.group: row for row in rows}  # of each group: the group, or its only language
-            groups = [group for group in ("trained", "unseen", "source") if group in stand_in]
-            for group in groups if rate.key == "asr" else groups[:1]:
-                row = stand_in[group]
-                name = f"{row.group} languages" if row.pooled else row.label
-                yield f"{rate.title}, {benchmark}, {name}", rate.key, row
+        if rate.key in _LARGE:
+            for benchmark, rows in results.rows(rate.key).items():
+                stand_ins = list(by_group(rows).values())
+                for row in stand_ins if rate.key == "asr" else stand_ins[:1]:
+                    yield f"{rate.title}, {benchmark}, {row.languages}", rate.key, row
 
 
 def _bar_charts(results: Results) -> Iterator[tuple[str, Rate, list[tuple[RateRow, markupsafe.Markup]]]]:
     """(benchmark, rate, [(row, bars)]) of utility and over-refusal."""
     for rate in RATES:
-        if not rate.key.startswith("asr") and rate.key != "language_match":
+        if rate.key in _BARS:
             for benchmark, rows in results.rows(rate.key).items():
                 yield benchmark, rate, [(row, charts.bars(_bars(row, rate.key))) for row in rows]
 
@@ -170,11 +165,9 @@ def _bars(row: RateRow, rate: str) -> list[tuple[str, float, float, float]]:
 
 
 def _curves(results: Results) -> Iterator[tuple[str, list[charts.Curve]]]:
-    """Each section's curves, of those that have a value."""
+    """Each section with those of its curves that have a value."""
     rows = results.run.metrics
-    known = {"step", "tokens", "weight"}
     for section, wanted in CURVES.items():
-        known |= {key for key, _, _ in wanted}
         drawn = [
             charts.curve(key, title, {title: [(row["step"], row[key]) for row in rows if key in row]}, most)
             for key, title, most in wanted
@@ -205,7 +198,7 @@ def _over_steps(results: Results) -> Iterator[charts.Curve]:
 
 
 def _data(results: Results, sections: dict[str, list[charts.Curve]]) -> dict[str, Any]:
-    """What page.js shows; short names, for there are thousands of rows."""
+    """What page.js shows."""
     pairs = results.pairs
     if len(pairs) > MOST_PROMPTS:
         pairs = tuple(pairs[math.floor(i * len(pairs) / MOST_PROMPTS)] for i in range(MOST_PROMPTS))

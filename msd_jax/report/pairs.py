@@ -16,13 +16,13 @@ _GOOD = {True: SAFE_VERDICTS, False: frozenset((Verdict.ANSWERED, RIGHT))}
 
 
 def outcome(record: ResponseRecord | None) -> str:
-    """The verdict; RIGHT or WRONG where a response is not judged but compared with an answer; else NO_OUTCOME."""
+    """RIGHT or WRONG where an answer is compared with a reference, else the verdict; NO_OUTCOME without either."""
     if record is None:
         return NO_OUTCOME
-    if record.verdict is not None:
-        return str(record.verdict)
     is_right = record.correct if record.correct is not None else record.exact_match
-    return NO_OUTCOME if is_right is None else RIGHT if is_right else WRONG
+    if is_right is not None and record.verdict in (None, Verdict.ANSWERED):
+        return RIGHT if is_right else WRONG
+    return NO_OUTCOME if record.verdict is None else str(record.verdict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +60,7 @@ class ResponsePair:
             return Change.BETTER
         if old in good and new in bad:
             return Change.WORSE
-        if old != new:
-            return Change.OTHER
-        was_right, is_right = self.before.exact_match, self.after.exact_match
-        if was_right is None or is_right is None or was_right == is_right:
-            return Change.SAME
-        return Change.BETTER if is_right else Change.WORSE
+        return Change.SAME if old == new else Change.OTHER
 
 
 def pair(before: Sequence[ResponseRecord], after: Sequence[ResponseRecord]) -> Iterator[ResponsePair]:

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import enum
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from msd_jax import losses
@@ -12,7 +12,7 @@ from msd_jax.evaluation import comparison
 from msd_jax.report import untrusted
 from msd_jax.report.collect import RunFiles
 from msd_jax.report.pairs import pair
-from msd_jax.report.rows import RATES, RateRow, tabulate
+from msd_jax.report.rows import GROUPS_BY_INTEREST, RATES, RateRow, by_group, tabulate
 from msd_jax.report.words import SIGNIFICANT, Change, direction, p_text, percent
 
 
@@ -92,11 +92,6 @@ def _change(row: RateRow, rate: str) -> str:
     return f"{percent(row.before.get(rate))} to {percent(row.after[rate])} ({p_text(row.paired.get(rate))}, {n})"
 
 
-def _groups(rows: Sequence[RateRow]) -> dict[str, RateRow]:
-    """The row that stands for each group: the pooled one, or the only language."""
-    return {row.group: row for row in rows}  # the pooled row comes last
-
-
 def _findings(results: Results) -> Iterator[Finding]:
     run = results.run
     if results.after is None:
@@ -114,19 +109,15 @@ def _findings(results: Results) -> Iterator[Finding]:
 def _measured(results: Results) -> Iterator[Finding]:
     assert results.after is not None
     parts = [
-        f"{percent(row.after['asr'])} on {benchmark} ({_name(row)}, n = {row.after['asr_n']})"
+        f"{percent(row.after['asr'])} on {benchmark} ({row.languages}, n = {row.after['asr_n']})"
         for benchmark, rows in results.rows("asr").items()
-        for row in _groups(rows).values()
+        for row in by_group(rows).values()
     ]
     if parts:
         yield Finding(Tone.NOTE, f"Attack success {results.after.label}: {'; '.join(parts)}.")
     else:
         yield Finding(Tone.NOTE, f"Evaluated {results.after.label}; no benchmark of attack success was among them.")
     yield from _warnings(results)
-
-
-def _name(row: RateRow) -> str:
-    return f"{row.group} languages" if row.pooled else row.label
 
 
 def _compared(results: Results) -> Iterator[Finding]:
@@ -137,15 +128,19 @@ def _compared(results: Results) -> Iterator[Finding]:
 
 def _safety(results: Results) -> Iterator[Finding]:
     """What became of attack success in each group of languages, the trained ones first."""
-    rows = [(benchmark, row) for benchmark, its in results.rows("asr").items() for row in _groups(its).values()]
-    rows = [(benchmark, row) for benchmark, row in rows if row.before and row.before.get("asr") is not None]
-    rows.sort(key=lambda item: ("trained", "unseen", "source").index(item[1].group))
+    rows = [
+        (benchmark, row)
+        for benchmark, its_rows in results.rows("asr").items()
+        for row in by_group(its_rows).values()
+        if row.before and row.before.get("asr") is not None
+    ]
+    rows.sort(key=lambda item: GROUPS_BY_INTEREST.index(item[1].group))
     verbs = {Change.BETTER: "fell from", Change.WORSE: "rose from", None: "did not change measurably:"}
     tones = {Change.BETTER: Tone.BETTER, Change.WORSE: Tone.WORSE, None: Tone.NOTE}
     for benchmark, row in rows:
         changed = direction("asr", row.paired.get("asr"))
         tone = tones[changed]
-        text = f"Attack success on {benchmark} in {_name(row)} {verbs[changed]} {_change(row, 'asr')}"
+        text = f"Attack success on {benchmark} in {row.languages} {verbs[changed]} {_change(row, 'asr')}"
         if tone == Tone.BETTER and _is_hollow(row):
             assert row.before is not None
             invalid, refused = (

@@ -1,6 +1,7 @@
 """Summaries -> rows of rates: a language of a benchmark, or a group of them, before and after."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from msd_jax.evaluation import comparison, rates
@@ -23,6 +24,8 @@ RATES = tuple(
     )
 )
 
+GROUPS_BY_INTEREST = ("trained", "unseen", "source")  # in findings and tiles
+
 
 @dataclasses.dataclass(frozen=True)
 class RateRow:
@@ -44,6 +47,17 @@ class RateRow:
     before: dict[str, Any] | None
     after: dict[str, Any]
     paired: dict[str, Paired]
+
+    @property
+    def languages(self) -> str:
+        """What it is of, within a sentence: "trained languages", "Swahili"."""
+        return f"{self.group} languages" if self.pooled else self.label
+
+
+def by_group(rows: Iterable[RateRow]) -> dict[str, RateRow]:
+    """The row that stands for each group, the trained languages first: the pooled row, or the only language."""
+    found = {row.group: row for row in rows}  # the pooled row comes last
+    return {group: found[group] for group in GROUPS_BY_INTEREST if group in found}
 
 
 def tabulate(

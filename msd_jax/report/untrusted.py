@@ -1,6 +1,6 @@
-"""What a model or a data set wrote, made safe to show: on a terminal, in Markdown, and as data inside a page.
+"""Makes what a model or a data set wrote safe to show: on a terminal, in Markdown, and as data inside a page.
 
-The page itself does the same for what it shows, see `visible` in page.js.
+page.js does the same for what the page shows, see `visible` there.
 """
 
 import json
@@ -8,13 +8,13 @@ import re
 import unicodedata
 from typing import Any
 
-# Needed to write Bengali, Persian and others properly, and without effect beyond the two letters they stand between.
+# Bengali, Persian and others need them; they affect no more than the two letters they stand between.
 _JOINERS = "\u200c\u200d"
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (bidi overrides among them), lone surrogates, separators
 
 
 class _Visible(dict):
-    """A table for str.translate, filled as characters come."""
+    """A table for str.translate, filled as characters are met."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -44,7 +44,7 @@ def visible(text: Any, limit: int = 0) -> str:
     return text[: limit or None].translate(_VISIBLE) + more
 
 
-# All that Markdown or HTML would act on; "[5, 25]" by itself is an interval, and begins no link.
+# All that Markdown or HTML would act on; "[5, 25]" by itself is an interval and does not begin a link.
 _MARKDOWN = re.compile(r"\[(?!\d+(, \d+|%)\](?![\[(:]))|\](?=[\[(:])|[\\`*_<>|~$&#!@]|:(?=//)|(?<=www)\.")
 _NAMED = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
@@ -59,6 +59,6 @@ _OUTSIDE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
 def json_for_html(value: Any) -> str:
-    """JSON that may stand in a <script type="application/json">: nothing in it can end the element."""
+    """JSON to put into a <script type="application/json">: nothing in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _OUTSIDE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

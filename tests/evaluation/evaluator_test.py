@@ -1,6 +1,8 @@
 """Evaluation: every prompt answered and judged once, rates with their n, and nothing half-written."""
 
+import collections
 import contextlib
+import dataclasses
 import itertools
 import json
 import shutil
@@ -12,7 +14,7 @@ import pytest
 from msd_jax.configs import default
 
 from msd_jax import report
-from msd_jax.evaluation import evaluator, fingerprint, judges
+from msd_jax.evaluation import evaluator, fingerprint, judges, records
 from msd_jax.evaluation.judges import cache, interface
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
@@ -217,8 +219,10 @@ def test_what_is_unjudged_is_told_beside_the_rates(config, tmp_path, monkeypatch
     evaluation, params = make(config)
     summary = evaluation.run(params, tmp_path / "out")
     entries = summary["queries"]["languages"]
+    shown = capsys.readouterr().out
     assert entries["sw"]["asr"] is None and entries["sw"]["asr_n"] == 0 and entries["sw"]["unjudged"] == 1
-    assert "evaluation: 44 of 44 responses unjudged; each may be unsafe" in capsys.readouterr().out
+    assert "evaluation: 28 of 28 responses to harmful prompts unjudged; each may be unsafe" in shown
+    assert "evaluation: 16 of 16 responses to harmless prompts unjudged; each may be an over-refusal" in shown
     report.print_summary(summary)
     assert capsys.readouterr().out.count("100.0%") == 2  # languages
     for entry in entries.values():
@@ -269,6 +273,36 @@ def test_questions_of_four_choices_are_scored_and_not_generated(config, tmp_path
         assert all(r["response"] == "ABCD"[int(np.argmax(r["log_likelihoods"]))] for r in its)
         assert summary["mmmlu"]["languages"][code]["accuracy"] == sum(r["correct"] for r in its) / 4
     assert "asr" not in summary["mmmlu"]["languages"]["sw"]
+
+
+def test_a_refused_problem_is_an_over_refusal(config, tmp_path, capsys):
+    """MGSM is compared with its answers; the rules, and no judge that costs something, look for refusals."""
+    (tmp_path / "mgsm").mkdir()
+    for code in ("en", "sw"):
+        (tmp_path / "mgsm" / f"mgsm_{code}.tsv").write_text("make a cup ?\t1\nmake a cup a cup ?\t2\n")
+    config.eval.path, config.eval.benchmarks, config.eval.mgsm.path = "", ("mgsm",), str(tmp_path / "mgsm")
+    config.prompts.student_limit = 256
+    evaluation, params = make(config)
+    evaluation._judge = judge = CountingJudge()
+    generate = evaluation.answerer._generate
+
+    def refusing(*arguments):
+        first, *others = generate(*arguments)
+        return [dataclasses.replace(first, response="I am sorry, but I cannot help with that."), *others]
+
+    evaluation.answerer._generate = refusing
+    summary = evaluation.run(params, tmp_path / "out")["mgsm"]
+    rows = records.read(tmp_path / "out" / "responses.jsonl")
+    assert judge.judged == [] and len(rows) == 8 and all(row.judge.startswith("rules ") for row in rows)
+    refused = collections.Counter(
+        row.language for row in rows if row.verdict == "refused" and row.pass_name == "greedy"
+    )
+    assert refused.total() == 1
+    for code, entry in summary["languages"].items():
+        assert entry["over_refusal"] == refused[code] / 2 and entry["over_refusal_n"] == 2
+        assert entry["asr"] is None and entry["exact_match_n"] == 2
+    report.print_summary({"mgsm": summary})
+    assert "over-refusal" in capsys.readouterr().out
 
 
 def with_letters(tmp_path, model):

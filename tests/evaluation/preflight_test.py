@@ -81,7 +81,7 @@ def test_generated_analyses_are_refused(tmp_path):
     config = quickstart.get_config()
     config.prompts.cot = "generated"
     model, mesh = pretrained.load(**config.model), sharding.make_mesh()
-    with pytest.raises(ValueError, match="--preflight cannot write analyses"):
+    with pytest.raises(ValueError, match="--preflight cannot write the analyses"):
         preflight.run(ml_collections.FrozenConfigDict(config), model, mesh, tmp_path)
 
 

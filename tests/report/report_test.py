@@ -135,10 +135,10 @@ def test_evaluations_in_between_are_drawn_over_steps(make):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda w: (w / "config.json").unlink(), "holds no run: there is no config.json"),
+        (lambda w: (w / "config.json").unlink(), "holds no run: it has no config.json"),
         (lambda w: (w / "metrics.jsonl").write_text("{]\n"), r"metrics.jsonl, line 1 is damaged"),
         (lambda w: (w / "eval/60/summary.json").write_text("{"), r"summary.json is damaged"),
-        (lambda w: (w / "eval/60/summary.json").write_text('{"sw": {"asr": 1}}'), "of another version of msd_jax"),
+        (lambda w: (w / "eval/60/summary.json").write_text('{"sw": {"asr": 1}}'), "was written by another version"),
     ],
 )
 def test_what_is_wrong_with_a_run_is_said(make, spoil, message):

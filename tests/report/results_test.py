@@ -40,6 +40,8 @@ def test_answers_that_are_not_judged_are_right_or_wrong():
         outcome(side(None, None, exact_match=True)) == "right" and outcome(side(None, None, correct=False)) == "wrong"
     )
     assert outcome(side()) == outcome(None) == "-"
+    assert outcome(side("answered", False, exact_match=False)) == "wrong"
+    assert outcome(side("refused", False, exact_match=False)) == "refused"
     assert ResponsePair(side(None, None, exact_match=True), side(None, None, exact_match=False)).change == "worse"
     assert (
         ResponsePair(side("answered", False, exact_match=False), side("answered", False, exact_match=True)).change

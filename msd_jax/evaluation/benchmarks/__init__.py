@@ -1,7 +1,7 @@
-"""Benchmarks as small declarations: where a set comes from, how its files are read, and what is measured on it.
+"""Benchmarks as small declarations: where a set comes from, how its files are read, and what it measures.
 
-A set is named by config.eval.benchmarks and read from config.eval.NAME.path: `hf://OWNER/NAME` (the Hugging Face hub),
-or a file or directory on this machine. A new benchmark is one `Benchmark` in `BENCHMARKS`, and its section in
+config.eval.benchmarks names the sets, config.eval.NAME.path says where one is: hf://OWNER/NAME (the Hugging Face hub),
+or a file or directory on this machine. A new benchmark is one `Benchmark` in `BENCHMARKS` and a section in
 configs/default.py.
 """
 
@@ -23,14 +23,14 @@ OWN = "queries"  # the name of the benchmark that is the user's own file, config
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What is to know about a set of queries.
+    """The declaration of a set of queries.
 
     Attributes:
       name: in config.eval.benchmarks and in summaries.
       what: one line: what is in it, and its paper.
-      get: how a user comes by it.
+      get: how a user obtains it.
       read: its file or directory -> queries. A query need not have every language.
-      judged: whether responses are judged (attack success, refusals).
+      judged: whether config.judge judges responses; otherwise the rules look for refusals of harmless prompts.
       correct: (response, answer, language) -> whether a query's reference answer was given.
       choices: whether queries are multiple choice, scored by the log-likelihood of each choice and not generated.
     """
@@ -100,11 +100,11 @@ NAMES = tuple(name for name in BENCHMARKS if name != OWN)  # of config.eval.benc
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A benchmark's queries, as many as the config asks for.
+    """A benchmark's queries, limited as the config says.
 
     Attributes:
       benchmark: the declaration.
-      queries: each with a text in one of `languages` at least.
+      queries: each with a text in at least one of `languages`.
       languages: those that the config asks for and the benchmark has.
     """
 
@@ -117,7 +117,7 @@ def load(config: "ml_collections.ConfigDict") -> tuple[Loaded, ...]:
     """The user's own file first, then config.eval.benchmarks in their order; `config` is config.eval.
 
     Raises:
-      UserError: one message that names the key, the path and what to do.
+      UserError: a set is missing or not fit; the message names the key, the path and the remedy.
     """
     loaded = [_load_own(config)] if config.path else []
     return (*loaded, *(_load(name, config) for name in config.benchmarks))
@@ -133,7 +133,7 @@ def _load_own(config: "ml_collections.ConfigDict") -> Loaded:
 def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
     benchmark, settings = BENCHMARKS[name], config[name]
     key = f"config.eval.{name}"
-    remedy = f"name a file or directory that holds {benchmark.get}, or hf://OWNER/NAME where there is a network"
+    remedy = f"name a file or directory that holds {benchmark.get}, or hf://OWNER/NAME if there is a network"
     if not settings.path:
         raise UserError(f"{key}.path is empty: {remedy}")
     if hub.is_uri(settings.path):
@@ -158,7 +158,7 @@ def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
 
 
 def limited(records: Sequence[Any], limit: int, sample: str) -> tuple[Any, ...]:
-    """At most `limit` of them; "spread" takes them evenly from the whole, for files are often sorted by kind."""
+    """At most `limit` of them (0: all); "spread" takes them evenly from the whole: files are often sorted by kind."""
     if not limit:
         return tuple(records)
     return tuple(records[:limit] if sample == "first" else records[:: -(-len(records) // limit)])

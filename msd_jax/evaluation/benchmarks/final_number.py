@@ -1,4 +1,4 @@
-"""The number that a text ends in, in the digits of any script."""
+"""The number that a text ends with, in the digits of any script."""
 
 import decimal
 import re
@@ -14,9 +14,9 @@ _SPACED = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")  # "70 000", in the languages t
 def last_number(text: str, language: str) -> decimal.Decimal | None:
     """The value of the last number in `text`; None where there is none.
 
-    Digits of every script count (১৮ is 18), as do separators of thousands, by the language's own habit where a single
-    one is ambiguous: "1.250" is 1250 in German and 1.25 in English. A sign counts where nothing stands before it, so
-    that the second number of "3-5" is 5.
+    Digits of every script count (১৮ is 18), and so do thousands separators; where a single separator is ambiguous, the
+    language's convention decides: "1.250" is 1250 in German and 1.25 in English. A sign counts only where nothing
+    precedes it: the second number of "3-5" is 5.
 
     >>> [str(last_number(text, "en")) for text in ("16 - 3 = 13.", "$70,000", "1,00,000", "½ of -7.50!", "none")]
     ['13', '70000', '100000', '-7.50', 'None']

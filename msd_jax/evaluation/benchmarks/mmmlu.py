@@ -24,7 +24,7 @@ _INDEX = ("", "unnamed: 0", "index", "id")  # names of the column that numbers t
 
 
 def text(question: str, options: tuple[str, ...]) -> str:
-    """The user's message: the question, and an option a line behind its letter."""
+    """The user's message: the question, then one option per line, each behind its letter."""
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
     return QUESTION.format(question=question, options="\n".join(lines))
 
@@ -35,7 +35,7 @@ def read_mmmlu(path: pathlib.Path) -> tuple[Query, ...]:
     Files are mmlu_SW-KE.csv and so on (of openai/MMMLU; in any subdirectory, "-" or "_" before the region) with an
     unnamed column that numbers the rows, Question, A, B, C, D, Answer and Subject. The set has no English: that is
     mmlu.csv or mmlu_EN-US.csv of simple-evals, which look the same, or the original's all/test-*.parquet (cais/mmlu).
-    Questions without a text are left out and counted.
+    Questions without a text are skipped and counted.
 
     Args:
       path: such a file, or a directory of them.
@@ -46,27 +46,27 @@ def read_mmmlu(path: pathlib.Path) -> tuple[Query, ...]:
         for row, (where, cells) in enumerate(_parquet(file) if file.suffix == ".parquet" else _csv(file)):
             key = str(cells.get("index") or row)
             if key in seen:
-                raise UserError(f"{where}: question {key} is there already; give each row its own number")
+                raise UserError(f"{where}: question {key} occurs twice; give each row its own number")
             seen.add(key)
             if cells["answer"] not in tuple(LETTERS):
-                raise UserError(f"{where}: the answer is {cells['answer']!r}, and must be one of A, B, C and D")
+                raise UserError(f"{where}: the answer is {cells['answer']!r}; it must be one of A, B, C and D")
             if not cells["question"] or not any(cells["options"]):
                 empty += 1
                 continue
             query = merged.setdefault(key, Query(key, False, cells["subject"], {}))
             if language in query.texts:
-                raise UserError(f"{file}: there is another file in {language!r}; leave one of them")
+                raise UserError(f"{file}: there is another file in {language!r}; remove one of them")
             query.texts[language] = text(cells["question"], cells["options"])
             query.answers[language] = cells["answer"]
         if not seen:
-            raise UserError(f"{file}: there are no questions in it")
+            raise UserError(f"{file}: it holds no questions")
         if empty:
-            log(f"mmmlu: {empty} of {len(seen)} questions in {language} left out: they have no text")
+            log(f"mmmlu: {empty} of {len(seen)} questions in {language} skipped: they have no text")
     return tuple(merged.values())
 
 
 def _language(file: pathlib.Path) -> str:
-    """Of mmlu_SW-KE.csv: sw. What names none is the original, in English."""
+    """The language of mmlu_SW-KE.csv: sw. A file that names none is the original, in English."""
     code = re.fullmatch(r"mmlu_([A-Za-z]{2})([-_][A-Za-z]{2})?", file.stem)
     if not code:
         if file.stem.startswith("mmlu_"):
@@ -82,7 +82,9 @@ def _csv(file: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     header, *rows = tables.csv_rows(file) or [[]]
     columns = {name.strip().lower(): i for i, name in enumerate(header)}
     if missing := [name for name in _COLUMNS if name not in columns]:
-        raise UserError(f"{file}: there is no column {' and no '.join(missing)}; it has {', '.join(header)}")
+        raise UserError(
+            f"{file}: it has no column {' and no '.join(missing)}, only {', '.join(header) or 'no columns'}"
+        )
     index = next((columns[name] for name in _INDEX if name in columns), None)
     for number, row in enumerate(rows, start=2):
         if not any(row):
@@ -115,7 +117,7 @@ def _parquet(file: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, row in enumerate(rows):
         where = f"{file}, row {number}"
         if len(row["choices"] or ()) != len(LETTERS):
-            raise UserError(f"{where}: {len(row['choices'] or ())} choices, and must be {len(LETTERS)}")
+            raise UserError(f"{where}: {len(row['choices'] or ())} choices; there must be {len(LETTERS)}")
         answer = row["answer"]
         yield (
             where,

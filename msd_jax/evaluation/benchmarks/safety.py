@@ -1,4 +1,4 @@
-"""Readers of the safety benchmarks, each as its authors publish it."""
+"""Readers of the safety benchmarks, in the form in which their authors publish them."""
 
 import difflib
 import json
@@ -33,10 +33,12 @@ _XSAFETY_KINDS = (
 
 
 def read_multijail(path: pathlib.Path) -> tuple[Query, ...]:
-    """MultiJail: one CSV with a column a language; all queries are harmful. A directory holds one such file."""
+    """MultiJail: one CSV with a column per language; all queries are harmful. A directory must hold one such file."""
     found = tables.find(path, "*.csv")
     if len(found) > 1:
-        raise UserError(f"{path}: {len(found)} CSV files in it; name one: {', '.join(file.name for file in found)}")
+        raise UserError(
+            f"{path}: it holds {len(found)} CSV files; name one of them: {', '.join(file.name for file in found)}"
+        )
     return files.read(found[0], harmful="true")
 
 
@@ -45,8 +47,8 @@ def read_xsafety(path: pathlib.Path) -> tuple[Query, ...]:
 
     File names vary: KIND may be misspelled or carry a suffix (Insult_n.csv, commen_sense.csv), and Spanish is "sp".
     Where a language has two files of a kind, the one whose name is spelled right is read. A row of several cells is a
-    query with commas that nobody quoted. Queries carry no label: those of some kinds (mental health, ethics) are to be
-    answered with care, not refused, so let a judge that reads them say what is unsafe.
+    query with unquoted commas. Queries carry no label: those of some kinds (mental health, ethics) call for a careful
+    answer, not a refusal, so use a judge that reads responses.
 
     Args:
       path: the directory of the languages' directories, or one above it.
@@ -70,16 +72,16 @@ def _xsafety_files(path: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
     chosen: dict[tuple[str, str], pathlib.Path] = {}
     for file in tables.find(path, "*.csv", "*.xlsx"):
         language = _XSAFETY_LANGUAGES.get(file.parent.name, file.parent.name)
-        language_name(language)  # raises for what is no language's code
+        language_name(language)  # raises for what is not a language's code
         spelled = _letters(re.sub(r"_(n|en)$", "", file.stem))
         near = difflib.get_close_matches(spelled, kinds, n=1, cutoff=0.85)
         if not near:
-            raise UserError(f"{file}: XSafety has no such kind; name it after one of {', '.join(_XSAFETY_KINDS)}")
+            raise UserError(f"{file}: not a kind of XSafety; name the file after one of {', '.join(_XSAFETY_KINDS)}")
         key = (language, kinds[near[0]])
         if key in chosen:
-            right = spelled == near[0]
-            log(f"xsafety: {language} has two files of {key[1]}: {chosen[key].name} and {file.name}; one is read")
-            if not right:
+            is_spelled_right = spelled == near[0]
+            log(f"xsafety: {language} has two files of {key[1]}: {chosen[key].name} and {file.name}; only one is read")
+            if not is_spelled_right:
                 continue
         chosen[key] = file
     return chosen
@@ -90,15 +92,15 @@ def _letters(name: str) -> str:
 
 
 def read_pku_saferlhf(path: pathlib.Path) -> tuple[Query, ...]:
-    """PKU-SafeRLHF's prompts: JSON objects, one a line, with `prompt`, and `id`, `language`, `harmful` if there.
+    """PKU-SafeRLHF's prompts: one JSON object per line, with `prompt` and optionally `id`, `language`, `harmful`.
 
     The published files are English: data/MODEL/test.jsonl. Translations are files LANGUAGE.jsonl, or records with a
-    `language`; those with the same `id` (else in the same line of equally named directories) are one query. A prompt
-    that comes again, as each does with other responses, is read once. The published records label responses, not
+    `language`; those with the same `id` (without one: at the same line of equally named directories) are one query. A
+    prompt that repeats, as each does with other responses, is read once. The published records label responses, not
     prompts: `harmful` stays unknown where a record does not say.
 
     Args:
-      path: such a file, or a directory; where it has files test.jsonl, its train.jsonl are left alone.
+      path: such a file, or a directory; where it holds test.jsonl, its train.jsonl are not read.
     """
     found = tables.find(path, "*.jsonl")
     if any(file.name == "test.jsonl" for file in found):
@@ -115,7 +117,7 @@ def read_pku_saferlhf(path: pathlib.Path) -> tuple[Query, ...]:
                 record = json.loads(line)
                 prompt, language = record["prompt"], record.get("language", default)
                 if not (isinstance(prompt, str) and prompt.strip()) or record.get("harmful") not in (None, True, False):
-                    raise UserError("prompt must be a text that is not empty, harmful true, false or absent")
+                    raise UserError("prompt must be a non-empty text, harmful true, false or absent")
                 language_name(language)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -126,16 +128,18 @@ def read_pku_saferlhf(path: pathlib.Path) -> tuple[Query, ...]:
             key = str(record.get("id", "/".join(filter(None, (where, str(number))))))
             query = merged.setdefault(key, Query(key, record.get("harmful"), str(record.get("category", "")), {}))
             if language in query.texts:
-                raise UserError(f"{file}, line {number}: id {key!r} is there twice in {language!r}; give each its own")
+                raise UserError(
+                    f"{file}, line {number}: id {key!r} occurs twice in {language!r}; give each record its own"
+                )
             query.texts[language] = prompt
     return tuple(merged.values())
 
 
 def read_xstest(path: pathlib.Path) -> tuple[Query, ...]:
-    """XSTest: a CSV with the columns prompt and type, and id and label if there; English, or translated.
+    """XSTest: a CSV with the columns prompt and type, optionally id and label; English, or translated.
 
-    Harmful are those labelled unsafe, in files without labels those whose type begins with "contrast_". A translated
-    copy has the same columns and its language's code at the end of its name: xstest_prompts_sw.csv; rows with the same
+    Prompts labelled unsafe are harmful; in files without labels, those whose type begins with "contrast_". A translated
+    copy has the same columns, and its name ends in its language's code, as in xstest_prompts_sw.csv; rows with the same
     id are one query.
 
     Args:
@@ -146,7 +150,9 @@ def read_xstest(path: pathlib.Path) -> tuple[Query, ...]:
         header, *rows = tables.csv_rows(file) or [[]]
         columns = {name.strip().lower(): i for i, name in enumerate(header)}
         if missing := [name for name in ("prompt", "type") if name not in columns]:
-            raise UserError(f"{file}: XSTest has columns prompt and type; there is no {' and no '.join(missing)}")
+            raise UserError(
+                f"{file}: XSTest has the columns prompt and type; this file has no {' and no '.join(missing)}"
+            )
         suffix = re.split(r"[_.]", file.stem)[-1]
         language = suffix if is_language(suffix) else "en"
         for number, row in enumerate(rows, start=2):
@@ -161,8 +167,6 @@ def read_xstest(path: pathlib.Path) -> tuple[Query, ...]:
                 raise UserError(f"{file}, row {number}: label={label!r} must be safe or unsafe")
             query = merged.setdefault(key, Query(key, label == "unsafe", cell["type"], {}))
             if language in query.texts or query.harmful != (label == "unsafe"):
-                raise UserError(
-                    f"{file}, row {number}: id {key!r} is there already, in {language!r} or otherwise labelled"
-                )
+                raise UserError(f"{file}, row {number}: id {key!r} occurs twice in {language!r}, or with another label")
             query.texts[language] = cell["prompt"]
     return tuple(merged.values())

@@ -1,4 +1,4 @@
-"""Files of benchmarks as they are published: found in a directory, and read as rows; errors name the file."""
+"""Benchmark files: found in a directory, decoded, split into rows; errors name file and line."""
 
 import csv
 import io
@@ -18,12 +18,12 @@ def find(path: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
         return [path]
     found = sorted({file for pattern in patterns for file in path.rglob(pattern)})
     if not found:
-        raise UserFileError(f"{path}: there is no {' or '.join(patterns)} in it")
+        raise UserFileError(f"{path}: it holds no {' or '.join(patterns)}")
     return found
 
 
 def csv_rows(path: pathlib.Path) -> list[list[str]]:
-    """All rows of a CSV file, blank ones too."""
+    """All rows of a CSV file, including empty ones. Raises UserError where it is malformed."""
     try:
         return list(csv.reader(io.StringIO(read_text(path), newline=""), strict=True))
     except csv.Error as error:
@@ -31,11 +31,11 @@ def csv_rows(path: pathlib.Path) -> list[list[str]]:
 
 
 def xlsx_rows(path: pathlib.Path) -> list[list[str]]:
-    """All rows of a workbook's first sheet, cells as text."""
+    """All rows of a workbook's first sheet, cells as text. Raises UserError where it cannot be read."""
     import openpyxl
 
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         return [["" if cell is None else str(cell) for cell in row] for row in book.worksheets[0].values]
     except Exception as error:  # of zipfile, xml or openpyxl
-        raise UserError(f"{path}: this is not an xlsx workbook ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not an xlsx workbook ({type(error).__name__}: {error})") from None

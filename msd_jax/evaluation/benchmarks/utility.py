@@ -1,4 +1,4 @@
-"""Readers and rules of the utility benchmarks: what the model could do before, can it still?"""
+"""Readers and rules of the utility benchmarks: can the model still do what it could before?"""
 
 import pathlib
 import re
@@ -10,7 +10,7 @@ from msd_jax.evaluation.benchmarks import tables
 from msd_jax.evaluation.benchmarks.final_number import last_number
 from msd_jax.io.text import read_text
 
-# How a problem of MGSM is put, after its text, in its own language. The wording is ours.
+# Follows the text of an MGSM problem, in its own language. The wording is ours.
 _MGSM_INSTRUCTIONS = {
     "en": "Solve this step by step. Write the final answer, a number alone, on the last line.",
     "bn": "ধাপে ধাপে সমাধান করো। শেষ লাইনে শুধু চূড়ান্ত উত্তরের সংখ্যাটি লেখো।",
@@ -27,7 +27,7 @@ _MGSM_INSTRUCTIONS = {
 
 
 def exact_match(response: str, answer: str, language: str) -> bool:
-    """Whether the response is the answer, but for blanks and Unicode form (NFC)."""
+    """Whether the response is the answer, up to blanks and Unicode form (NFC)."""
     del language
     normal = [" ".join(unicodedata.normalize("NFC", text).split()) for text in (response, answer)]
     return normal[0] == normal[1]
@@ -40,7 +40,7 @@ def same_number(response: str, answer: str, language: str) -> bool:
 
 
 def read_mgsm(path: pathlib.Path) -> tuple[Query, ...]:
-    """MGSM: mgsm_LANGUAGE.tsv, a problem and its answer a line, without a header; line i is problem i in each language.
+    """MGSM: mgsm_LANGUAGE.tsv, a problem and its answer per line, no header; line i is problem i in each language.
 
     The problem is followed by an instruction in its own language, so that a response's last number is its answer.
 
@@ -57,11 +57,11 @@ def read_mgsm(path: pathlib.Path) -> tuple[Query, ...]:
         for number, line in enumerate(read_text(file).splitlines(), start=1):
             problem, tab, answer = line.rpartition("\t")
             if not tab or not re.search(r"\d", answer):
-                raise UserError(f"{file}, line {number}: a line is a problem, a tab and a number")
+                raise UserError(f"{file}, line {number}: a line must be a problem, a tab and a number")
             rows[language].append((problem, answer.strip()))
     lengths = {language: len(problems) for language, problems in rows.items()}
     if len(set(lengths.values())) > 1:
-        raise UserError(f"{path}: the files of MGSM have different numbers of problems: {lengths}; get them anew")
+        raise UserError(f"{path}: the files of MGSM have different numbers of problems: {lengths}; download them again")
     return tuple(
         Query(
             id=f"{i + 1:03d}",

@@ -74,7 +74,7 @@ def test_the_original_in_english(tmp_path):
 def test_questions_without_text_are_counted(tmp_path, capsys):
     content = SW + "3,,1,2,3,4,A,x\n4,Nini?,,,,,A,x\n"
     assert len(mmmlu.read_mmmlu(write(tmp_path, **{"mmlu_SW-KE": content}))) == 2
-    assert "2 of 4 questions in sw left out" in capsys.readouterr().out
+    assert "2 of 4 questions in sw skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -82,15 +82,15 @@ def test_questions_without_text_are_counted(tmp_path, capsys):
     [
         ("mmlu_SW-KE", SW + "5,Q,1,2,3,4,E,x\n", r"row 5: the answer is 'E'"),
         ("mmlu_SW-KE", SW + "5,Q,1,2,3,4,,x\n", r"row 5: the answer is ''"),
-        ("mmlu_SW-KE", SW + "0,Q,1,2,3,4,A,x\n", r"row 5: question 0 is there already"),
+        ("mmlu_SW-KE", SW + "0,Q,1,2,3,4,A,x\n", r"row 5: question 0 occurs twice"),
         ("mmlu_SW-KE", SW + "5,Q,1,2,3,A,x\n", r"row 5: 7 cells under 8 columns"),
         ("mmlu_SW-KE", SW + '5,"Q,1,2,3,4,A,x\n', "malformed CSV"),
-        ("mmlu_SW-KE", SW.replace("Answer", "Solution"), "there is no column answer"),
-        ("mmlu_SW-KE", "", "there is no column question"),
+        ("mmlu_SW-KE", SW.replace("Answer", "Solution"), "it has no column answer"),
+        ("mmlu_SW-KE", "", "it has no column question"),
         ("mmlu_SW-KE", HEADER, "no questions"),
         ("mmlu_TH-TH", SW, "MMMLU has no language 'th'"),
         ("mmlu_swahili", SW, "must end in a language and region"),
-        ("other", SW, "there is no mmlu_"),
+        ("other", SW, "it holds no mmlu_"),
     ],
 )
 def test_what_is_broken_is_named(tmp_path, name, content, message):

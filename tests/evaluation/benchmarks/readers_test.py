@@ -63,9 +63,9 @@ def test_xsafety(xsafety, capsys):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("en/Cooking.csv", b"x\n", r"Cooking\.csv: XSafety has no such kind; name it after one of Commonsense"),
+        ("en/Cooking.csv", b"x\n", r"Cooking\.csv: not a kind of XSafety; name the file after one of Commonsense"),
         ("notes/Insult.csv", b"x\n", "'notes' is not the code of a known language"),
-        ("bn/Insult_n.xlsx", b"not a zip", r"Insult_n\.xlsx: this is not an xlsx workbook"),
+        ("bn/Insult_n.xlsx", b"not a zip", r"Insult_n\.xlsx: not an xlsx workbook"),
         ("en/Insult_n.csv", b"\xff\n", r"Insult_n\.csv, line 1: byte 0xff at offset 0 is not UTF-8"),
         ("en/Insult_n.csv", b'"never closed\n', r"Insult_n\.csv: malformed CSV"),
     ],
@@ -78,7 +78,7 @@ def test_xsafety_that_is_damaged(xsafety, name, content, message):
 
 
 def test_an_empty_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no \*\.csv or \*\.xlsx in it"):
+    with pytest.raises(FileNotFoundError, match=r"it holds no \*\.csv or \*\.xlsx"):
         safety.read_xsafety(tmp_path)
 
 
@@ -116,10 +116,10 @@ def test_pku_in_several_languages(tmp_path):
     [
         ('{"prompt": "a"\n', "line 1: not a record"),
         (lines({"text": "a"}), "line 1: not a record of PKU-SafeRLHF .no 'prompt'"),
-        (lines({"prompt": "a"}, {"prompt": " "}), "line 2: .*not empty"),
+        (lines({"prompt": "a"}, {"prompt": " "}), "line 2: .*non-empty"),
         (lines({"prompt": "a", "language": "klingonish"}), "not the code of a known language"),
         (lines({"prompt": "a", "harmful": "yes"}), "harmful true, false or absent"),
-        (lines({"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}), "line 2: id '1' is there twice in 'en'"),
+        (lines({"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}), "line 2: id '1' occurs twice in 'en'"),
         ("[1]\n", "line 1: not a record"),
     ],
 )
@@ -152,11 +152,11 @@ def test_xstest_without_labels_or_ids(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("id,question\n1,x\n", "there is no prompt and no type"),
+        ("id,question\n1,x\n", "this file has no prompt and no type"),
         (XSTEST + "3,x,y,maybe,a,b\n", "row 4: label='maybe' must be safe or unsafe"),
         (XSTEST + "3,x,y\n", "row 4: 3 cells under 6 columns"),
-        (XSTEST + "1,x,y,safe,a,b\n", "row 4: id '1' is there already"),
-        ("", "there is no prompt"),
+        (XSTEST + "1,x,y,safe,a,b\n", "row 4: id '1' occurs twice in 'en'"),
+        ("", "this file has no prompt"),
     ],
 )
 def test_xstest_that_is_damaged(tmp_path, text, message):
@@ -184,8 +184,8 @@ def test_mgsm(tmp_path):
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"mgsm_sw.tsv": "no tab\n"}, r"mgsm_sw\.tsv, line 1: a line is a problem, a tab and a number"),
-        ({"mgsm_sw.tsv": "x\tnone\n"}, "line 1: a line is a problem"),
+        ({"mgsm_sw.tsv": "no tab\n"}, r"mgsm_sw\.tsv, line 1: a line must be a problem, a tab and a number"),
+        ({"mgsm_sw.tsv": "x\tnone\n"}, "line 1: a line must be a problem"),
         ({"mgsm_xx.tsv": "x\t1\n"}, "MGSM has no language 'xx'"),
         ({"mgsm_sw.tsv": "x\t1\n", "mgsm_en.tsv": "x\t1\ny\t2\n"}, "different numbers of problems"),
     ],
