@@ -31,14 +31,14 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
                 length = len(token_ids(tokenizer, messages, variables))
                 over = f", over config.prompts.{role}_limit={limit}: dropped in training" if length > limit else ""
                 title = f"{record.id}  {language_name(language)} ({language})  {role}: {length} tokens{over}"
-                # Text, not markup: what stands in the data is shown and never obeyed.
+                # As text, not as markup: data is shown, never obeyed.
                 screen.print(Text(printable(title), style="bold"), soft_wrap=True)
                 screen.print(Text(printable(render(tokenizer, messages, variables)) + "\n"), soft_wrap=True)
 
 
 def printable(text: str) -> str:
     """`text` with its control and invisible formatting characters escaped, so that it cannot steer a terminal."""
-    keep = "\n\t\u200c\u200d"  # the joiners are letters' business in Bengali, Persian and others
+    keep = "\n\t\u200c\u200d"  # joiners belong to the spelling in Bengali, Persian and others
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cf") and c not in keep else c
         for c in text
