@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from msd_jax.data import files, parallel_queries, sources
-from msd_jax.data.records import Query, language_name, require_languages
+from msd_jax.data.records import Query, describe, language_name, require_languages, usable
 from tests.conftest import SHARED
 from tests.data.conftest import OWNER_NAME
 
@@ -170,17 +170,44 @@ def test_the_real_multijail_file(tmp_path):
     assert files.read(tmp_path / "multijail.jsonl") == records
 
 
-def test_require_languages_names_record_language_and_what_there_is():
-    records = (
-        Query("a", None, "", {"en": "x", "sw": "x", "it": "x"}),
-        Query("b", None, "", {"en": "x", "sw": "x"}),
-        Query("c", None, "", {"en": "x", "jv": "x"}),
+RAGGED = (
+    Query("a", True, "", {"en": "x", "sw": "x", "it": "x"}),
+    Query("b", False, "", {"en": "x", "sw": "x"}),
+    Query("c", None, "", {"en": "x", "jv": "x"}),
+    Query("d", True, "", {"jv": "x", "sw": "x"}),
+)
+
+
+def test_a_language_that_no_record_has_is_named_with_those_that_there_are():
+    require_languages(RAGGED, ["en", "sw", "it", "jv"], "f.jsonl")
+    with pytest.raises(
+        ValueError, match=r"^f\.jsonl: no record has a text in yo, zu; there are texts in en, sw, it, jv;"
+    ):
+        require_languages(RAGGED, ["en", "yo", "zu"], "f.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("source", "targets", "left"),
+    [("en", ("sw",), "ab"), ("en", ("jv",), "c"), ("en", ("sw", "jv"), "abc"), ("sw", ("jv", "it"), "ad")],
+)
+def test_a_record_needs_the_source_language_and_one_target(source, targets, left):
+    assert [query.id for query in usable(RAGGED, source, targets, "f.jsonl")] == list(left)
+
+
+def test_a_target_that_is_never_with_the_source_is_named():
+    with pytest.raises(ValueError, match=r"^f\.jsonl: no record has a text in yo;"):
+        usable(RAGGED, "yo", ("sw",), "f.jsonl")
+    with pytest.raises(ValueError, match=r"^f\.jsonl, records with a text in jv: no record has a text in it;"):
+        usable(RAGGED, "jv", ("sw", "it"), "f.jsonl")
+
+
+def test_counts_by_language_and_label():
+    assert describe(RAGGED[:2], ("en", "sw")) == "1 harmful, 1 harmless in en, sw"
+    assert describe(RAGGED, ("en", "jv", "it")) == (
+        "1 harmful, 1 harmless, 1 unlabelled in en (absent in 1 of 4 records, first: id 'd'); "
+        "1 harmful, 1 unlabelled in jv (absent in 2 of 4 records, first: id 'a'); "
+        "1 harmful in it (absent in 3 of 4 records, first: id 'b')"
     )
-    require_languages(records, ["en"], "f.jsonl")
-    with pytest.raises(ValueError, match=r"f\.jsonl: 1 of 3 records have no text in 'sw' \(first: id 'c'\)"):
-        require_languages(records, ["en", "sw"], "f.jsonl")
-    with pytest.raises(ValueError, match=r"3 of 3 .*'yo'.*the file has en, sw, it, jv;"):
-        require_languages(records, ["yo"], "f.jsonl")
 
 
 TEXTS = record()["texts"]

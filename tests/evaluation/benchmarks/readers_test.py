@@ -232,6 +232,26 @@ def config(tmp_path):
     return config
 
 
+def test_queries_of_the_users_own_are_asked_in_the_languages_that_they_have(config, tmp_path, capsys):
+    texts = [{"en": "a", "sw": "b"}, {"en": "a"}, {"sw": "b", "it": "c"}, {"it": "c"}]
+    rows = [{"id": str(i), "harmful": i == 0, "texts": text} for i, text in enumerate(texts)]
+    config.path, config.benchmarks = str(write(tmp_path / "own.jsonl", lines(*rows))), ()
+    [own] = benchmarks.load(config)
+    assert own.languages == ("en", "sw") and [query.id for query in own.queries] == ["0", "1", "2"]
+    assert capsys.readouterr().out == (
+        "evaluation on queries: 1 harmful, 1 harmless in en (absent in 1 of 3 records, first: id '2'); "
+        "1 harmful, 1 harmless in sw (absent in 1 of 3 records, first: id '1')\n"
+    )
+    config.languages = ("en", "yo")
+    with pytest.raises(ValueError, match=r"own\.jsonl: no record has a text in yo; there are texts in en, sw, it;"):
+        benchmarks.load(config)
+    config.languages, config.limit, config.sample = ("it",), 1, "first"
+    assert [query.id for query in benchmarks.load(config)[0].queries] == ["2"]
+    config.languages = ("en", "it")
+    with pytest.raises(ValueError, match=r"queries: none of the 1 records that a limit of 1 leaves has a text in it;"):
+        benchmarks.load(config)
+
+
 def test_benchmarks_have_the_languages_asked_for_that_they_have(config):
     mgsm, xstest = benchmarks.load(config)
     assert (mgsm.languages, xstest.languages) == (("sw",), ("en",))
