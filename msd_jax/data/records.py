@@ -123,17 +123,21 @@ def usable(queries: Sequence[Query], source: str, targets: Sequence[str], where:
 
 
 def describe(queries: Sequence[Query], languages: Iterable[str]) -> str:
-    """How many queries there are by label and language: "112 harmful, 160 harmless in sw, bn"."""
+    """How many queries there are by label and language: "112 harmful, 160 harmless in sw, bn".
+
+    Where fewer than half lack a language, that is a gap rather than a part in other languages, and the first is named.
+    """
     names = {True: "harmful", False: "harmless", None: "unlabelled"}
     by_count: dict[tuple[str, str], list[str]] = {}
     for language in languages:
         labels = collections.Counter(query.harmful for query in queries if language in query.texts)
         count = ", ".join(f"{labels[label]} {name}" for label, name in names.items() if labels[label])
         others = [query.id for query in queries if language not in query.texts]
-        # An id is somebody's data: repr escapes what could steer a terminal.
-        lacking = f" (absent in {len(others)} of {len(queries)} records, first: id {others[0]!r})" if others else ""
-        by_count.setdefault((count, lacking), []).append(language)
-    return "; ".join(f"{count} in {', '.join(codes)}{lacking}" for (count, lacking), codes in by_count.items())
+        gap = ""
+        if others and 2 * len(others) < len(queries):  # repr escapes what in an id could steer a terminal
+            gap = f" (absent in {len(others)} of {len(queries)} records, first: id {others[0]!r})"
+        by_count.setdefault((count, gap), []).append(language)
+    return "; ".join(f"{count} in {', '.join(codes)}{gap}" for (count, gap), codes in by_count.items())
 
 
 def parse(record: Any, where: str) -> Query:

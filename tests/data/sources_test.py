@@ -77,8 +77,7 @@ def test_sources_of_different_languages_are_one_mixture(config, tmp_path):
     assert len(read) == 14 and "yo/x" not in {query.id for query in read}
     assert lines[2:] == [
         "queries: 1 of 15 left out: no text in en, or in none of sw, yo",
-        "queries: 5 harmful in sw (absent in 9 of 14 records, first: id 'yo/0'); "
-        "9 harmless in yo (absent in 5 of 14 records, first: id 'sw/0')",
+        "queries: 5 harmful in sw; 9 harmless in yo (absent in 5 of 14 records, first: id 'sw/0')",
     ]
     config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "yo": 3.0})
     trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
