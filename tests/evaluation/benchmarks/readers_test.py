@@ -111,14 +111,29 @@ def test_pku_in_several_languages(tmp_path):
     assert query.id == "7" and query.texts == {"en": "one", "jv": "siji"}
 
 
+def test_pku_as_conversations(tmp_path, capsys):
+    one = {"prompt": [{"from": "human", "value": "a?"}], "harmful": True}
+    other = {"prompt": [{"role": "user", "content": "d?"}]}
+    several = {"prompt": [*one["prompt"], {"from": "gpt", "value": "b"}, {"from": "human", "value": "c?"}]}
+    found = safety.read_pku_saferlhf(
+        write(tmp_path / "en.jsonl", lines(one, several, other, {"prompt": "e?"}, one, several))
+    )
+    assert [(query.texts["en"], query.harmful) for query in found] == [("a?", True), ("d?", None), ("e?", None)]
+    assert capsys.readouterr().out == "pku_saferlhf: 2 prompts left out: they are conversations of several turns\n"
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
+        (lines({"prompt": [{"from": "gpt", "value": "a"}]}), "line 1: .*the one turn of prompt is from 'gpt'"),
+        (lines({"prompt": [{"text": "a"}]}), "line 1: not a record of PKU-SafeRLHF .no 'from'"),
+        (lines({"prompt": []}), "line 1: .*is from ''"),
+        (lines({"prompt": [{"from": "human", "value": ""}]}), "line 1: .*not empty"),
         ('{"prompt": "a"\n', "line 1: not a record"),
         (lines({"text": "a"}), "line 1: not a record of PKU-SafeRLHF .no 'prompt'"),
         (lines({"prompt": "a"}, {"prompt": " "}), "line 2: .*not empty"),
         (lines({"prompt": "a", "language": "klingonish"}), "not the code of a known language"),
-        (lines({"prompt": "a", "harmful": "yes"}), "harmful true, false or absent"),
+        (lines({"prompt": "a", "harmful": "yes"}), "harmful must be true, false or absent"),
         (lines({"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}), "line 2: id '1' is there twice in 'en'"),
         ("[1]\n", "line 1: not a record"),
     ],
@@ -176,16 +191,23 @@ def test_mgsm(tmp_path):
         ("Jibu: 5600", "sw", True),
         ("৫,৬০০", "bn", True),
         ("5600, lakini 3", "sw", False),
+        ("Jibu: 5 600", "sw", True),
         ("", "sw", False),
     ]:
         assert utility.same_number(response, one.answers[language], language) is right
 
 
+@pytest.mark.parametrize("answer", ["5600", "5,600", "5 600", "5\u202f600", "৫,৬০০", "５，６００", "5600.0"])
+def test_mgsm_with_answers_as_people_write_them(tmp_path, answer):
+    [problem] = utility.read_mgsm(write(tmp_path / "mgsm_en.tsv", f"x\t{answer}\n"))
+    assert utility.same_number("The answer is 5,600.", problem.answers["en"], "en")
+
+
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"mgsm_sw.tsv": "no tab\n"}, r"mgsm_sw\.tsv, line 1: a line is a problem, a tab and a number"),
-        ({"mgsm_sw.tsv": "x\tnone\n"}, "line 1: a line is a problem"),
+        ({"mgsm_sw.tsv": "no tab\n"}, r"mgsm_sw\.tsv, line 1: a line must be a problem, a tab and a number"),
+        ({"mgsm_sw.tsv": "x\tnone\n"}, "line 1: a line must be a problem"),
         ({"mgsm_xx.tsv": "x\t1\n"}, "MGSM has no language 'xx'"),
         ({"mgsm_sw.tsv": "x\t1\n", "mgsm_en.tsv": "x\t1\ny\t2\n"}, "different numbers of problems"),
     ],
