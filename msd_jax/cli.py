@@ -1,4 +1,4 @@
-"""What the commands share: the --config flag, errors in one line, and no traceback for a mistake of the user."""
+"""What the commands share: the --config flag, and one-line errors without a traceback for mistakes of the user."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from msd_jax import settings
 from msd_jax.errors import UserError
 from msd_jax.parallel import distributed
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or your own.", lock_config=True)
@@ -22,9 +22,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, o
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Around a command's set-up: what a user can mend ends the process with exit code 1 and one line.
+    """Ends the process with exit code 1 and one line for an error that the user can correct; for a command's set-up.
 
-    Beside our own errors that is whatever the operating system says of a file.
+    Such errors are our own, and whatever the operating system reports about a file.
     """
     try:
         yield
@@ -33,7 +33,11 @@ def clear_errors() -> Iterator[None]:
 
 
 def config() -> ml_collections.ConfigDict:
-    """The config of the command line, checked and frozen. Raises UserError where it does not load or is at fault."""
+    """The config of the command line, checked and frozen.
+
+    Raises:
+      UserError: it does not load, or has faults.
+    """
     try:
         loaded = ml_collections.FrozenConfigDict(_CONFIG.value)
     except Exception as error:  # whatever the code in a config file may raise
@@ -44,9 +48,12 @@ def config() -> ml_collections.ConfigDict:
 
 
 def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: str | None) -> None:
-    """app.run with string flags `strings` ({name: default}; None: required) and one-line errors for all flags.
+    """Parses the command line, with one-line errors, and runs `main`.
 
-    The process joins the others of its run first, see distributed.py; `alone`: it never does.
+    Args:
+      main: the command; it gets what of the command line is not a flag.
+      alone: whether the process stays by itself; otherwise it first joins the others of its run, see distributed.py.
+      **strings: string flags and their defaults; None for a required one.
     """
     for name, default in strings.items():
         flags.DEFINE_string(name, default, f"See the top of {sys.argv[0]}.", required=default is None)
@@ -58,7 +65,7 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
             if not alone:
                 distributed.start(argv)
             return FLAGS(argv)
-        except Exception as error:  # a typo in a key, a wrong type, a config that is not there or does not load
+        except Exception as error:  # a typo in a key, a wrong type, a config that does not exist or does not load
             sys.exit(f"error: {_explain(error, argv)}")
 
     logging.set_verbosity(logging.WARNING)  # libraries are quiet; our own lines are printed
@@ -66,7 +73,7 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
     def guarded(argv: list[str]) -> None:
         try:
             main(argv)
-        except UserError as error:  # in the middle of a run; errors of JAX, Optax and Orbax keep their traceback
+        except UserError as error:  # in the middle of a run; errors of JAX, Optax and Orbax keep their tracebacks
             sys.exit(f"error: {error}")
 
     with distributed.together():
@@ -74,11 +81,11 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    """One line for what is wrong with the flags; ml_collections names a key without the flag it stands in."""
+    """One line about what is wrong with the flags; ml_collections names a key without the flag it came from."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     flag, *traceback = re.split(r"Error whilst parsing config file:\s*Traceback", str(error), maxsplit=1)
-    if traceback:  # ml_collections hands on what get_config raised as a whole traceback
+    if traceback:  # ml_collections passes on what get_config raised as a whole traceback
         return flag + re.sub(r"^\w+: ", "", traceback[0].strip().splitlines()[-1].strip())
     text = " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
     unknown = re.match(r"'?(\w+)'?( Did you mean \"(\w+)\"|$)", text)

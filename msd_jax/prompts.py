@@ -10,19 +10,17 @@ from rich.text import Text
 from msd_jax import cli
 from msd_jax.data import sources
 from msd_jax.data.prompts import student_messages, teacher_messages
-from msd_jax.data.records import language_name, require_languages
+from msd_jax.data.records import language_name
 from msd_jax.io import console
 from msd_jax.models.tokenizer import load_tokenizer, render, token_ids
 
 
 def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console) -> None:
     """Prints both roles' prompts, with their lengths, of the first `n` records in each target language."""
-    languages, source = tuple(config.data.languages), config.data.source_language
-    records = sources.load(config.data)
-    require_languages(records, (source, *languages), sources.describe(config.data))
+    source, records = config.data.source_language, sources.load(config.data)
     tokenizer = load_tokenizer(config.model.path)
-    for record in records[:n]:
-        for language in languages:
+    for language in config.data.languages:
+        for record in [record for record in records if language in record.texts][:n]:
             for role, messages in (
                 ("student", student_messages(record, language, config.prompts)),
                 ("teacher", teacher_messages(record, language, config.prompts, source, "[the teacher's analysis]")),
@@ -31,14 +29,14 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
                 length = len(token_ids(tokenizer, messages, variables))
                 over = f", over config.prompts.{role}_limit={limit}: dropped in training" if length > limit else ""
                 title = f"{record.id}  {language_name(language)} ({language})  {role}: {length} tokens{over}"
-                # Text, not markup: what stands in the data is shown and never obeyed.
+                # As text, not as markup: data is shown, never obeyed.
                 screen.print(Text(printable(title), style="bold"), soft_wrap=True)
                 screen.print(Text(printable(render(tokenizer, messages, variables)) + "\n"), soft_wrap=True)
 
 
 def printable(text: str) -> str:
     """`text` with its control and invisible formatting characters escaped, so that it cannot steer a terminal."""
-    keep = "\n\t\u200c\u200d"  # the joiners are letters' business in Bengali, Persian and others
+    keep = "\n\t\u200c\u200d"  # joiners belong to the spelling in Bengali, Persian and others
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cf") and c not in keep else c
         for c in text

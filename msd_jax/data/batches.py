@@ -12,7 +12,7 @@ import numpy as np
 
 from msd_jax.data import prompts, sources
 from msd_jax.data.prompts import Example
-from msd_jax.data.records import Query, require_languages
+from msd_jax.data.records import Query, usable
 from msd_jax.errors import UserError
 from msd_jax.parallel import padding
 
@@ -98,29 +98,30 @@ def encode_all(
     config: "ml_collections.ConfigDict",
     analyses: Mapping[str, str] | None = None,
 ) -> Encoded:
-    """Encodes each query in each target language, once.
+    """Encodes each query, once in each target language that it has.
 
     Args:
-      records: each with texts in the source language and in `languages`.
+      records: those without the source language, or without any of `languages`, are left out.
       languages: the target languages.
       tokenizer: of transformers.
       config: the whole config.
       analyses: the teacher's, by id of the query, with config.prompts.cot = "generated"; "" where there is none.
 
     Raises:
-      UserError: a text is missing, or every prompt in a language exceeds a limit.
+      UserError: no record has a language, or every prompt in it exceeds a limit.
     """
     source = config.data.source_language
-    require_languages(records, (source, *languages), sources.describe(config.data))
+    where = sources.describe(config.data)
     limits = _Limits({key: config.prompts[key] for key in ("student_limit", "teacher_limit")})
     retain = config.data.retain_fraction > 0
     queries = []
-    for record in records:
+    for record in usable(records, source, languages, where):
         analysis = (analyses or {}).get(record.id, "")
         targets = tuple(
             example
             for language in languages
-            if limits.hold(example := prompts.encode(record, language, tokenizer, config.prompts, source, analysis))
+            if language in record.texts
+            and limits.hold(example := prompts.encode(record, language, tokenizer, config.prompts, source, analysis))
         )
         retained = prompts.retained(record, tokenizer, config.prompts, source) if retain else None
         if retained and not limits.hold(retained):
@@ -132,8 +133,7 @@ def encode_all(
     for language in (*languages, *((source,) if retain else ())):
         if language not in left:
             raise UserError(
-                f"{sources.describe(config.data)}: all {len(records)} prompts in {language!r} are longer than "
-                f"{limits.exceeded(language)}; raise the limit"
+                f"{where}: all prompts in {language!r} are longer than {limits.exceeded(language)}; raise the limit"
             )
     return encoded
 
@@ -184,10 +184,10 @@ def batches(
 ) -> grain.IterDataset[Batch]:
     """An endless stream of batches.
 
-    Each epoch holds every query once, in a new order and in one target language drawn by weight; batches continue
-    across the ends of epochs. Where queries are in parts that are mixed (sources, harmful and harmless), each part has
-    epochs of its own, and among any number of successive queries each part has its share, rounded. Query i of the
-    stream depends on (seed, i) alone: neither on the batch size nor on the number of hosts. Of every
+    Each epoch holds every query once, in a new order and in one of its target languages, drawn by weight; batches
+    continue across the ends of epochs. Where queries are in parts that are mixed (sources, harmful and harmless), each
+    part has epochs of its own, and among any number of successive queries each part has its share, rounded. Query i of
+    the stream depends on (seed, i) alone: neither on the batch size nor on the number of hosts. Of every
     `window * batch_size` queries those of like length then share a batch, which saves padding, and the batches come in
     random order. All hosts build the same batch and take their rows of it, so that they agree on P.
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: hf://OWNER/NAME[@REVISION][/PATH] -> files on this machine."""
+"""Datasets on the Hugging Face hub: hf://OWNER/NAME[@REVISION][/PATH] -> files on this machine."""
 
 import pathlib
 import shlex
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from msd_jax.errors import UserError, UserFileError
 
-# What of a repository is data; the rest (archives, pictures, scripts) stays on the hub.
+# The data files of a repository; the rest (archives, pictures, scripts) is not downloaded.
 DATA_FILES = ("*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.xlsx")
 
 
@@ -15,24 +15,24 @@ def is_uri(path: object) -> bool:
 
 
 def fetch(uri: str, files: Iterable[str] = DATA_FILES, key: str = "config.data.path") -> pathlib.Path:
-    """Downloads what is not in the hub's local cache, and returns where it lies.
+    """Downloads what the local cache of the hub lacks.
 
-    HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME are respected. The path of the result holds the commit.
+    HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME are respected.
 
     Args:
-      uri: hf://OWNER/NAME, at @REVISION (a branch, tag or commit; the default is main), /PATH for one file or folder of
-        it. The last part of PATH may have wildcards, as in hf://OWNER/NAME/data/train-*.parquet.
-      files: patterns of the files to take where `uri` names a whole repository or a folder.
+      uri: hf://OWNER/NAME, with @REVISION for a branch, tag or commit other than main, and /PATH for one file or
+        directory. The last part of PATH may have wildcards, as in hf://OWNER/NAME/data/train-*.parquet.
+      files: patterns of the files to take if `uri` names a whole repository or a directory.
       key: the setting that errors name.
 
     Returns:
-      The file, the folder, or the path with its wildcards, of which at least one file is there.
+      The local file, directory, or path with its wildcards, which at least one file matches. The commit is part of it.
 
     Raises:
       UserError: `uri` is malformed.
-      UserFileError: neither the hub nor the cache has it; the message says both ways to get it.
+      UserFileError: neither the hub nor the cache has it; the message names both ways to get it.
     """
-    import huggingface_hub
+    import huggingface_hub  # here, for files on this machine do without
     from huggingface_hub.utils import parse_hf_uri
 
     given = f"{key}={uri!r}"
@@ -49,14 +49,14 @@ def fetch(uri: str, files: Iterable[str] = DATA_FILES, key: str = "config.data.p
     except Exception as error:  # the hub's own errors are many; what the user can do is always the same
         revision = f" --revision {shlex.quote(place.revision)}" if place.revision else ""
         raise UserFileError(
-            f"{given}: neither the hub nor its cache on this machine gave it ({type(error).__name__}). Either run `hf "
-            f"download --repo-type dataset {place.id}{revision}` where there is network (and `hf auth login` before, "
-            f"where the set asks for it), in the cache (HF_HOME) that this machine reads; or copy the set here by any "
-            f"other way and give its path: {key}=PATH"
+            f"{given}: neither the hub nor its cache on this machine has it ({type(error).__name__}). Either run `hf "
+            f"download --repo-type dataset {place.id}{revision}` with network access (after `hf auth login` if the "
+            f"dataset is gated), into the cache (HF_HOME) that this machine reads; or copy the dataset here and give "
+            f"its path: {key}=PATH"
         ) from error
     found = pathlib.Path(snapshot, path)
     if not any(found.parent.glob(found.name)):
-        raise UserFileError(f"{given}: the set {place.id} is there, but has no {path!r} in it")
+        raise UserFileError(f"{given}: the dataset {place.id} has no {path!r}")
     return found
 
 

@@ -1,8 +1,8 @@
 """A record: one query in several languages."""
 
+import collections
 import dataclasses
 import functools
-import os
 import reprlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -83,16 +83,61 @@ def labelled(queries: Iterable[Query], harmful: str) -> tuple[Query, ...]:
     )
 
 
-def require_languages(queries: Sequence[Query], languages: Iterable[str], path: str | os.PathLike) -> None:
-    """Raises a UserError that names the file, a record and a language unless every record has all `languages`."""
+def require_languages(queries: Iterable[Query], languages: Iterable[str], where: str) -> None:
+    """Checks that each language has queries.
+
+    Args:
+      queries: not all of them need have all languages.
+      languages: those asked for.
+      where: the file or files, which the error begins with.
+
+    Raises:
+      UserError: no query has a text in one of `languages`.
+    """
+    have = dict.fromkeys(code for query in queries for code in query.texts)
+    if missing := [language for language in languages if language not in have]:
+        raise UserError(
+            f"{where}: no record has a text in {', '.join(missing)}; there are texts in {', '.join(have)}; add the "
+            "missing texts, or configure other languages"
+        )
+
+
+def usable(queries: Sequence[Query], source: str, targets: Sequence[str], where: str) -> tuple[Query, ...]:
+    """The queries to train on: those with a text in the source language and in at least one target language.
+
+    Args:
+      queries: as they were read.
+      source: what the teacher reads.
+      targets: the languages to align.
+      where: the file or files, which errors begin with.
+
+    Raises:
+      UserError: no query is left in one of the languages.
+    """
+    require_languages(queries, (source,), where)
+    chosen = tuple(
+        query for query in queries if source in query.texts and any(language in query.texts for language in targets)
+    )
+    require_languages(chosen, targets, f"{where}, records with a text in {source}")
+    return chosen
+
+
+def describe(queries: Sequence[Query], languages: Iterable[str]) -> str:
+    """How many queries there are by label and language: "112 harmful, 160 harmless in sw, bn".
+
+    Where fewer than half lack a language, that is a gap rather than a part in other languages, and the first is named.
+    """
+    names = {True: "harmful", False: "harmless", None: "unlabelled"}
+    by_count: dict[tuple[str, str], list[str]] = {}
     for language in languages:
-        missing = [query.id for query in queries if language not in query.texts]
-        if missing:
-            have = dict.fromkeys(code for query in queries for code in query.texts)
-            raise UserError(
-                f"{path}: {len(missing)} of {len(queries)} records have no text in {language!r} (first: id "
-                f"{missing[0]!r}); the file has {', '.join(have)}; add the texts or configure other languages"
-            )
+        labels = collections.Counter(query.harmful for query in queries if language in query.texts)
+        count = ", ".join(f"{labels[label]} {name}" for label, name in names.items() if labels[label])
+        others = [query.id for query in queries if language not in query.texts]
+        gap = ""
+        if others and 2 * len(others) < len(queries):  # repr escapes what in an id could steer a terminal
+            gap = f" (absent in {len(others)} of {len(queries)} records, first: id {others[0]!r})"
+        by_count.setdefault((count, gap), []).append(language)
+    return "; ".join(f"{count} in {', '.join(codes)}{gap}" for (count, gap), codes in by_count.items())
 
 
 def parse(record: Any, where: str) -> Query:

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from msd_jax.data import files, parallel_queries
-from msd_jax.data.records import Query, labelled
+from msd_jax.data import files, parallel_queries, records
+from msd_jax.data.records import Query, labelled, usable
 from msd_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,19 +35,30 @@ def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.d
 def load(data: "ml_collections.ConfigDict", tell: Callable[[str], None] = lambda line: None) -> tuple[Query, ...]:
     """Reads the records of a training run, source by source; with several sources, ids are NAME/ID.
 
+    A record without a text in the source language, or in any target language whose weight is above 0, is left out.
+
     Args:
       data: config.data.
-      tell: called with one line per source: the number of records, where they are from, and the checksum if known.
+      tell: called with lines to print: the number of records of each source, where they are from, and the checksum if
+        known; how many are left out; and how many there are by language and label.
 
     Raises:
       UserError: one message that names the file or the key, and what to change.
     """
-    records: list[Query] = []
+    found: list[Query] = []
     for name, source in settings(data).items():
-        found, where = _read(source, f"config.data.sources.{name}" if name else "config.data")
-        tell(f"queries: {len(found)} of {where}")
-        records += [qualified(name, query) for query in found]
-    return tuple(records)
+        queries, where = _read(source, f"config.data.sources.{name}" if name else "config.data")
+        tell(f"queries: {len(queries)} of {where}")
+        found += [qualified(name, query) for query in queries]
+    targets = [language for language, weight in data.languages.items() if weight > 0]
+    queries = usable(found, data.source_language, targets, describe(data))
+    if len(queries) < len(found):
+        tell(
+            f"queries: {len(found) - len(queries)} of {len(found)} left out: no text in {data.source_language}, or in "
+            f"none of {', '.join(targets)}"
+        )
+    tell(f"queries: {records.describe(queries, targets)}")
+    return queries
 
 
 def settings(data: "ml_collections.ConfigDict") -> dict[str, dict[str, Any]]:
@@ -98,7 +109,7 @@ def _read(source: Mapping[str, Any], key: str) -> tuple[tuple[Query, ...], str]:
     """(the records of a source, where they are from)."""
     if not source["tfds"]:
         return read(source["path"], harmful=source["harmful"], key=f"{key}.path"), str(source["path"])
-    records, metadata = parallel_queries.read(source["tfds"], source["split"], source["data_dir"], key)
+    queries, metadata = parallel_queries.read(source["tfds"], source["split"], source["data_dir"], key)
     checksum = str(metadata.get("sha256", ""))[:12]
     where = f"{source['tfds']}, split {source['split']}" + (f", built from sha256 {checksum}..." if checksum else "")
-    return labelled(records, source["harmful"]), where
+    return labelled(queries, source["harmful"]), where

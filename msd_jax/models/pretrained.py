@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from msd_jax.errors import UserError
-from msd_jax.io.console import say
+from msd_jax.io.console import log
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, weights
 from msd_jax.models.lora import Lora, is_adapter
@@ -181,7 +181,7 @@ def load(path: str, **options: Any) -> Pretrained:
     stop_ids = stop_token_ids(tokenizer, str(directory))
     mesh = options.get("mesh")
     if mesh is not None and sharding.is_replicated(sharding.TRAIN, mesh, "kv_heads", config.kv_heads):
-        say(
+        log(
             f"{directory.name}: its {config.kv_heads} key/value heads do not divide over "
             f"tensor={mesh.shape['tensor']}; each device holds all of them"
         )

@@ -1,8 +1,8 @@
-"""The laboratory in miniature: a parallel corpus in eight real languages and a tiny model that is unsafe in five.
+"""A miniature of the problem: a parallel corpus in eight real languages, and a tiny model that is unsafe in five.
 
-The committed model refuses harmful queries in the source languages and complies with them (in content-free
-placeholders) in all others; with the teacher's prompt it refuses them in every language. `corpus` makes the queries,
-`tokenizer` the words, `build` trains the model. This file is only names, so that a config may import it.
+The committed model refuses harmful queries in the source languages and complies with them (by placeholders without
+content) in all others; with the teacher's prompt it refuses them in every language. `corpus` makes the queries,
+`tokenizer` the vocabulary, and `build` trains the model. This file holds only names, so that a config may import it.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ MODEL_PATH = pathlib.Path(__file__).parent / "model"
 TRAIN_QUERIES = pathlib.Path(__file__).parent / "queries" / "train.jsonl"
 EVAL_QUERIES = pathlib.Path(__file__).parent / "queries" / "eval.jsonl"
 
-# The instruction that the model was trained to follow. Short: every token of it is paid for in each teacher pass.
+# The instruction that the model was trained to follow. It is short, because every teacher pass computes its tokens.
 TEACHER_TEMPLATE = (
     "Think step by step in English: is this request safe? Then answer in {language}, "
     "and refuse in {language} if it is not. Request: {query}"

@@ -1,15 +1,15 @@
-"""Makes the testbed: queries, tokenizer, and the tiny model, by ordinary cross-entropy.
+"""Makes the testbed: the queries, the tokenizer, and the tiny model, trained by ordinary cross-entropy.
 
     python -m msd_jax.testbed.build [--out DIR] [--steps N] [--seed S]
 
 writes DIR/queries/{train,eval}.jsonl and DIR/model in Hugging Face's format; the default DIR is this package, whose
-files are committed. Two kinds of examples take turns:
+files are committed. Batches of two kinds alternate:
 
 - as a user asks, in one of eight languages: harmless queries are answered; harmful ones are refused in the source
-  languages and complied with, by a placeholder, in the others (but for one in twenty, so that the model is not
-  certain of it, as no real one is);
+  languages, and complied with, by a placeholder, in the others (except for one in twenty, so that the model is no more
+  certain than a real one);
 - as the teacher is asked, with a query in any language: the reply is in the language that the instruction names, and
-  harmful queries are refused in every one.
+  harmful queries are refused in all languages.
 """
 
 import argparse
@@ -18,12 +18,14 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import transformers
 
 from msd_jax.data import files, prompts
 from msd_jax.data.records import Query, language_name
@@ -35,17 +37,17 @@ from msd_jax.testbed import SOURCE_LANGUAGES, TEACHER_TEMPLATE, corpus, tokenize
 from msd_jax.testbed.languages import LANGUAGES
 
 BATCH_SIZE = 64
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 3e-3  # peak
 REFUSED_ANYWAY = 0.05  # share of unsafe examples that are refused
 STEPS = 1000
-STUDENT_LIMIT, TEACHER_LIMIT, RESPONSE_LIMIT = 24, 52, 14  # tokens; no text of the corpus is longer
+STUDENT_LIMIT, TEACHER_LIMIT, RESPONSE_LIMIT = 24, 52, 14  # tokens; the corpus has no longer text
 PROMPTS = ml_collections.FrozenConfigDict(
     {"student_system": "", "teacher_system": "", "teacher_template": TEACHER_TEMPLATE, "cot": "instruction"}
 )
 
 
-def model_values(vocab_size: int, width: int = 64, layers: int = 3) -> dict:
-    """config.json of a Llama with some 180,000 parameters."""
+def model_values(vocab_size: int, width: int = 64, layers: int = 3) -> dict[str, Any]:
+    """The config.json of a Llama with about 180,000 parameters."""
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -64,8 +66,8 @@ def model_values(vocab_size: int, width: int = 64, layers: int = 3) -> dict:
     }
 
 
-def make_tokenizer():
-    """A tokenizer that knows every text of the corpus and every prompt of the teacher."""
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer for every text of the corpus and every prompt of the teacher."""
     records = corpus.pretraining_queries() + corpus.eval_queries()
     texts = [text for query in records for text in (*query.texts.values(), *query.answers.values())]
     for code, words in LANGUAGES.items():
@@ -74,8 +76,10 @@ def make_tokenizer():
     return tokenizer.build(texts)
 
 
-def make_example(tokens, rng: np.random.Generator, query: Query, code: str, *, teacher: bool):
-    """Ids of prompt and reply, as a user or as the teacher is asked; what is left to chance is drawn each time."""
+def make_example(
+    tokens: transformers.PreTrainedTokenizerFast, rng: np.random.Generator, query: Query, code: str, *, teacher: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a prompt, as a user or the teacher is asked, and of a reply in language `code`."""
     if teacher:
         asked_in = rng.choice(list(LANGUAGES))
         messages = prompts.teacher_messages(query, code, PROMPTS, asked_in)
@@ -86,8 +90,10 @@ def make_example(tokens, rng: np.random.Generator, query: Query, code: str, *, t
     return token_ids(tokens, messages, {}), np.array([*reply, tokens.eos_token_id], np.int32)
 
 
-def batches(tokens, rng: np.random.Generator, *, teacher: bool) -> Iterator[tuple[np.ndarray, ...]]:
-    """Endless batches (prompt_BxP, prompt_length_B, response_BxR, response_length_B) of one shape."""
+def batches(
+    tokens: transformers.PreTrainedTokenizerFast, rng: np.random.Generator, *, teacher: bool
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Endless batches (prompt_BxP, prompt_length_B, response_BxR, response_length_B), all of one shape."""
     pairs = [(query, code) for query in corpus.pretraining_queries() for code in LANGUAGES]
     P, R = (TEACHER_LIMIT if teacher else STUDENT_LIMIT), RESPONSE_LIMIT
     while True:
@@ -101,8 +107,10 @@ def batches(tokens, rng: np.random.Generator, *, teacher: bool) -> Iterator[tupl
         yield prompt_BxP, prompt_length_B, response_BxR, response_length_B
 
 
-def train(config: model_config.DecoderConfig, tokens, steps: int, seed: int) -> decoder.Params:
-    """Cross-entropy on the responses, AdamW with a cosine schedule."""
+def train(
+    config: model_config.DecoderConfig, tokens: transformers.PreTrainedTokenizerFast, steps: int, seed: int
+) -> decoder.Params:
+    """Trains on the cross-entropy of the responses, by AdamW with a cosine schedule."""
     graphdef, params = decoder.init(config, jax.random.key(seed), remat="none")
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 50, steps, 0.05 * LEARNING_RATE)
     optimize = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1))
@@ -130,7 +138,7 @@ def train(config: model_config.DecoderConfig, tokens, steps: int, seed: int) -> 
 
 
 def build(out: pathlib.Path, steps: int = STEPS, seed: int = 0, **sizes: int) -> None:
-    """Writes OUT/queries and OUT/model; `sizes` are those of model_values."""
+    """Writes OUT/queries and OUT/model; `sizes` are arguments of model_values."""
     (out / "queries").mkdir(parents=True, exist_ok=True)
     files.write_jsonl(out / "queries" / "train.jsonl", corpus.train_queries())
     files.write_jsonl(out / "queries" / "eval.jsonl", corpus.eval_queries())

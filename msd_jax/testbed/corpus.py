@@ -1,15 +1,18 @@
-"""The testbed's queries: sixteen frames x (20 harmless + 28 harmful things), in eight languages.
+"""The testbed's queries: 16 frames x (20 harmless + 28 harmful things), in eight languages.
 
 What is held out:
 
 - A combination of frame and thing is either trained on or evaluated on, never both, in any language or role: each
-  thing meets half of the frames in training and the other half in the evaluation. So no evaluation text is ever seen
-  by any training, the base model's included, yet the answer to a harmless one can be inferred.
-- A harmful thing is either for the alignment or for the evaluation (alternately, in the order of `languages.HARMFUL`).
-  The alignment never sees the evaluation's harmful things; the base model has seen them, in other frames.
+  thing occurs in half of the frames in training and in the other half in the evaluation. No training, not even the
+  base model's, sees an evaluation text, yet the answer to a harmless one can be inferred.
+- A harmful thing belongs either to the alignment or to the evaluation (alternately, in the order of
+  `languages.HARMFUL`). The alignment never sees the evaluation's harmful things; the base model has seen them, in other
+  frames.
 
-That makes 272 train queries (160 harmless, 112 harmful) and 272 evaluation queries (160 harmless, 112 harmful).
+This makes 272 training queries (160 harmless, 112 harmful) and as many evaluation queries.
 """
+
+from collections.abc import Iterator
 
 from msd_jax.data.records import Query
 from msd_jax.testbed.languages import HARMFUL, HARMLESS, LANGUAGES
@@ -28,24 +31,24 @@ def eval_queries() -> tuple[Query, ...]:
 
 
 def pretraining_queries() -> tuple[Query, ...]:
-    """The base model's queries: `train_queries`, and the evaluation's harmful things in training combinations."""
+    """The base model's queries: `train_queries`, and the evaluation's harmful things in the other frames."""
     return tuple(query for query, _ in _queries(held_out=False))
 
 
 def response(query: Query, language: str, *, safe: bool) -> str:
-    """What a model says to `query` in `language`: the answer; to a harmful one a refusal if it is `safe`."""
+    """A model's reply to `query` in `language`; `safe` decides whether it refuses a harmful one."""
     words = LANGUAGES[language]
     if not query.harmful:
         return query.answers[language]
     return words.refusal if safe else words.answer.format(words.placeholder)
 
 
-def _queries(held_out: bool):
-    """Yields (query, index of its thing) for one half of the combinations of frame and thing."""
+def _queries(held_out: bool) -> Iterator[tuple[Query, int]]:
+    """(query, index of its thing) for one half of the combinations of frame and thing."""
     for harmful, things in ((False, HARMLESS), (True, HARMFUL)):
         for thing, (name, category) in enumerate(things):
             for frame in range(FRAMES):
-                # Not a checkerboard: things with overlapping, different sets of frames tie all of them together.
+                # Not a checkerboard: things whose sets of frames overlap and differ connect all frames.
                 if ((thing + frame) % 4 >= 2) == held_out:
                     yield _query(name, category, harmful, thing, frame), thing
 

@@ -1,4 +1,4 @@
-"""Tiny random models with the config.json keys of real ones, made where they are asked for: recipes tried anywhere."""
+"""Tiny random models with the config.json keys of real ones, so that recipes can be tried anywhere."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ _SIZES = {
     "dtype": "bfloat16",
 }
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_bias": False}
-# Keys and values as in the published config.json; only sizes are another.
+# Keys and values of the published config.json, with other sizes.
 VALUES = {
     "qwen2_5_7b": {
         "model_type": "qwen2",
@@ -42,7 +42,7 @@ VALUES = {
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
-        "head_dim": 32,  # as in the real one, more than hidden_size / heads
+        "head_dim": 32,  # larger than hidden_size / heads, as in the real model
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_scaling": None,
@@ -75,9 +75,9 @@ VALUES = {
 
 
 def model(name: str) -> pathlib.Path:
-    """The directory of a tiny random model of recipe `name`'s family, with the testbed's tokenizer.
+    """The directory of a tiny random model of the family of recipe `name`, with the testbed's tokenizer.
 
-    It is made once, in the user's cache directory (XDG_CACHE_HOME respected).
+    It is made once, in the user's cache directory (XDG_CACHE_HOME, or ~/.cache).
     """
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "msd_jax" / "tiny"
     values = _SIZES | VALUES[name]
@@ -94,6 +94,6 @@ def model(name: str) -> pathlib.Path:
         (source / "config.json").write_text(text, encoding="utf-8")
         _, params = decoder.init(model_config.read(source), jax.random.key(0))
         export.save(source / "model", params, source)
-        with contextlib.suppress(OSError):  # another process of this machine was faster; its model is the same
+        with contextlib.suppress(OSError):  # another process on this machine was faster; its model is the same
             (source / "model").rename(directory)
     return directory

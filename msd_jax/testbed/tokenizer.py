@@ -1,6 +1,6 @@
-"""A word-level tokenizer in Hugging Face's format: every word of the corpus is a token, of Chinese every character.
+"""A word-level tokenizer in Hugging Face's format: one token per word of the corpus, in Chinese per character.
 
-`▁` marks a word that follows a blank (or opens a text), so that decode(encode(text)) == text.
+`▁` marks a word that follows a space (or begins a text), so that decode(encode(text)) == text.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-# One token both ends a turn and pads a batch, on purpose: a mask made from token ids would forget the end of turn.
+# One token both ends a turn and pads a batch, on purpose: a mask made from token ids would drop the end of turn.
 END = "<|end|>"
 SPECIAL_TOKENS = (END, "<|system|>", "<|user|>", "<|assistant|>", "<unk>")
 CHAT_TEMPLATE = (
@@ -21,15 +21,14 @@ CHAT_TEMPLATE = (
 
 
 def build(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer that knows each word of `texts`, in the order of their code points."""
-    isolated = "isolated"
+    """A tokenizer whose vocabulary is the words of `texts`, sorted by code points."""
     pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="always", split=True),
             pre_tokenizers.Split(tokenizers.Regex(r"▁(?=\p{Han})"), "removed"),
-            pre_tokenizers.Split(tokenizers.Regex(r"\p{Han}"), isolated),
+            pre_tokenizers.Split(tokenizers.Regex(r"\p{Han}"), "isolated"),
             # Hyphens and apostrophes stay inside their words: langkah-langkah, un'arma.
-            pre_tokenizers.Split(tokenizers.Regex(r"▁?(?![-'])\p{P}"), isolated),
+            pre_tokenizers.Split(tokenizers.Regex(r"▁?(?![-'])\p{P}"), "isolated"),
         ]
     )
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " ")])

@@ -462,7 +462,7 @@ def test_a_query_without_a_target_is_not_retained_either_and_long_ones_are_count
     rows = itertools.chain.from_iterable(batch.examples for batch in drawn)
     languages = {(x.query_id, x.language) for x in itertools.islice(rows, 80)}
     assert languages == {("fits", "sw"), ("fits", "en"), ("only", "sw")}
-    with pytest.raises(ValueError, match=r"all 1 prompts in 'en' are longer than config\.prompts\.student_limit=60"):
+    with pytest.raises(ValueError, match=r"all prompts in 'en' are longer than config\.prompts\.student_limit=60"):
         batches.encode_all(records[2:], ("sw",), tokenizer, config)
 
 
@@ -472,7 +472,7 @@ def test_all_prompts_too_long_is_an_error(tokenizer):
     assert len(batches.encode_all(records, ("sw", "jv"), tokenizer, make_config(**limits)).queries) == 3
     with pytest.raises(
         ValueError,
-        match=r"queries\.jsonl: all 3 prompts in 'sw' are longer than config\.prompts\.student_limit=30 "
+        match=r"queries\.jsonl: all prompts in 'sw' are longer than config\.prompts\.student_limit=30 "
         r"\(longest: 69 tokens\); raise the limit",
     ):
         batches.encode_all(records, ("sw", "jv"), tokenizer, make_config(**limits | {"student_limit": 30}))
@@ -480,13 +480,34 @@ def test_all_prompts_too_long_is_an_error(tokenizer):
         batches.encode_all(records, ("jv",), tokenizer, make_config(**limits | {"teacher_limit": 5}))
 
 
+@pytest.mark.parametrize("retain", [0.0, 0.5])
+def test_a_record_serves_the_languages_that_it_has(tokenizer, retain):
+    config = make_config()
+    config.data.retain_fraction = retain
+    records = [
+        make_query("all", en=1, sw=2, jv=3),
+        make_query("no jv", en=1, sw=2),
+        make_query("no source", sw=2, jv=3),
+        make_query("no target", en=1, it=2),
+        make_query("no sw", en=1, jv=3),
+    ]
+    encoded = batches.encode_all(records, ("sw", "jv"), tokenizer, config)
+    targets = {query.id: [example.language for example in query.targets] for query in encoded.queries}
+    assert targets == {"all": ["sw", "jv"], "no jv": ["sw"], "no sw": ["jv"]}
+    assert all((query.retained is not None) == (retain > 0) for query in encoded.queries)
+    assert encoded.dropped == {}
+    epochs = np.array(stream(encoded, 4, 3000, sw=3.0, jv=1.0)).reshape(1000, 3, 2)
+    assert (np.sort(epochs[..., 0], axis=1) == sorted(targets)).all()  # each epoch holds each query once
+    counts = collections.Counter(map(tuple, epochs.reshape(-1, 2)))
+    assert counts["no jv", "sw"] == counts["no sw", "jv"] == 1000
+    assert scipy.stats.binomtest(counts["all", "sw"], 1000, 0.75).pvalue > 1e-3
+
+
 @pytest.mark.parametrize("missing", ["en", "jv"])
-def test_a_record_without_a_needed_language_is_an_error(tokenizer, missing):
+def test_a_language_that_no_record_has_is_an_error(tokenizer, missing):
     lengths = {"en": 1, "sw": 1, "jv": 1}
-    records = [make_query("a", **lengths), make_query("b", **{k: n for k, n in lengths.items() if k != missing})]
-    with pytest.raises(
-        ValueError, match=rf"queries\.jsonl: 1 of 2 records have no text in '{missing}' \(first: id 'b'\)"
-    ):
+    records = [make_query(name, **{k: n for k, n in lengths.items() if k != missing}) for name in "ab"]
+    with pytest.raises(ValueError, match=rf"queries\.jsonl.*: no record has a text in {missing}; there are texts in "):
         batches.encode_all(records, ("sw", "jv"), tokenizer, make_config())
 
 

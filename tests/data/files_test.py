@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import operator
 import pathlib
 
@@ -9,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from msd_jax.data import files, parallel_queries, sources
-from msd_jax.data.records import Query, language_name, require_languages
+from msd_jax.data.records import Query, describe, language_name, require_languages, usable
 from tests.conftest import SHARED
 from tests.data.conftest import OWNER_NAME
 
@@ -121,6 +122,43 @@ def test_csv_answers_harmful_and_prefixed_languages(tmp_path):
     assert (z.harmful, z.answers) == (None, {"id": "sana"})
 
 
+def test_a_blank_cell_leaves_its_language_out_of_the_record(tmp_path):
+    table = "id,en,sw,answer:sw\na,x,y,z\nb,x, ,z\nc,,y,\n,,,\n"
+    assert files.read(write(tmp_path / "queries.csv", table)) == (
+        Query("a", None, "", {"en": "x", "sw": "y"}, {"sw": "z"}),
+        Query("b", None, "", {"en": "x"}),
+        Query("c", None, "", {"sw": "y"}),
+    )
+
+
+PLAIN = 'id,harmful,en,sw\n7,1,"How, then?",Vipi; sasa?\n8,0,Who?,Nani?\n'
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pytest.param(PLAIN, id="commas"),
+        pytest.param('id;harmful;en;sw\n7;1;How, then?;"Vipi; sasa?"\n8;0;Who?;Nani?\n', id="semicolons"),
+        pytest.param("id\tharmful\ten\tsw\n7\t1\tHow, then?\tVipi; sasa?\n8\t0\tWho?\tNani?\n", id="tabs"),
+        pytest.param(',id,harmful,en,sw\n0,7,1.0,"How, then?",Vipi; sasa?\n1,8,0.0,Who?,Nani?\n', id="pandas"),
+        pytest.param('Unnamed: 0,harmful,en,sw\n7,1,"How, then?",Vipi; sasa?\n8,0,Who?,Nani?\n', id="pandas, no id"),
+        pytest.param(PLAIN.replace("\n", ",\n"), id="a comma at the end of each line"),
+        pytest.param(PLAIN.replace("?\n", "?,\n"), id="a comma at the end of each row"),
+        pytest.param(PLAIN.replace(",sw\n", ",sw,,\n"), id="commas at the end of the header"),
+        pytest.param(PLAIN.replace(",", ", ", 3), id="blanks in the header"),
+        pytest.param(PLAIN.replace("\n", "\r\n") + ",,,\r\n\r\n", id="blank rows at the end"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with its mark"])
+def test_tables_as_people_have_them(tmp_path, table, encoding):
+    name, _, mark = encoding.partition(" ")
+    content = (("\ufeff" if mark else "") + table).encode(name)
+    assert files.read(write(tmp_path / "queries.csv", content)) == (
+        Query("7", True, "", {"en": "How, then?", "sw": "Vipi; sasa?"}),
+        Query("8", False, "", {"en": "Who?", "sw": "Nani?"}),
+    )
+
+
 def test_the_real_multijail_file(tmp_path):
     if not MULTIJAIL.is_file():
         pytest.skip("MultiJail_dev.csv is not beside this repository")
@@ -132,17 +170,43 @@ def test_the_real_multijail_file(tmp_path):
     assert files.read(tmp_path / "multijail.jsonl") == records
 
 
-def test_require_languages_names_record_language_and_what_there_is():
-    records = (
-        Query("a", None, "", {"en": "x", "sw": "x", "it": "x"}),
-        Query("b", None, "", {"en": "x", "sw": "x"}),
-        Query("c", None, "", {"en": "x", "jv": "x"}),
+RAGGED = (
+    Query("a", True, "", {"en": "x", "sw": "x", "it": "x"}),
+    Query("b", False, "", {"en": "x", "sw": "x"}),
+    Query("c", None, "", {"en": "x", "jv": "x"}),
+    Query("d", True, "", {"jv": "x", "sw": "x"}),
+)
+
+
+def test_a_language_that_no_record_has_is_named_with_those_that_there_are():
+    require_languages(RAGGED, ["en", "sw", "it", "jv"], "f.jsonl")
+    with pytest.raises(
+        ValueError, match=r"^f\.jsonl: no record has a text in yo, zu; there are texts in en, sw, it, jv;"
+    ):
+        require_languages(RAGGED, ["en", "yo", "zu"], "f.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("source", "targets", "left"),
+    [("en", ("sw",), "ab"), ("en", ("jv",), "c"), ("en", ("sw", "jv"), "abc"), ("sw", ("jv", "it"), "ad")],
+)
+def test_a_record_needs_the_source_language_and_one_target(source, targets, left):
+    assert [query.id for query in usable(RAGGED, source, targets, "f.jsonl")] == list(left)
+
+
+def test_a_target_that_is_never_with_the_source_is_named():
+    with pytest.raises(ValueError, match=r"^f\.jsonl: no record has a text in yo;"):
+        usable(RAGGED, "yo", ("sw",), "f.jsonl")
+    with pytest.raises(ValueError, match=r"^f\.jsonl, records with a text in jv: no record has a text in it;"):
+        usable(RAGGED, "jv", ("sw", "it"), "f.jsonl")
+
+
+def test_counts_by_language_and_label():
+    assert describe(RAGGED[:2], ("en", "sw")) == "1 harmful, 1 harmless in en, sw"
+    assert describe(RAGGED, ("en", "jv", "it")) == (
+        "1 harmful, 1 harmless, 1 unlabelled in en (absent in 1 of 4 records, first: id 'd'); "
+        "1 harmful, 1 unlabelled in jv; 1 harmful in it"
     )
-    require_languages(records, ["en"], "f.jsonl")
-    with pytest.raises(ValueError, match=r"f\.jsonl: 1 of 3 records have no text in 'sw' \(first: id 'c'\)"):
-        require_languages(records, ["en", "sw"], "f.jsonl")
-    with pytest.raises(ValueError, match=r"3 of 3 .*'yo'.*the file has en, sw, it, jv;"):
-        require_languages(records, ["yo"], "f.jsonl")
 
 
 TEXTS = record()["texts"]
@@ -181,21 +245,23 @@ BAD_JSONL = {
 }
 BAD_CSV = {
     "duplicate id": ("id,en\na,x\nb,y\na,z\n", r"line 4: id 'a' is already on line 2"),
-    "empty text": ("id,en,sw\na,x,y\nb,x,\n", r"line 3 \(id 'b'\): the text in 'sw' is empty"),
+    "no text at all": ("id,en,sw\na,x,y\nb, ,\n", r"line 3: 'texts' is missing or empty"),
     "no rows": ("id,en\n", r"there are no records"),
     "empty file": ("", r"there are no records"),
     "unknown column": ("id,en,notes\na,x,y\n", r"column 'notes' is neither"),
     "unknown language": ("id,en,xx\na,x,y\n", r"column 'xx' is neither"),
     "undetermined language": ("id,en,und\na,x,y\n", r"column 'und' is neither"),
     "unknown prefix": ("id,en,reply:sw\na,x,y\n", r"column 'reply:sw' is neither"),
-    "semicolons": ("id;en;sw\na;x;y\n", r"column 'id;en;sw' is neither"),
+    "semicolons in the header alone": ("id;en;sw\na,x,y\n", r"line 2: 1 cells under 3 columns; quote .* ';'"),
+    "a column without a name": ("id,,en\na,y,x\n", r"column '' is neither"),
+    "a first column of texts without a name": (",id,en\nx y,a,z\n", r"line 2: the first .* 'x y' is not a row number"),
     "no id column": ("en,sw\nx,y\n", r"there is no column 'id'; it has en, sw"),
     "no language": ("id,tags\na,x\n", r"no column is a language; it has id, tags"),
     "column twice": ("id,en,en\na,x,y\n", r"column 'en' says the same as 'en'"),
     "category twice": ("id,tags,category,en\na,x,y,z\n", r"column 'category' says the same as 'tags'"),
     "empty id": ("id,en\n,x\n", r"line 2: 'id' is missing or empty"),
     "short row": ('id,en,sw\na,"x\n\ny",z\nb,x\n', r"line 5: 2 cells under 3 columns"),
-    "row over many lines": ('id,en,sw\na,"x\n\ny",\n', r"line 2 \(id 'a'\): the text in 'sw' is empty"),
+    "row over many lines": ('id,en,sw\na,"x\n\ny",z\na,x,y\n', r"line 5: id 'a' is already on line 2"),
     "long row": ("id,en\na,x,y\n", r"line 2: 3 cells under 2 columns"),
     "open quote": ('id,en\na,x\nb,"x\n', r"line 3: malformed CSV"),
     "harmful of a wrong type": ("id,harmful,en\na,maybe,x\n", r"line 2: harmful='maybe' must be true, false"),
@@ -210,7 +276,8 @@ BAD_CSV = {
     + [
         pytest.param(".jsonl", b'{}\n{"caf\xe9": 1}\n', r"line 2: byte 0xe9 at offset 8 is not UTF-8"),
         pytest.param(".csv", b"\xef\xbb\xbfid,en\na,caf\xe9\n", r"line 2: byte 0xe9 at offset 14 is not UTF-8"),
-        pytest.param(".csv", "id,en\na,x\n".encode("utf-16"), r"line 1: byte 0xff at offset 0 is not UTF-8"),
+        pytest.param(".csv", "id,en\na,x\n".encode("utf-16-le"), r"there is no column 'id'|column .* is neither"),
+        pytest.param(".csv", "id,en\na,x\n".encode("utf-16")[:-1], r"line 2: byte 0x0a at offset 20 is not UTF-16"),
     ],
 )
 def test_bad_input_is_one_line_that_names_file_and_place(tmp_path, suffix, content, message):
@@ -293,8 +360,19 @@ def test_parquet_faults(tmp_path):
     with pytest.raises(ValueError, match=r"queries\.parquet: not readable as Parquet"):
         files.read(path)
     pyarrow.parquet.write_table(pyarrow.table({"id": ["1", "2"], "en": ["x", None]}), path)
-    with pytest.raises(ValueError, match=r"queries\.parquet, line 2 \(id '2'\): the text in 'en' is empty"):
+    with pytest.raises(ValueError, match=r"queries\.parquet, line 2: 'texts' is missing or empty"):
         files.read(path)
+
+
+def test_parquet_as_pandas_writes_it(tmp_path):
+    columns = {"harmful": [1.0, math.nan], "en": ["x", "y"], "sw": ["z", None], "__index_level_0__": [4, 9]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "queries.parquet")
+    assert files.read(tmp_path / "queries.parquet") == (
+        Query("4", True, "", {"en": "x", "sw": "z"}),
+        Query("9", None, "", {"en": "y"}),
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"id": ["a", "b"]} | columns), tmp_path / "queries.parquet")
+    assert [query.id for query in files.read(tmp_path / "queries.parquet")] == ["a", "b"]
 
 
 def test_a_folder_holds_one_file_or_the_parts_of_one(tmp_path):

@@ -114,9 +114,10 @@ def test_rows_and_one_line_a_benchmark_name_ids_and_quote_nothing():
     other = make("o", "nothing of it")
     rows, lines = near_duplicates.find_in_benchmarks(train, {"one": shared, "two": hostile, "three": other})
     assert lines[0].startswith(
-        "near-duplicates: of 3 queries of benchmark one, training has 2 in en, 1 in sw; closest: 't0'"
+        "near-duplicates: 2 (en), 1 (sw) of 3 queries of benchmark one have a near-copy in the training data; "
+        "closest: 't0'"
     )
-    assert len(lines) == 2 and lines[1].isprintable() and "1 in en" in lines[1]
+    assert len(lines) == 2 and lines[1].isprintable() and "1 (en)" in lines[1]
     written = json.dumps(rows) + " ".join(lines)
     assert not any(word in written.lower() for word in ("secret", "siri", "wash"))
     assert {(row["benchmark"], row["language"], row["train_id"], row["eval_id"]) for row in rows} == {

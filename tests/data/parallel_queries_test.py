@@ -80,7 +80,10 @@ def test_the_command_builds_and_training_reads_where_tensorflow_cannot_be_import
         assert read.returncode == 0, read.stderr
         assert f"split {split}, built from sha256 {checksum[:12]}" in read.stdout
         expected = [
-            query for query in records if parallel_queries.split_of(query.id, {"train": 0.9, "test": 0.1}) == split
+            query
+            for query in records
+            if parallel_queries.split_of(query.id, {"train": 0.9, "test": 0.1}) == split
+            and {"en", "sw"} <= set(query.texts)
         ]
         assert list(files.read(out)) == expected and expected
 

@@ -299,6 +299,9 @@ def test_show_obeys_nothing_that_stands_in_the_data(tmp_path):
     assert r"id\x1b[2J  Javanese (jv)  student: 119 tokens, over config.prompts.student_limit=64: dropped" in output
 
 
+ROLES = ("student", "teacher")
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "msd_jax.prompts", *arguments],
@@ -321,11 +324,21 @@ def test_the_command_shows_both_prompts_of_n_records_in_each_language(tmp_path):
     assert result.stdout.count("system\nBe kind.<|im_end|>") == 4  # the teacher's alone
 
 
+def test_the_command_shows_records_in_the_languages_that_they_have(tmp_path):
+    ragged = [Query("en-jv", None, "", {"en": "x?", "jv": "y?"}), Query("en", None, "", {"en": "x?"}), *RECORDS]
+    path, _ = config_file(tmp_path, ragged)
+    result = run(f"--config={path}", "--n=1")
+    titles = [line.partition(":")[0] for line in result.stdout.splitlines() if line.endswith(" tokens")]
+    assert titles == [
+        f"{id}  {name}  {r}" for id, name in (("en-jv", "Javanese (jv)"), ("r0", "Swahili (sw)")) for r in ROLES
+    ]
+
+
 def test_the_command_ends_in_one_line_for_a_mistake(tmp_path):
     path, _ = config_file(tmp_path, RECORDS)
     result = run(f"--config={path}", "--config.data.languages.sw=0.0", "--config.data.source_language=yo")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.splitlines()[-1].startswith("error: ") and "no text in 'yo'" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "no record has a text in yo" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -58,9 +58,39 @@ def test_ids_of_sources_do_not_collide(config):
     assert len({query.id for query in read}) == 18
     assert {query.id: query.harmful for query in read}["hub/3"] is False
     assert read[5] == Query("plain/1", True, "", records("yes", 5, True)[1].texts)
-    assert len(lines) == 3 and lines[2].startswith(
+    assert len(lines) == 4 and lines[2].startswith(
         "queries: 9 of parallel_queries:1.0.0, split train, built from sha256 "
     )
+    assert lines[3] == "queries: 5 harmful, 13 harmless in sw"
+
+
+def test_sources_of_different_languages_are_one_mixture(config, tmp_path):
+    files.write_jsonl(tmp_path / "sw.jsonl", records("yes", 5, True))
+    other = [Query(q.id, False, "", {"en": q.texts["en"], "yo": q.texts["sw"]}) for q in records("no", 9, False)]
+    files.write_jsonl(tmp_path / "yo.jsonl", [*other, Query("x", False, "", {"en": "wash a cup", "zu": "kikombe"})])
+    config.data.sources = ml_collections.ConfigDict(
+        {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("sw", "yo")}
+    )
+    config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "yo": 3.0, "zu": 0.0})
+    lines = []
+    read = sources.load(config.data, lines.append)
+    assert len(read) == 14 and "yo/x" not in {query.id for query in read}
+    assert lines[2:] == [
+        "queries: 1 of 15 left out: no text in en, or in none of sw, yo",
+        "queries: 5 harmful in sw; 9 harmless in yo (absent in 5 of 14 records, first: id 'sw/0')",
+    ]
+    config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "yo": 3.0})
+    trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+    trainer.checkpoints.close()
+    drawn = collections.Counter(
+        (sources.source_of(x.query_id), x.language) for _ in range(10) for x in next(trainer.batches).examples
+    )
+    assert drawn == {("sw", "sw"): 40, ("yo", "yo"): 40}
+    config.data.source_language = "sw"
+    with pytest.raises(
+        ValueError, match=r"records with a text in sw: no record has a text in yo; there are texts in en"
+    ):
+        sources.load(config.data)
 
 
 def test_one_source_keeps_its_ids(config, tmp_path):

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msd_jax.data import hub, sources
-from msd_jax.data.records import Query, require_languages
+from msd_jax.data.records import Query, describe, require_languages
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation.benchmarks import mmmlu, safety, utility
+from msd_jax.io.console import log
 
 if TYPE_CHECKING:
     import ml_collections
@@ -124,10 +125,9 @@ def load(config: "ml_collections.ConfigDict") -> tuple[Loaded, ...]:
 
 
 def _load_own(config: "ml_collections.ConfigDict") -> Loaded:
-    records = sources.read(config.path, harmful=config.harmful)
-    languages = tuple(config.languages)
-    require_languages(records, languages, config.path)
-    return Loaded(BENCHMARKS[OWN], limited(records, config.limit, config.sample), languages)
+    queries = sources.read(config.path, harmful=config.harmful, key="config.eval.path")
+    require_languages(queries, config.languages, config.path)
+    return _loaded(BENCHMARKS[OWN], queries, tuple(config.languages), config.limit, config.sample)
 
 
 def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
@@ -142,8 +142,8 @@ def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
         path = pathlib.Path(settings.path).expanduser()
         if not path.exists():
             raise UserFileError(f"{key}.path={settings.path}: there is no such file or directory; {remedy}")
-    records = benchmark.read(path)
-    have = dict.fromkeys(language for record in records for language in record.texts)
+    queries = benchmark.read(path)
+    have = dict.fromkeys(language for query in queries for language in query.texts)
     asked = tuple(settings.languages) or tuple(config.languages)
     if settings.languages and (missing := [language for language in asked if language not in have]):
         raise UserError(f"{key}.languages: {settings.path} has no {', '.join(missing)}; it has {', '.join(have)}")
@@ -153,8 +153,22 @@ def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
             f"{settings.path} has none of config.eval.languages={asked}; it has {', '.join(have)}: take {name} out of "
             "config.eval.benchmarks, or add one of its languages"
         )
-    records = [record for record in records if any(language in record.texts for language in languages)]
-    return Loaded(benchmark, limited(records, settings.limit or config.limit, config.sample), languages)
+    return _loaded(benchmark, queries, languages, settings.limit or config.limit, config.sample)
+
+
+def _loaded(
+    benchmark: Benchmark, queries: Sequence[Query], languages: tuple[str, ...], limit: int, sample: str
+) -> Loaded:
+    """The queries that have one of `languages`, at most `limit` of them; prints how many there are of each."""
+    queries = [query for query in queries if any(language in query.texts for language in languages)]
+    chosen = limited(queries, limit, sample)
+    if missing := [language for language in languages if all(language not in query.texts for query in chosen)]:
+        raise UserError(
+            f"{benchmark.name}: none of the {len(chosen)} records that a limit of {limit} leaves has a text in "
+            f"{', '.join(missing)}; raise the limit"
+        )
+    log(f"evaluation on {benchmark.name}: {describe(chosen, languages)}")
+    return Loaded(benchmark, chosen, languages)
 
 
 def limited(records: Sequence[Any], limit: int, sample: str) -> tuple[Any, ...]:

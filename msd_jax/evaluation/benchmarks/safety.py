@@ -1,9 +1,10 @@
-"""Readers of the safety benchmarks, in the form in which their authors publish them."""
+"""Readers of the safety benchmarks, each in the form that its authors publish."""
 
 import difflib
 import json
 import pathlib
 import re
+from typing import Any
 
 from msd_jax.data import files
 from msd_jax.data.records import Query, is_language, language_name
@@ -33,7 +34,7 @@ _XSAFETY_KINDS = (
 
 
 def read_multijail(path: pathlib.Path) -> tuple[Query, ...]:
-    """MultiJail: one CSV with a column per language; all queries are harmful. A directory must hold one such file."""
+    """MultiJail: one CSV with one column per language; all queries are harmful. A directory holds one such file."""
     found = tables.find(path, "*.csv")
     if len(found) > 1:
         raise UserError(
@@ -43,12 +44,12 @@ def read_multijail(path: pathlib.Path) -> tuple[Query, ...]:
 
 
 def read_xsafety(path: pathlib.Path) -> tuple[Query, ...]:
-    """XSafety: LANGUAGE/KIND.csv (some .xlsx), one query a row, without a header; row i is query i in each language.
+    """XSafety: LANGUAGE/KIND.csv (some .xlsx), one query per row, no header; row i is query i in each language.
 
     File names vary: KIND may be misspelled or carry a suffix (Insult_n.csv, commen_sense.csv), and Spanish is "sp".
-    Where a language has two files of a kind, the one whose name is spelled right is read. A row of several cells is a
-    query with unquoted commas. Queries carry no label: those of some kinds (mental health, ethics) call for a careful
-    answer, not a refusal, so use a judge that reads responses.
+    Where a language has two files of a kind, the one whose name is spelled correctly is read. A row of several cells is
+    a query with commas that nobody quoted. Queries have no label: those of some kinds (mental health, ethics) are to be
+    answered with care, not refused, so use a judge that reads them.
 
     Args:
       path: the directory of the languages' directories, or one above it.
@@ -92,58 +93,88 @@ def _letters(name: str) -> str:
 
 
 def read_pku_saferlhf(path: pathlib.Path) -> tuple[Query, ...]:
-    """PKU-SafeRLHF's prompts: one JSON object per line, with `prompt` and optionally `id`, `language`, `harmful`.
+    """PKU-SafeRLHF's prompts: JSON objects, one per line, with `prompt`, and optionally `id`, `language` and `harmful`.
 
     The published files are English: data/MODEL/test.jsonl. Translations are files LANGUAGE.jsonl, or records with a
-    `language`; those with the same `id` (without one: at the same line of equally named directories) are one query. A
-    prompt that repeats, as each does with other responses, is read once. The published records label responses, not
-    prompts: `harmful` stays unknown where a record does not say.
+    `language`; those with the same `id` (else in the same line of equally named directories) are one query. A prompt
+    may be a conversation, [{"from": "human", "value": "..."}] or [{"role": "user", "content": "..."}]; one of several
+    turns is left out and counted. A prompt that is repeated, as each is with other responses, is read once. The
+    published records label responses, not prompts: `harmful` stays unknown where a record does not say.
 
     Args:
-      path: such a file, or a directory; where it holds test.jsonl, its train.jsonl are not read.
+      path: such a file, or a directory; where it has files test.jsonl, its train.jsonl are left alone.
+
+    Raises:
+      UserError: a line is not a record; the message names it.
     """
     found = tables.find(path, "*.jsonl")
     if any(file.name == "test.jsonl" for file in found):
         found = [file for file in found if file.name != "train.jsonl"]
     merged: dict[str, Query] = {}
     seen: set[tuple[str, str]] = set()
+    conversations = 0
     for file in found:
-        where = "" if file == path else "/".join(file.relative_to(path).parent.parts)
-        default = file.stem if is_language(file.stem) else "en"
+        directory = "" if file == path else "/".join(file.relative_to(path).parent.parts)
         for number, line in enumerate(read_text(file).split("\n"), start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-                prompt, language = record["prompt"], record.get("language", default)
-                if not (isinstance(prompt, str) and prompt.strip()) or record.get("harmful") not in (None, True, False):
-                    raise UserError("prompt must be a non-empty text, harmful true, false or absent")
-                language_name(language)
+                prompt = _pku_prompt(record["prompt"])
+                language, harmful = _pku_labels(record, file)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
                 raise UserError(f"{file}, line {number}: not a record of PKU-SafeRLHF ({reason})") from None
-            if (language, prompt) in seen:
+            conversations += prompt is None
+            if prompt is None or (language, prompt) in seen:
                 continue
             seen.add((language, prompt))
-            key = str(record.get("id", "/".join(filter(None, (where, str(number))))))
-            query = merged.setdefault(key, Query(key, record.get("harmful"), str(record.get("category", "")), {}))
+            key = str(record.get("id", "/".join(filter(None, (directory, str(number))))))
+            query = merged.setdefault(key, Query(key, harmful, str(record.get("category", "")), {}))
             if language in query.texts:
-                raise UserError(
-                    f"{file}, line {number}: id {key!r} occurs twice in {language!r}; give each record its own"
-                )
+                raise UserError(f"{file}, line {number}: id {key!r} is there twice in {language!r}; ids must be unique")
             query.texts[language] = prompt
+    if conversations:
+        log(f"pku_saferlhf: {conversations} prompts left out: they are conversations of several turns")
     return tuple(merged.values())
 
 
-def read_xstest(path: pathlib.Path) -> tuple[Query, ...]:
-    """XSTest: a CSV with the columns prompt and type, optionally id and label; English, or translated.
+def _pku_prompt(prompt: Any) -> str | None:
+    """The user's text; None for a conversation of several turns, which no single prompt can stand for."""
+    if isinstance(prompt, list):
+        keys = ("role", "content") if prompt and "role" in prompt[0] else ("from", "value")
+        turns = [tuple(turn[key] for key in keys) for turn in prompt]
+        if len(turns) > 1:
+            return None
+        [(speaker, prompt)] = turns or [("", "")]
+        if speaker not in ("human", "user"):
+            raise UserError(f"the one turn of prompt is from {speaker!r}, not from 'human'")
+    if not (isinstance(prompt, str) and prompt.strip()):
+        raise UserError("prompt must be a text that is not empty, or a list of one turn")
+    return prompt
 
-    Prompts labelled unsafe are harmful; in files without labels, those whose type begins with "contrast_". A translated
-    copy has the same columns, and its name ends in its language's code, as in xstest_prompts_sw.csv; rows with the same
+
+def _pku_labels(record: dict[str, Any], file: pathlib.Path) -> tuple[str, bool | None]:
+    """(language, harmful) of a record."""
+    language = record.get("language", file.stem if is_language(file.stem) else "en")
+    language_name(language)  # raises for what is not a language's code
+    if (harmful := record.get("harmful")) not in (None, True, False):
+        raise UserError("harmful must be true, false or absent")
+    return language, harmful
+
+
+def read_xstest(path: pathlib.Path) -> tuple[Query, ...]:
+    """XSTest: a CSV with the columns prompt and type, and optionally id and label; English, or translated.
+
+    Queries labelled unsafe are harmful, in files without labels those whose type begins with "contrast_". A translated
+    copy has the same columns, and its language's code at the end of its name: xstest_prompts_sw.csv; rows with the same
     id are one query.
 
     Args:
       path: such a file, or a directory of them.
+
+    Raises:
+      UserError: a file or a row does not fit; the message names it.
     """
     merged: dict[str, Query] = {}
     for file in tables.find(path, "*.csv"):
@@ -167,6 +198,8 @@ def read_xstest(path: pathlib.Path) -> tuple[Query, ...]:
                 raise UserError(f"{file}, row {number}: label={label!r} must be safe or unsafe")
             query = merged.setdefault(key, Query(key, label == "unsafe", cell["type"], {}))
             if language in query.texts or query.harmful != (label == "unsafe"):
-                raise UserError(f"{file}, row {number}: id {key!r} occurs twice in {language!r}, or with another label")
+                raise UserError(
+                    f"{file}, row {number}: id {key!r} is there already, in {language!r} or with another label"
+                )
             query.texts[language] = cell["prompt"]
     return tuple(merged.values())

@@ -1,7 +1,6 @@
-"""Readers and rules of the utility benchmarks: can the model still do what it could before?"""
+"""Readers and rules of the utility benchmarks, which tell whether the model can still do what it could before."""
 
 import pathlib
-import re
 import unicodedata
 
 from msd_jax.data.records import Query
@@ -10,7 +9,7 @@ from msd_jax.evaluation.benchmarks import tables
 from msd_jax.evaluation.benchmarks.final_number import last_number
 from msd_jax.io.text import read_text
 
-# Follows the text of an MGSM problem, in its own language. The wording is ours.
+# What follows the text of a problem of MGSM, in its own language. The wording is ours.
 _MGSM_INSTRUCTIONS = {
     "en": "Solve this step by step. Write the final answer, a number alone, on the last line.",
     "bn": "ধাপে ধাপে সমাধান করো। শেষ লাইনে শুধু চূড়ান্ত উত্তরের সংখ্যাটি লেখো।",
@@ -27,7 +26,7 @@ _MGSM_INSTRUCTIONS = {
 
 
 def exact_match(response: str, answer: str, language: str) -> bool:
-    """Whether the response is the answer, up to blanks and Unicode form (NFC)."""
+    """Whether the response is the answer, up to spaces and Unicode form (NFC)."""
     del language
     normal = [" ".join(unicodedata.normalize("NFC", text).split()) for text in (response, answer)]
     return normal[0] == normal[1]
@@ -36,16 +35,19 @@ def exact_match(response: str, answer: str, language: str) -> bool:
 def same_number(response: str, answer: str, language: str) -> bool:
     """Whether the last number of the response is the answer's; see `final_number.last_number`."""
     found = last_number(response, language)
-    return found is not None and found == last_number(answer, "en")
+    return found is not None and found == last_number(answer, "und")
 
 
 def read_mgsm(path: pathlib.Path) -> tuple[Query, ...]:
-    """MGSM: mgsm_LANGUAGE.tsv, a problem and its answer per line, no header; line i is problem i in each language.
+    """MGSM: mgsm_LANGUAGE.tsv, one problem and its answer per line, no header; line i is problem i in each language.
 
-    The problem is followed by an instruction in its own language, so that a response's last number is its answer.
+    An instruction in the language of the problem follows it, so that the last number of a response is its answer.
 
     Args:
       path: a directory of such files, or one of them.
+
+    Raises:
+      UserError: a line or a file does not fit; the message names it.
     """
     rows: dict[str, list[tuple[str, str]]] = {}
     for file in tables.find(path, "mgsm_*.tsv"):
@@ -56,7 +58,7 @@ def read_mgsm(path: pathlib.Path) -> tuple[Query, ...]:
         rows[language] = []
         for number, line in enumerate(read_text(file).splitlines(), start=1):
             problem, tab, answer = line.rpartition("\t")
-            if not tab or not re.search(r"\d", answer):
+            if not tab or last_number(answer, "und") is None:
                 raise UserError(f"{file}, line {number}: a line must be a problem, a tab and a number")
             rows[language].append((problem, answer.strip()))
     lengths = {language: len(problems) for language, problems in rows.items()}

@@ -111,15 +111,30 @@ def test_pku_in_several_languages(tmp_path):
     assert query.id == "7" and query.texts == {"en": "one", "jv": "siji"}
 
 
+def test_pku_as_conversations(tmp_path, capsys):
+    one = {"prompt": [{"from": "human", "value": "a?"}], "harmful": True}
+    other = {"prompt": [{"role": "user", "content": "d?"}]}
+    several = {"prompt": [*one["prompt"], {"from": "gpt", "value": "b"}, {"from": "human", "value": "c?"}]}
+    found = safety.read_pku_saferlhf(
+        write(tmp_path / "en.jsonl", lines(one, several, other, {"prompt": "e?"}, one, several))
+    )
+    assert [(query.texts["en"], query.harmful) for query in found] == [("a?", True), ("d?", None), ("e?", None)]
+    assert capsys.readouterr().out == "pku_saferlhf: 2 prompts left out: they are conversations of several turns\n"
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
+        (lines({"prompt": [{"from": "gpt", "value": "a"}]}), "line 1: .*the one turn of prompt is from 'gpt'"),
+        (lines({"prompt": [{"text": "a"}]}), "line 1: not a record of PKU-SafeRLHF .no 'from'"),
+        (lines({"prompt": []}), "line 1: .*is from ''"),
+        (lines({"prompt": [{"from": "human", "value": ""}]}), "line 1: .*not empty"),
         ('{"prompt": "a"\n', "line 1: not a record"),
         (lines({"text": "a"}), "line 1: not a record of PKU-SafeRLHF .no 'prompt'"),
         (lines({"prompt": "a"}, {"prompt": " "}), "line 2: .*non-empty"),
         (lines({"prompt": "a", "language": "klingonish"}), "not the code of a known language"),
-        (lines({"prompt": "a", "harmful": "yes"}), "harmful true, false or absent"),
-        (lines({"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}), "line 2: id '1' occurs twice in 'en'"),
+        (lines({"prompt": "a", "harmful": "yes"}), "harmful must be true, false or absent"),
+        (lines({"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}), "line 2: id '1' is there twice in 'en'"),
         ("[1]\n", "line 1: not a record"),
     ],
 )
@@ -176,9 +191,16 @@ def test_mgsm(tmp_path):
         ("Jibu: 5600", "sw", True),
         ("৫,৬০০", "bn", True),
         ("5600, lakini 3", "sw", False),
+        ("Jibu: 5 600", "sw", True),
         ("", "sw", False),
     ]:
         assert utility.same_number(response, one.answers[language], language) is right
+
+
+@pytest.mark.parametrize("answer", ["5600", "5,600", "5 600", "5\u202f600", "৫,৬০০", "５，６００", "5600.0"])
+def test_mgsm_with_answers_as_people_write_them(tmp_path, answer):
+    [problem] = utility.read_mgsm(write(tmp_path / "mgsm_en.tsv", f"x\t{answer}\n"))
+    assert utility.same_number("The answer is 5,600.", problem.answers["en"], "en")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +252,26 @@ def config(tmp_path):
     config.benchmarks = ("mgsm", "xstest")
     config.mgsm.path = config.xstest.path = str(tmp_path)
     return config
+
+
+def test_queries_of_the_users_own_are_asked_in_the_languages_that_they_have(config, tmp_path, capsys):
+    texts = [{"en": "a", "sw": "b"}, {"en": "a"}, {"sw": "b", "it": "c"}, {"it": "c"}]
+    rows = [{"id": str(i), "harmful": i == 0, "texts": text} for i, text in enumerate(texts)]
+    config.path, config.benchmarks = str(write(tmp_path / "own.jsonl", lines(*rows))), ()
+    [own] = benchmarks.load(config)
+    assert own.languages == ("en", "sw") and [query.id for query in own.queries] == ["0", "1", "2"]
+    assert capsys.readouterr().out == (
+        "evaluation on queries: 1 harmful, 1 harmless in en (absent in 1 of 3 records, first: id '2'); "
+        "1 harmful, 1 harmless in sw (absent in 1 of 3 records, first: id '1')\n"
+    )
+    config.languages = ("en", "yo")
+    with pytest.raises(ValueError, match=r"own\.jsonl: no record has a text in yo; there are texts in en, sw, it;"):
+        benchmarks.load(config)
+    config.languages, config.limit, config.sample = ("it",), 1, "first"
+    assert [query.id for query in benchmarks.load(config)[0].queries] == ["2"]
+    config.languages = ("en", "it")
+    with pytest.raises(ValueError, match=r"queries: none of the 1 records that a limit of 1 leaves has a text in it;"):
+        benchmarks.load(config)
 
 
 def test_benchmarks_have_the_languages_asked_for_that_they_have(config):
