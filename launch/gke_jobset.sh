@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A run on GKE: fills launch/gke_jobset.yaml in from config.launch and applies it.
+# Runs on GKE: fills in launch/gke_jobset.yaml from config.launch and applies it.
 #
 #   NAME=my-run IMAGE=REGISTRY/msd_jax:tpu BUCKET=my-bucket \
 #     launch/gke_jobset.sh configs/NAME.py --workdir=/mnt/runs/my-run [flags of msd_jax.main]
 #
-# With DRY_RUN=1 it prints the manifest instead. The cluster needs the JobSet controller, a TPU node pool of the
-# config's topology and, for BUCKET, the Cloud Storage FUSE driver. IMAGE is launch/Dockerfile's. A preempted slice
-# starts again by itself; a JobSet that has ended goes on after `kubectl delete jobset $NAME` and the same command.
+# DRY_RUN=1 prints the manifest instead. The cluster needs the JobSet controller, a TPU node pool of the config's
+# topology and, for BUCKET, the Cloud Storage FUSE driver. Build IMAGE from launch/Dockerfile. A preempted slice
+# restarts by itself; to resume a JobSet that has ended, run `kubectl delete jobset $NAME` and the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,10 +14,10 @@ CONFIG=${1:?the config file comes first: launch/gke_jobset.sh configs/NAME.py --
 export NAME=${NAME:?set NAME to a name for the JobSet}
 export IMAGE=${IMAGE:?set IMAGE to the container image}
 export BUCKET=${BUCKET:?set BUCKET to the Cloud Storage bucket that every pod mounts at /mnt/runs}
-export SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default} # Kubernetes service account that may use BUCKET
-export RESTARTS=${RESTARTS:-100}                   # how often the JobSet starts again before it counts as failed
+export SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default} # Kubernetes service account with access to BUCKET
+export RESTARTS=${RESTARTS:-100}                   # how often the JobSet restarts before it counts as failed
 NAMESPACE=${NAMESPACE:-default}
-PYTHON=${PYTHON:-python} # of this machine, with msd_jax installed
+PYTHON=${PYTHON:-python} # on this machine, with msd_jax installed
 shift
 
 facts=$("$PYTHON" -m msd_jax.topology --want=tpu --config="$CONFIG" "$@")
@@ -33,5 +33,5 @@ if [[ -n ${DRY_RUN:-} ]]; then
   echo "$manifest"
 else
   kubectl apply --namespace "$NAMESPACE" -f - <<<"$manifest"
-  echo "follow it: kubectl logs --namespace $NAMESPACE -f jobs/$NAME-slice-0" >&2
+  echo "to follow the run: kubectl logs --namespace $NAMESPACE -f jobs/$NAME-slice-0" >&2
 fi

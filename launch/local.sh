@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# One run over several processes of this machine, on its CPUs or its NVIDIA GPUs.
+# Runs several processes on this machine, on its CPUs or its NVIDIA GPUs.
 #
 #   PROCESSES=2 launch/local.sh configs/NAME.py --workdir=DIR [flags of msd_jax.main]
 #
-# A run that was stopped goes on when the same command is given again.
+# Run the same command again to resume an interrupted run.
 set -euo pipefail
 
 CONFIG=${1:?the config file comes first: launch/local.sh configs/NAME.py --workdir=DIR}
-PROCESSES=${PROCESSES:-}                       # default: one a GPU (nvidia-smi), without GPUs one
-DEVICES_PER_PROCESS=${DEVICES_PER_PROCESS:-1}  # on CPUs: how many devices each process pretends to have
-PORT=${PORT:-0}                                # of process 0 on 127.0.0.1; 0 takes a free one
+PROCESSES=${PROCESSES:-}                       # default: one per GPU (nvidia-smi), or one without GPUs
+DEVICES_PER_PROCESS=${DEVICES_PER_PROCESS:-1}  # on CPUs: devices that each process simulates
+PORT=${PORT:-0}                                # of process 0 on 127.0.0.1; 0 picks a free one
 PYTHON=${PYTHON:-python}
 shift
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 PROCESSES=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
 if ((gpus > 0 && PROCESSES > gpus)); then
-  echo "error: PROCESSES=$PROCESSES, but this machine has $gpus GPUs" >&2
+  echo "error: PROCESSES=$PROCESSES, but this machine has $gpus GPUs; set PROCESSES to at most $gpus" >&2
   exit 1
 fi
 if ((PORT == 0)); then
@@ -26,7 +26,7 @@ fi
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for ((id = 0; id < PROCESSES; id++)); do
-  if ((gpus > 0)); then # GPU numbers id, id + PROCESSES, ...: every GPU belongs to one process
+  if ((gpus > 0)); then # GPUs id, id + PROCESSES, ...: each GPU belongs to one process
     variables=("CUDA_VISIBLE_DEVICES=$(seq -s, "$id" "$PROCESSES" $((gpus - 1)))")
   else
     variables=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$DEVICES_PER_PROCESS")
@@ -39,7 +39,7 @@ for ((id = 0; id < PROCESSES; id++)); do
   pids+=($!)
 done
 
-# The processes watch each other and end together; the first status that is not 0 is the run's.
+# The processes monitor each other and end together; the first non-zero status is the run's.
 status=0
 for id in "${!pids[@]}"; do
   code=0

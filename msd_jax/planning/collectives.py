@@ -84,7 +84,7 @@ def _collective(execution: Execution, slices: int) -> Collective | None:
         times=execution.times,
         between_slices=bool(hosts),
         loop=execution.loop,
-        op_name=instruction.attribute(r'op_name="([^"]*)"') or "",
+        op_name=instruction.op_name,
     )
 
 

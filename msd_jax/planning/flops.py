@@ -8,8 +8,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from msd_jax.errors import UserError
 
-def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
+
+def count_flops(jaxpr: Any, while_trips: int | None = None) -> int:
     """Floating-point operations of the matrix products and convolutions of a jaxpr, over all devices.
 
     A multiplication and an addition are two. What jax.checkpoint recomputes is counted again. A conditional counts as
@@ -17,12 +19,15 @@ def count_flops(jaxpr: Any, while_trips: int = 1) -> int:
 
     Args:
       jaxpr: ClosedJaxpr or Jaxpr, such as jax.jit(f).trace(...).jaxpr.
-      while_trips: iterations of while loops, which a jaxpr does not state.
+      while_trips: iterations of while loops, which a jaxpr does not state; None: it has none that matter.
+
+    Raises:
+      UserError: a while loop has operations and `while_trips` is None.
     """
     return sum(_equation_flops(equation, while_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
-def _equation_flops(equation: Any, while_trips: int) -> int:
+def _equation_flops(equation: Any, while_trips: int | None) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -35,7 +40,9 @@ def _equation_flops(equation: Any, while_trips: int) -> int:
     inner = [count_flops(sub, while_trips) for sub in _sub_jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inner)
-    if name == "while":
+    if name == "while" and sum(inner):
+        if while_trips is None:
+            raise UserError(f"no trip count is declared for the while loop in {equation.source_info.name_stack}")
         return while_trips * sum(inner)
     if name == "cond":
         return max(inner, default=0)

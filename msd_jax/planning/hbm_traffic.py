@@ -2,19 +2,20 @@
 
 import re
 
-from msd_jax.planning.hlo import Computation, HloModule, Instruction, hbm_bytes, shape_bytes
+from msd_jax.planning.hlo import Computation, HloModule, Instruction, hbm_bytes, shape_bytes, tuple_elements
 
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"),
     *("partition-id", "replica-id", "after-all", "optimization-barrier", "add-dependency", "broadcast"),
+    *("async-start", "async-update"),  # what they wrap is an execution of its own
 )
 
 
 def hbm_traffic(module: HloModule) -> int:
     """Bytes moved over all iterations.
 
-    Operands and results of every instruction outside fusions, except those in on-chip memory. A slice of an array
-    counts as the slice; what is updated in place, as the update.
+    Operands and results of every instruction outside fusions, except those in on-chip memory. An array that is sliced
+    counts as the slice; one that is updated in place, as the update.
     """
     return sum(
         execution.times * _traffic(module, execution.computation, execution.instruction)
@@ -24,21 +25,26 @@ def hbm_traffic(module: HloModule) -> int:
 
 
 def _traffic(module: HloModule, computation: Computation, instruction: Instruction) -> int:
-    opcode = instruction.opcode
+    opcode, shape = instruction.opcode, instruction.shape
     shapes = [operand.shape for operand in computation.operands(instruction)]
     if opcode in _FREE or opcode.endswith("-done"):
         return 0
-    if opcode == "slice-start":  # ((source), slice, context)
-        return hbm_bytes(shapes[0]) and shape_bytes(instruction.shape) - shape_bytes(shapes[0])
+    if opcode.endswith("-start") and shape.startswith("(("):  # short for async-start: ((operands), result, context)
+        opcode, shape = opcode.removesuffix("-start"), tuple_elements(shape)[1]
     if opcode.endswith("-start"):  # the result's tuple holds source and target
-        return hbm_bytes(instruction.shape)
-    if opcode in ("dynamic-slice", "gather"):
-        return 2 * hbm_bytes(instruction.shape)
+        return hbm_bytes(shape)
+    if opcode in ("slice", "dynamic-slice", "gather"):
+        return _copied(shape, source=shapes[0], target=shape)
     if opcode == "dynamic-update-slice":
-        return 2 * hbm_bytes(shapes[1])
+        return _copied(shapes[1], source=shapes[1], target=shape)
     if opcode == "fusion":
         return _fusion_traffic(module, instruction, shapes)
-    return hbm_bytes(instruction.shape) + sum(map(hbm_bytes, shapes))
+    return hbm_bytes(shape) + sum(map(hbm_bytes, shapes))
+
+
+def _copied(part: str, source: str, target: str) -> int:
+    """Bytes to copy `part` of `source` to (a part of) `target`."""
+    return shape_bytes(part) * (bool(hbm_bytes(source)) + bool(hbm_bytes(target)))
 
 
 def _fusion_traffic(module: HloModule, fusion: Instruction, shapes: list[str]) -> int:
@@ -57,6 +63,9 @@ def _written(module: HloModule, body: Computation, value: Instruction, place: st
         return _written(module, body, body.operands(value)[0], place)
     if value.opcode == "fusion" and not value.shape.startswith("("):
         nested = module.computations[value.called("calls")]
+        passed_on = _passed_on(module, nested)
+        if passed_on is not None:
+            return _written(module, body, body.operands(value)[passed_on], place)
         return _written(module, nested, nested.root, place)
     if value.opcode == "dynamic-update-slice":
         return hbm_bytes(place) and shape_bytes(body.operands(value)[1].shape)
@@ -72,11 +81,26 @@ def _read(module: HloModule, body: Computation, value: Instruction, place: str) 
             total += _read(module, body, user, place)
         elif user.opcode == "fusion":
             nested = module.computations[user.called("calls")]
+            passed_on = _passed_on(module, nested)
             for index, parameter in nested.parameters():
                 if user.operands[index] == value.name:
                     total += _read(module, nested, parameter, place)
+                    total += _read(module, body, user, place) if index == passed_on else 0
         elif user.opcode in ("dynamic-slice", "gather") and user.operands[0] == value.name:
             total += shape_bytes(user.shape)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:  # which is in place
             return hbm_bytes(place)
     return min(total, hbm_bytes(place))
+
+
+def _passed_on(module: HloModule, nested: Computation) -> int | None:
+    """The number of the parameter that a nested fusion returns as it is; None if it computes its result."""
+    value = nested.root
+    while value.opcode in ("bitcast", "fusion"):
+        operand: int | None = 0
+        if value.opcode == "fusion":
+            operand = _passed_on(module, module.computations[value.called("calls")])
+        if operand is None:
+            return None
+        value = nested.operands(value)[operand]
+    return int(value.literal) if value.opcode == "parameter" else None

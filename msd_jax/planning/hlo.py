@@ -12,7 +12,7 @@ from msd_jax.errors import UserError
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
-_NAME = re.compile(r"%([\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-#]+)")  # with "#1" for an element of a tuple
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)")
 
 
@@ -27,6 +27,11 @@ class Instruction:
     literal: str  # the text between the brackets, for constants and parameters
     attributes: str
     root: bool
+
+    @property
+    def op_name(self) -> str:
+        """Where in the Python program it comes from."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
 
     def attribute(self, pattern: str) -> str | None:
         """The first group of the regular expression `pattern`, searched for in the attributes."""
@@ -91,10 +96,10 @@ class HloModule:
 
     Args:
       text: of its HLO, compiled.as_text() or from XLA's dump.
-      while_trips: iterations of a loop whose number HLO does not state.
+      while_trips: iterations of a loop that ends by a condition; None: there is none.
     """
 
-    def __init__(self, text: str, while_trips: int = 1):
+    def __init__(self, text: str, while_trips: int | None = None):
         self._while_trips = while_trips
         self.computations: dict[str, Computation] = {}
         current: dict[str, Instruction] = {}
@@ -107,6 +112,8 @@ class HloModule:
                     self.entry = header[2]
             elif " = " in line and line.startswith(" "):
                 instruction = _parse(line.strip())
+                for operand in instruction.operands:
+                    _add_element(current, operand)
                 current[instruction.name] = instruction
 
     def executions(self) -> Iterator[Execution]:
@@ -129,44 +136,63 @@ class HloModule:
                         yield from self._executions(called, times, loop, inside)
 
     def trips(self, computation: Computation, loop: Instruction) -> int:
-        """Iterations of a while loop: XLA's note of it, or the bound in its condition; else `while_trips`."""
-        noted = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
-        return int(noted) if noted else self._counted(computation, loop) or self._while_trips
+        """Iterations of a while loop: XLA's note, the most that its bound allows, or `while_trips` without a bound.
 
-    def _counted(self, computation: Computation, loop: Instruction) -> int | None:
-        """Iterations of `for i in range(start, bound, step)`; their maximum where the loop may end earlier."""
-        condition, body = (self.computations[loop.called(attribute)] for attribute in ("condition", "body"))
-        comparison = condition.root
-        if comparison.opcode == "and":
-            less = (x for x in condition.operands(comparison) if "direction=LT" in x.attributes)
-            comparison = next(less, comparison)
-        if comparison.opcode != "compare" or "direction=LT" not in comparison.attributes:
-            return None
-        counter, bound = condition.operands(comparison)
-        if counter.opcode != "get-tuple-element" or bound.opcode != "constant":
-            return None
-        index = _tuple_index(counter)
+        Raises:
+          UserError: none of them says how many.
+        """
+        noted = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
+        if noted:
+            return int(noted)
+        bounded = self._bounded(loop)
+        trips = self._counted(computation, loop, *bounded) if bounded else self._while_trips
+        if trips is None:
+            raise UserError(
+                f"no trip count found for the loop {loop.name} ({loop.op_name}) of a compiled program, so its cost is "
+                "unknown; plans are tested with jax 0.10 and 0.12"
+            )
+        return trips
+
+    def _bounded(self, loop: Instruction) -> tuple[int, int] | None:
+        """(i, bound) if the loop runs only while its integer variable i is less than a constant; else None."""
+        condition = self.computations[loop.called("condition")]
+        tests = condition.operands(condition.root) if condition.root.opcode == "and" else [condition.root]
+        for test in tests:
+            if test.opcode == "compare" and "direction=LT" in test.attributes:
+                variable, bound = (_original(condition, operand) for operand in condition.operands(test))
+                integer = re.match(r"[su]\d+\[\]", variable.shape)
+                if integer and variable.opcode == "get-tuple-element" and bound.opcode == "constant":
+                    return _tuple_index(variable), int(bound.literal)
+        return None
+
+    def _counted(self, computation: Computation, loop: Instruction, index: int, bound: int) -> int | None:
+        """Iterations until the loop's variable number `index` reaches `bound`; None if its steps are not constant."""
+        body = self.computations[loop.called("body")]
         step = _growth(body, body.operands(body.root)[index], index)
-        start = computation.operands(computation.operands(loop)[0])[index]
-        while start.opcode in ("copy", "bitcast"):
-            (start,) = computation.operands(start)
+        start = _original(computation, computation.operands(computation.operands(loop)[0])[index])
         if not step or start.opcode != "constant":
             return None
-        return -(-(int(bound.literal) - int(start.literal)) // step)
+        return -(-(bound - int(start.literal)) // step)
 
 
 def _growth(body: Computation, value: Instruction, index: int) -> int | None:
     """By how much `value` exceeds the loop variable `index` in a loop's body; None if that is not a constant."""
+    value = _original(body, value)
     if value.opcode == "get-tuple-element" and _tuple_index(value) == index:
         return 0
-    if value.opcode in ("copy", "bitcast"):
-        return _growth(body, body.operands(value)[0], index)
     if value.opcode == "add":
         for variable, constant in (body.operands(value), body.operands(value)[::-1]):
             if constant.opcode == "constant":
                 before = _growth(body, variable, index)
                 return None if before is None else before + int(constant.literal)
     return None
+
+
+def _original(computation: Computation, value: Instruction) -> Instruction:
+    """What `value` is a copy of."""
+    while value.opcode in ("copy", "bitcast"):
+        (value,) = computation.operands(value)
+    return value
 
 
 def _tuple_index(element: Instruction) -> int:
@@ -192,6 +218,18 @@ def _parse(line: str) -> Instruction:
     )
 
 
+def _add_element(instructions: dict[str, Instruction], name: str) -> None:
+    """Adds the get-tuple-element that an operand such as %x#1 stands for; jaxlib 0.12 prints no line for it."""
+    base, _, index = name.rpartition("#")
+    if not base or name in instructions:
+        return
+    _add_element(instructions, base)
+    if base in instructions:
+        shape = tuple_elements(instructions[base].shape)[int(index)]
+        element = Instruction(name, shape, "get-tuple-element", (base,), f"%{base}", f", index={index}", root=False)
+        instructions[name] = element
+
+
 def _closing(text: str, start: int) -> int:
     """Index of the bracket that closes the one at `start`."""
     depth = 0
@@ -200,6 +238,19 @@ def _closing(text: str, start: int) -> int:
         if not depth:
             return i
     raise UserError(f"HLO: no closing bracket in {text[:80]!r}")
+
+
+@functools.cache
+def tuple_elements(shape: str) -> list[str]:
+    """The shapes in a tuple's shape."""
+    elements, depth = [""], 0
+    for character in re.sub(r"/\*.*?\*/", "", shape)[1:-1]:
+        depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(character, 0)
+        if character == "," and not depth:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return [element.strip() for element in elements]
 
 
 def shape_bytes(shape: str) -> int:

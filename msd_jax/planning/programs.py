@@ -25,13 +25,13 @@ class Program:
       name: of the phase that it runs.
       trace: traces it with abstract arguments.
       resident_bytes: per device, of what is in HBM while it runs but is not an argument of it.
-      while_trips: the most iterations of a loop that ends by a condition.
+      while_trips: the most iterations of a loop that ends by a condition; None: it has no such loop.
     """
 
     name: str
     trace: Callable[[], jax.stages.Traced]
     resident_bytes: int
-    while_trips: int = 1
+    while_trips: int | None = None
 
 
 def bytes_per_device(tree: Any) -> int:

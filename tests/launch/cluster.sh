@@ -4,13 +4,13 @@
 #   tests/launch/cluster.sh up DIR      then: export SLURM_CONF=DIR/slurm.conf; sinfo
 #   tests/launch/cluster.sh down DIR
 #
-# Its packages: apt-get install slurm-wlm munge
+# Required packages: apt-get install slurm-wlm munge
 set -euo pipefail
 
 USER=${USER:-$(id -un)}
 COMMAND=${1:?up or down}
 DIR=$(realpath -m "${2:?a new directory for the cluster}")
-PORT=${PORT:-27000} # of the controller; the two after it are the nodes'
+PORT=${PORT:-27000} # of the controller; the nodes take the next two
 
 down() {
   SLURM_CONF=$DIR/slurm.conf scancel --user="$USER" 2>/dev/null && sleep 1 || true
@@ -19,7 +19,7 @@ down() {
   done
 }
 
-# Debian's slurmd takes its node from the host's name, so each runs with a name of its own, and knows the other's.
+# Debian's slurmd takes its node's name from the hostname, so each runs under its own hostname and knows the other's.
 node() {
   # shellcheck disable=SC2016  # expanded by the inner bash
   unshare --uts --mount --propagation=private bash -c '
@@ -31,7 +31,7 @@ node() {
 up() {
   mkdir -p "$DIR"/{spool,state}
   printf '127.0.0.1 localhost node1\n127.0.0.2 node2\n' >"$DIR/hosts"
-  head -c 1024 /dev/urandom >"$DIR/munge.key" # a key that only this cluster knows
+  head -c 1024 /dev/urandom >"$DIR/munge.key" # a key of this cluster alone
   chmod 600 "$DIR/munge.key"
   munged --force --key-file="$DIR/munge.key" --socket="$DIR/munge.socket" --pid-file="$DIR/munged.pid" \
     --log-file="$DIR/munged.log" --seed-file="$DIR/munge.seed" 2>"$DIR/munged.err"

@@ -1,7 +1,7 @@
-"""The launchers: shell that shellcheck passes, and commands and manifests that say what config.launch says.
+"""The launchers: shellcheck passes, and commands and manifests follow config.launch.
 
-gcloud is a stand-in that keeps each worker's home in a folder and runs the workers' commands as processes of this
-machine. launch/local.sh is tested in distributed_test.py, launch/slurm.sbatch in slurm_test.py.
+gcloud is a stand-in that keeps each worker's home in a folder and runs the workers' commands as processes on this
+machine. launch/local.sh is also tested in parallel/distributed_test.py, launch/slurm.sbatch in slurm_test.py.
 """
 
 import os
@@ -94,7 +94,7 @@ def test_shellcheck(path):
     assert os.access(REPOSITORY / path, os.X_OK)
 
 
-def test_there_is_a_script_for_each_way():
+def test_every_script_is_known():
     assert {pathlib.Path(path).name for path in SCRIPTS} == {"gke_jobset.sh", "local.sh", "slurm.sbatch", "tpu_vm.sh"}
 
 
@@ -133,7 +133,7 @@ def test_a_missing_config_is_named(path):
         ("launch/slurm.sbatch", "--config.train.stps=3", "there is no such key"),
     ],
 )
-def test_what_does_not_belong_together_is_told_before_anything_is_paid_for(path, flag, message):
+def test_a_conflict_between_script_and_config_ends_before_anything_is_billed(path, flag, message):
     variables = {"TPU": "t", "ZONE": "z", "BUCKET": "b", "NAME": "n", "IMAGE": "i", "DRY_RUN": "1"}
     done = script(path, "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", flag, **variables)
     assert done.returncode == 1 and not done.stdout
@@ -152,7 +152,7 @@ def test_a_dry_run_of_tpu_vm_prints_its_commands(tmp_path):
     assert "--accelerator-type=v5litepod-64" in done.stdout and "--runtime-version=v2-alpha-tpuv5-lite" in done.stdout
     commands = done.stdout.splitlines()
     assert sum("queued-resources' 'create" in line and "'--spot'" in line for line in commands) == 1
-    assert sum("msd_jax/run.log' " in line for line in commands) == 16  # a log a host
+    assert sum("msd_jax/run.log' " in line for line in commands) == 16  # a log per host
     assert "a b.csv" in done.stdout and "--config='\\''configs/qwen2_5_7b.py" in done.stdout
 
     flags += ("--config.launch.slices=4", "--config.mesh.data=4")
@@ -165,7 +165,7 @@ def test_a_dry_run_of_tpu_vm_prints_its_commands(tmp_path):
     "processes, visible",
     [("", ["0", "1", "2", "3"]), ("2", ["0,2", "1,3"]), ("1", ["0,1,2,3"])],
 )
-def test_local_gives_every_gpu_to_one_process(tmp_path, processes, visible):
+def test_local_gives_each_gpu_to_one_process(tmp_path, processes, visible):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nseq 4\n")
     shown = "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $CUDA_VISIBLE_DEVICES $JAX_PLATFORMS $@"
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "{shown}"\n')
@@ -182,7 +182,7 @@ def test_local_gives_every_gpu_to_one_process(tmp_path, processes, visible):
     assert sorted(done.stdout.splitlines()) == sorted(expected)
 
 
-def test_tpu_vm_runs_two_slices_to_their_table_and_again_after_a_preemption(tmp_path):
+def test_tpu_vm_runs_on_two_slices_and_resumes_after_a_preemption(tmp_path):
     cloud, bin_ = tmp_path / "cloud", tmp_path / "bin"
     cloud.mkdir()
     bin_.mkdir()
@@ -215,7 +215,7 @@ def test_tpu_vm_runs_two_slices_to_their_table_and_again_after_a_preemption(tmp_
     assert "2 processes" in logs[0] and "data 2 x fsdp 1" in logs[0]
     assert all((cloud / f"pod-{node}-0" / "mounted").exists() for node in range(2))
 
-    # A preemption takes the slices and all that lay on them, not the bucket.
+    # A preemption removes the slices and everything on them, but not the bucket.
     shutil.rmtree(tmp_path / "run/eval/4")
     shutil.rmtree(tmp_path / "run/checkpoints/4")
     for node in range(2):
@@ -226,7 +226,7 @@ def test_tpu_vm_runs_two_slices_to_their_table_and_again_after_a_preemption(tmp_
     assert "resumed from step 2" in again.stdout and "Before -> after" in again.stdout
     assert (cloud / "calls").read_text().count("queued-resources delete pod") == 1
 
-    # A run that fails is a command that fails, with its logs fetched; the slice that is there is taken as it is.
+    # If the run fails the command fails, with its logs fetched; existing slices are reused.
     failed = script(
         "launch/tpu_vm.sh", "configs/quickstart.py", *flags, "--config.seed=7", **variables | {"PORT": free_port()}
     )
@@ -254,7 +254,7 @@ def only(value: dict, *allowed: str) -> dict:
 
 
 def test_the_jobset_field_by_field():
-    """Names, types and places of fields as in the CRD of jobset.x-k8s.io/v1alpha2 and in batch/v1 and core/v1."""
+    """Field names, types and nesting as in the CRD of jobset.x-k8s.io/v1alpha2 and in batch/v1 and core/v1."""
     flags = ("--workdir=/mnt/runs/x", '--config.data.path=/mnt/runs/a "b": $c.csv')
     jobset = only(manifest(*flags), "apiVersion", "kind", "metadata", "spec")
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")

@@ -19,12 +19,12 @@ QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Of a shell in which sbatch talks to a cluster of two nodes without GPUs."""
+    """The environment of a shell whose sbatch submits to a cluster of two nodes without GPUs."""
     for program in ("slurmctld", "slurmd", "munged", "unshare"):
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed (apt-get install slurm-wlm munge)")
     if os.geteuid() or subprocess.run(["unshare", "--uts", "--mount", "true"]).returncode:
-        pytest.skip("two nodes on one machine need root, and namespaces of their own")
+        pytest.skip("two nodes on one machine need root and their own namespaces")
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH")) and k != "JAX_PLATFORMS"
     }
@@ -66,7 +66,7 @@ def ended(state: str) -> bool:
     return state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
 
-def test_two_tasks_run_the_quickstart_to_its_table(environment, tmp_path):
+def test_two_tasks_run_the_quickstart(environment, tmp_path):
     flags = ["--config.launch.accelerator=gpu", "--config.launch.nodes=2", "--config.launch.gpus_per_node=0"]
     config = str(REPOSITORY / "configs/quickstart.py")
     command = [str(REPOSITORY / "launch/slurm.sbatch"), config, f"--workdir={tmp_path / 'run'}", *flags]
@@ -78,7 +78,7 @@ def test_two_tasks_run_the_quickstart_to_its_table(environment, tmp_path):
     assert len(re.findall(r"(?m)^ sw +│ trained .* 100.0 -> 0.0% \[", table)) == 1
 
 
-def test_a_job_that_is_told_to_end_saves_its_step(environment, tmp_path):
+def test_a_terminated_job_saves_its_step(environment, tmp_path):
     run, config = tmp_path / "run", str(REPOSITORY / "configs/quickstart.py")
     script = str(REPOSITORY / "launch/slurm.sbatch")
     flags = [f"--workdir={run}", "--config.train.steps=100000", "--config.eval.path="]

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from msd_jax.parallel import sharding
 from msd_jax.planning.flops import count_flops
@@ -44,6 +45,8 @@ def test_flops_of_a_while_loop_take_the_given_number_of_trips():
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x)
 
     assert flops(f, (2, 5), (5, 5), while_trips=11) == 11 * 2 * 2 * 5 * 5
+    with pytest.raises(ValueError, match="no trip count is declared for the while loop"):
+        flops(f, (2, 5), (5, 5))
 
 
 def test_flops_count_what_checkpoint_recomputes():

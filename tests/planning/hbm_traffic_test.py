@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from msd_jax.planning.hbm_traffic import hbm_traffic
 from msd_jax.planning.hlo import HloModule
@@ -29,6 +30,93 @@ ENTRY %main (stack.1: f32[10,100], i.1: s32[], v.1: f32[100]) -> f32[100] {
 }
 """
     assert hbm_traffic(HloModule(text)) == 400 + 400  # one row in, one out; v.1 never leaves the chip
+
+
+def test_an_operand_that_a_nested_fusion_passes_on_is_read_by_the_users_of_its_result():
+    text = """
+%inner (a: bf16[100,10]) -> bf16[100,10] {
+  %a = bf16[100,10]{1,0} parameter(0)
+  ROOT %b = bf16[100,10]{1,0} bitcast(%a)
+}
+
+%outer (head: bf16[100,10], x: bf16[10]) -> f32[100] {
+  %head = bf16[100,10]{1,0} parameter(0)
+  %x = bf16[10]{0} parameter(1)
+  %same = bf16[100,10]{1,0} fusion(%head), kind=kLoop, calls=%inner
+  ROOT %logits = f32[100]{0:S(1)} convolution(%same, %x), dim_labels=bf_io->bf
+}
+
+ENTRY %main (head.1: bf16[100,10], x.1: bf16[10]) -> f32[100] {
+  %head.1 = bf16[100,10]{1,0:T(8,128)(2,1)} parameter(0)
+  %x.1 = bf16[10]{0:T(256)S(1)} parameter(1)
+  ROOT %f = f32[100]{0:T(128)S(1)} fusion(%head.1, %x.1), kind=kOutput, calls=%outer
+}
+"""
+    assert hbm_traffic(HloModule(text)) == 100 * 10 * 2
+
+
+def test_a_result_that_a_nested_fusion_passes_on_is_written():
+    text = """
+%inner (a: f32[100]) -> f32[10,10] {
+  %a = f32[100]{0} parameter(0)
+  ROOT %b = f32[10,10]{1,0} bitcast(%a)
+}
+
+%outer (x: f32[100]) -> f32[10,10] {
+  %x = f32[100]{0} parameter(0)
+  %y = f32[100]{0} negate(%x)
+  ROOT %z = f32[10,10]{1,0} fusion(%y), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (x.1: f32[100]) -> f32[10,10] {
+  %x.1 = f32[100]{0:T(128)S(1)} parameter(0)
+  ROOT %f = f32[10,10]{1,0:T(8,128)} fusion(%x.1), kind=kLoop, calls=%outer
+}
+"""
+    assert hbm_traffic(HloModule(text)) == 100 * 4
+
+
+SLICE_START = "((bf16[16,100]{1,0}), bf16[4,100]{1,0:S(1)}, s32[]{:S(2)})"
+IN_XLAS_DUMP = f"%s = {SLICE_START} async-start(%x), calls=%wrapped"
+IN_AS_TEXT = f"%s = {SLICE_START} slice-start(%x), slice={{[0:4], [0:100]}}"
+
+
+@pytest.mark.parametrize("start", [IN_XLAS_DUMP, IN_AS_TEXT], ids=["dump", "as_text"])
+def test_an_asynchronous_slice_counts_once_and_as_the_slice(start):
+    text = f"""
+%wrapped (p: bf16[16,100]) -> bf16[4,100] {{
+  %p = bf16[16,100]{{1,0}} parameter(0)
+  ROOT %slice.1 = bf16[4,100]{{1,0:S(1)}} slice(%p), slice={{[0:4], [0:100]}}
+}}
+
+ENTRY %main (x: bf16[16,100]) -> bf16[4,100] {{
+  %x = bf16[16,100]{{1,0}} parameter(0)
+  {start}
+  ROOT %d = bf16[4,100]{{1,0:S(1)}} async-done(%s)
+}}
+"""
+    assert hbm_traffic(HloModule(text)) == 4 * 100 * 2  # it goes to on-chip memory
+
+
+@pytest.mark.parametrize("source, target, times", [("", "", 2), ("S(1)", "", 1), ("", "S(1)", 1), ("S(1)", "S(1)", 0)])
+def test_a_slice_or_an_update_counts_on_each_side_that_is_in_hbm(source, target, times):
+    text = f"""
+ENTRY %main (x: f32[8,10], i: s32[]) -> f32[1,10] {{
+  %x = f32[8,10]{{1,0:T(8,128){source}}} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %y = f32[1,10]{{1,0:T(8,128){target}}} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={{1,10}}
+}}
+"""
+    assert hbm_traffic(HloModule(text)) == times * 40
+    text = f"""
+ENTRY %main (x: f32[8,10], row: f32[1,10], i: s32[]) -> f32[8,10] {{
+  %x = f32[8,10]{{1,0:T(8,128){target}}} parameter(0)
+  %row = f32[1,10]{{1,0:T(8,128){source}}} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = f32[8,10]{{1,0:T(8,128){target}}} dynamic-update-slice(%x, %row, %i, %i)
+}}
+"""
+    assert hbm_traffic(HloModule(text)) == times * 40
 
 
 def test_a_scan_over_weights_reads_each_weight_once():
