@@ -142,7 +142,7 @@ def test_queries_of_the_evaluation_are_reported_or_dropped(config, tmp_path, cap
     config.data.path = str(tmp_path / "plain.jsonl")
     ready = run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "report")
     ready.checkpoints.close()
-    assert "near-duplicates: of 3 queries of benchmark queries, training has" in capsys.readouterr().out
+    assert " of 3 queries of benchmark queries have a near-copy in the training data" in capsys.readouterr().out
     assert len(ready.records) == 5
     rows = jsonl.read(tmp_path / "report/near_duplicates.jsonl")
     exact = {(row["train_id"], row["eval_id"], row["language"]) for row in rows if row["exact"]}
