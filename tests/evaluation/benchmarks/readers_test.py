@@ -131,7 +131,7 @@ def test_pku_as_conversations(tmp_path, capsys):
         (lines({"prompt": [{"from": "human", "value": ""}]}), "line 1: .*not empty"),
         ('{"prompt": "a"\n', "line 1: not a record"),
         (lines({"text": "a"}), "line 1: not a record of PKU-SafeRLHF .no 'prompt'"),
-        (lines({"prompt": "a"}, {"prompt": " "}), "line 2: .*non-empty"),
+        (lines({"prompt": "a"}, {"prompt": " "}), "line 2: .*not empty"),
         (lines({"prompt": "a", "language": "klingonish"}), "not the code of a known language"),
         (lines({"prompt": "a", "harmful": "yes"}), "harmful must be true, false or absent"),
         (lines({"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}), "line 2: id '1' is there twice in 'en'"),
