@@ -156,7 +156,7 @@ def architecture(
 
 
 def load(path: str, **options: Any) -> Pretrained:
-    """Reads everything of a model but its weights, and prints which axes of it the mesh replicates.
+    """Reads everything of a model but its weights; prints a line where the mesh replicates its key/value heads.
 
     Args:
       path: a directory or a hub id.
@@ -182,8 +182,8 @@ def load(path: str, **options: Any) -> Pretrained:
     mesh = options.get("mesh")
     if mesh is not None and sharding.is_replicated(sharding.TRAIN, mesh, "kv_heads", config.kv_heads):
         log(
-            f"{directory.name}: its {config.kv_heads} key/value heads do not divide over "
-            f"tensor={mesh.shape['tensor']}; each device holds all of them"
+            f"{path}: key/value heads ({config.kv_heads}) do not divide over config.mesh.tensor="
+            f"{mesh.shape['tensor']}; each device holds all of them"
         )
     return Pretrained(
         **vars(architecture(config, **options)) | {"stored": weights.dtypes(files, config)},

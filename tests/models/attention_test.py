@@ -101,7 +101,7 @@ def test_splash_lowers_for_tpus(head_dim):
 
 
 @pytest.mark.parametrize("window", [WIDE, 100])
-def test_a_cache_gives_the_queries_of_its_last_slots_what_the_whole_sequence_gives(window, rng):
+def test_cached_attention_equals_self_attention(window, rng):
     """The keys of slots behind a query, which are not written yet, are never seen."""
     query, key, value, valid = arrays(rng)
     whole = lib.self_attention(query, key, value, valid, window, windows=(window,), scores=Scores(0.3))

@@ -198,7 +198,7 @@ def test_ids_of_both_prompts_and_stop_tokens_are_pinned(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_prompts_read_as_the_family_writes_them(kind, tmp_path):
-    """The pinned ids once more, as text: what they stand for is seen here."""
+    """The pinned ids once more, as the text that they stand for."""
     tokenizer, (student, teacher, _) = make(kind, tmp_path), GOLDEN[kind]
     text = {
         "qwen2.5": (
@@ -221,7 +221,7 @@ def test_the_prompts_read_as_the_family_writes_them(kind, tmp_path):
         assert student.count(tokenizer.bos_token_id) == teacher.count(tokenizer.bos_token_id) == 1
 
 
-def test_thinking_is_each_roles_own_and_off_by_default(tmp_path):
+def test_thinking_is_set_per_role_and_off_by_default(tmp_path):
     from msd_jax.configs import default
 
     tokenizer, config = make("qwen3", tmp_path), default.get_config().prompts
@@ -237,7 +237,7 @@ def test_thinking_is_each_roles_own_and_off_by_default(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama2", "gemma"])
-def test_a_system_message_where_the_template_has_no_such_role(kind, tmp_path):
+def test_a_system_message_is_refused_where_the_template_has_no_system_role(kind, tmp_path):
     tokenizer = make(kind, tmp_path)
     with pytest.raises(ValueError, match=r"does not take \['system', 'user'\] messages.*see config.prompts"):
         encode(kind, tokenizer, student_system="Be safe.")

@@ -50,7 +50,7 @@ def test_logits_of_a_token_do_not_depend_on_it_or_later_ones(model, rng):
 
 
 def test_padding_changes_nothing(model, rng):
-    """Neither wider padding, nor what stands in it, nor the other rows of the batch."""
+    """Neither its width, nor its tokens, nor the other rows of the batch."""
     prompt, prompt_length, response, response_length = sequences(rng)
     base = response_logits(*model, prompt, prompt_length, response, response_length)
     wide_prompt = rng.integers(0, 40, (len(prompt), prompt.shape[1] + 6))

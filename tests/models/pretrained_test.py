@@ -52,12 +52,22 @@ def rolled(graphdef, params):
     return jax.device_get(jax.jit(run, compiler_options=EXACTLY)(params))
 
 
+@pytest.mark.parametrize("tensor, told", [(1, []), (2, []), (4, ["(2)", "tensor=4", "each device holds all"])])
+def test_replicated_key_value_heads_are_reported_once(model_dir, tensor, told, monkeypatch):
+    lines, mesh = [], sharding.make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
+    monkeypatch.setattr(pretrained, "say", lines.append)
+    model = load(model_dir, mesh=mesh)
+    for rules in (sharding.TRAIN, sharding.ROLLOUT):
+        model.shardings(mesh, rules)
+    assert len(lines) == bool(told) and all(part in line for line in lines for part in told)
+
+
 def narrowed(model, params):
     held = model.frozen_teacher(model.split(model.abstract)[0])
     return jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, held)
 
 
-def test_follows_the_checkpoint_and_what_the_decoder_casts(model_dir, bfloat16_dir):
+def test_the_teachers_dtypes_follow_the_checkpoint_and_the_decoders_casts(model_dir, bfloat16_dir):
     def held(directory, **options):
         model = load(directory, **options)
         return dtypes(model.frozen_teacher(model.split(model.abstract)[0]))
@@ -92,7 +102,7 @@ def test_a_teacher_in_the_compute_dtype_is_the_same_function(name):
     teacher = narrowed(model, params)
     assert sum(x.nbytes for x in jax.tree.leaves(teacher)) < 0.9 * sum(x.nbytes for x in jax.tree.leaves(params))
     jax.tree.map(np.testing.assert_array_equal, rolled(model.graphdef, teacher), rolled(model.graphdef, params))
-    # It would tell: norms and embeddings may not be rounded.
+    # The test can fail: with norms and embeddings rounded, hidden states differ.
     rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     assert np.any(rolled(model.graphdef, rounded)[0] != rolled(model.graphdef, params)[0])
 
@@ -108,7 +118,7 @@ def test_the_teacher_of_a_bfloat16_checkpoint_is_the_same_function(bfloat16_dir,
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_a_step_with_the_teacher_of_a_bfloat16_checkpoint(bfloat16_dir, shape, rng):
-    """Up to the order of float32 sums, which XLA chooses for each program: a teacher that is rounded is far off."""
+    """Equal up to the order of float32 sums, which XLA chooses for each program; a rounded teacher is far off."""
     config = importlib.import_module("msd_jax.configs.default").get_config()
     config.loss.weight_top_k, config.optimizer.warmup_steps = 5, 0
     config = ml_collections.FrozenConfigDict(config)
@@ -141,8 +151,8 @@ def test_a_step_with_the_teacher_of_a_bfloat16_checkpoint(bfloat16_dir, shape, r
     assert distance(stepped(abstract.params, off=1e-3), wide) > 1e-4  # less than half a unit in bfloat16's last place
 
 
-def test_a_checkpoint_with_a_float32_teacher_goes_on(bfloat16_dir, tmp_path):
-    """That of a run which began before teachers were held in their checkpoint's dtype."""
+def test_a_checkpoint_with_a_float32_teacher_resumes(bfloat16_dir, tmp_path):
+    """From a run that began before teachers were held in their checkpoint's dtype."""
     model, mesh = load(bfloat16_dir), sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     params = model.params(mesh)
     held = functools.partial(narrowed, model)

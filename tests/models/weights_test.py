@@ -1,4 +1,4 @@
-"""safetensors in and out: sharded over files and devices, nothing left over, nothing from outside the directory."""
+"""safetensors in and out: several files and devices, every tensor used, nothing from outside the directory."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_several_files_with_an_index(model_dir, loaded, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read(tmp_path / "out", config), params)
 
 
-def test_straight_into_the_sharding(model_dir, loaded):
+def test_weights_are_read_into_their_sharding(model_dir, loaded):
     config, params = loaded
     mesh = sharding.make_mesh(2, 2, 2)
     _, abstract, axes = decoder.abstract(config)
@@ -67,7 +67,7 @@ def test_bfloat16_and_back(model_dir, loaded, tmp_path):
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(whole.astype(jnp.bfloat16)))
 
 
-def test_an_unfinished_export_is_not_taken_for_one(model_dir, loaded, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_the_directory_as_it_was(model_dir, loaded, tmp_path, monkeypatch):
     _, params = loaded
     export.save(tmp_path / "out", params, model_dir)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -89,13 +89,13 @@ def test_every_tensor_is_used_and_every_parameter_filled(model_dir, loaded, tmp_
     save_file(taken | {"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}, file)
     with pytest.raises(ValueError, match=r"missing: model.layers.1.mlp.up_proj.weight; left over: \S+q_proj.bias"):
         read(tmp_path / "out", config)
-    # What follows from the rest may be there or not.
+    # What follows from other tensors may be stored or not.
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, file)
     read(tmp_path / "out", config)
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "pytorch_model.bin"])
-def test_an_index_that_points_elsewhere(model_dir, loaded, tmp_path, name):
+def test_an_index_that_points_outside_the_directory_is_refused(model_dir, loaded, tmp_path, name):
     config, params = loaded
     export.save(tmp_path / "out", params, model_dir)
     (tmp_path / "out" / weights.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
@@ -135,7 +135,7 @@ def test_a_broken_file_is_refused_by_name(model_dir, loaded, tmp_path, content):
         weights.check(directory, loaded[0])
 
 
-def test_a_name_that_stands_twice(model_dir, loaded, tmp_path):
+def test_a_tensor_named_twice_is_refused(model_dir, loaded, tmp_path):
     directory = copy_of(model_dir, tmp_path)
     one = b'"model.norm.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
     (directory / "model.safetensors").write_bytes(raw(b"{" + one + b", " + one + b"}", b"\0" * 8))
@@ -143,7 +143,7 @@ def test_a_name_that_stands_twice(model_dir, loaded, tmp_path):
         weights.check(directory, loaded[0])
 
 
-def test_a_tensor_in_two_files_or_in_another_than_the_index_says(model_dir, loaded, tmp_path):
+def test_a_tensor_where_the_index_does_not_expect_it_is_refused(model_dir, loaded, tmp_path):
     config, params = loaded
     directory = tmp_path / "out"
     export.save(directory, params, model_dir, max_shard_bytes=20_000)
@@ -200,7 +200,7 @@ PEAK = """
 import sys, threading, time, pathlib, jax, numpy as np
 from msd_jax.models import config as model_config, decoder, weights
 
-def resident():  # without the pages of the mapped file, which the kernel takes back when it likes
+def resident():  # without the pages of the mapped file, which the kernel may take back at any time
     fields = dict(line.split(":") for line in open("/proc/self/status"))
     return int(fields["RssAnon"].split()[0]) * 1024
 

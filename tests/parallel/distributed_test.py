@@ -122,13 +122,13 @@ def test_only_the_first_process_prints(four):
     assert re.search(r"4 processes: 0 on (\S+), 1 on \1, 2 on \1, 3 on \1", printed)
 
 
-def test_a_checkpoint_of_four_processes_goes_on_in_one(four, alone, tmp_path):
+def test_a_checkpoint_of_four_processes_resumes_in_one(four, alone, tmp_path):
     workdir = from_checkpoint(four, tmp_path / "run", 2)
     assert "resumed from step 2" in run(1, workdir)
     same_run(alone, workdir, first=3)
 
 
-def test_a_checkpoint_of_one_process_goes_on_in_two(alone, tmp_path):
+def test_a_checkpoint_of_one_process_resumes_in_two(alone, tmp_path):
     workdir = from_checkpoint(alone, tmp_path / "run", 2)
     assert "resumed from step 2" in run(2, workdir)
     same_run(alone, workdir, first=3)
@@ -152,7 +152,7 @@ def children(launcher: subprocess.Popen) -> list[int]:
     return sorted(map(int, tasks.read_text().split()))
 
 
-def test_a_process_that_dies_ends_the_others_and_the_same_command_goes_on(tmp_path):
+def test_a_process_that_dies_ends_the_others_and_the_same_command_resumes(tmp_path):
     workdir = tmp_path / "run"
     launcher = start(2, workdir, *LONG, devices=2)
     wait_for(lambda: len(steps(workdir)) > 12 and (workdir / "checkpoints/10").exists(), launcher, workdir)
@@ -169,7 +169,7 @@ def test_a_process_that_dies_ends_the_others_and_the_same_command_goes_on(tmp_pa
     wait_for(lambda: steps(workdir)[-1]["step"] >= resumed + 3, launcher, workdir)
     assert [row["step"] for row in steps(workdir)] == list(range(1, len(steps(workdir)) + 1))
 
-    # Preempted: one of them is told, both save the same step.
+    # Preempted: one of them gets the signal, both save the same step.
     os.kill(children(launcher)[1], signal.SIGTERM)
     assert launcher.wait(timeout=60) == 143
     saved = int(re.search(r"preempted: step (\d+) is saved", output(workdir))[1])
@@ -188,7 +188,7 @@ def test_the_coordinator_dies(tmp_path):
 
 
 def by_flags(workdir: pathlib.Path, *flags_of_each: str) -> list[subprocess.CompletedProcess]:
-    """One process for each of `flags_of_each`, told of the others by flags."""
+    """One process for each of `flags_of_each`, which learns of the others by flags."""
     port = free_port()
     told = (f"--coordinator=127.0.0.1:{port}", f"--processes={len(flags_of_each)}")
     command = [sys.executable, "-m", "msd_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *told]
@@ -259,7 +259,7 @@ def test_processes_that_would_compute_different_things_do_not_start(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_of_one_process_ends_all_and_is_told_by_all(tmp_path):
+def test_an_error_of_one_process_ends_all_and_is_reported_by_all(tmp_path):
     (tmp_path / "file").write_text("")
     begin = time.monotonic()
     results = by_flags(tmp_path / "run", "", "--config.data.batch_size=abc")
@@ -279,7 +279,7 @@ def test_flags_that_go_together(flag):
         distributed._FLAGS[name].value = None
 
 
-def test_a_kubernetes_pod_of_no_job_runs_alone(monkeypatch, recwarn):
+def test_a_kubernetes_pod_outside_any_job_runs_alone(monkeypatch, recwarn):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     distributed.start(["program"])
     assert distributed._peers is None and not recwarn

@@ -1,9 +1,9 @@
-"""What the compiler frees goes back to the operating system."""
+"""What the compiler frees is returned to the operating system."""
 
 import subprocess
 import sys
 
-# Blocks too small to be mapped one by one, below one that stays: by itself glibc gives none of them back.
+# Blocks too small to be mapped one by one, below one that stays: glibc alone would return none of them.
 PROGRAM = """
 import ctypes, jax
 from msd_jax.parallel import host_memory

@@ -40,11 +40,22 @@ def test_a_size_that_does_not_divide_is_named():
         sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN)
 
 
-def test_key_value_heads_are_copied_where_devices_are_a_multiple_of_them():
+def test_key_value_heads_are_replicated_where_devices_are_a_multiple_of_them():
     _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))  # 4 heads, 2 of keys and values
     layers = sharding.param_shardings(sharding.make_mesh(1, 2, 4), abstract, axes, sharding.TRAIN)["layers"]
     assert layers["query"].spec == PartitionSpec(None, "fsdp", "tensor", None)
     assert layers["key"].spec == PartitionSpec(None, "fsdp", None, None)
+
+
+@pytest.mark.parametrize("axis, size", [("kv_heads", 3), ("kv_heads", 6), ("heads", 2)])
+def test_nothing_else_is_replicated_in_silence(axis, size):
+    """Neither key/value heads of which the devices are not a multiple, nor another axis of which they are."""
+    mesh = sharding.make_mesh(1, 2, 4)
+    assert not sharding.is_replicated(sharding.TRAIN, mesh, axis, size)
+    with pytest.raises(
+        ValueError, match=rf"parameter x: axis '{axis}' of size {size} does not divide over .* of size 4"
+    ):
+        sharding.spec(sharding.TRAIN, mesh, (size,), (axis,), "parameter x")
 
 
 def test_a_collision_is_named():
