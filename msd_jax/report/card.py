@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from msd_jax.report import tables, untrusted
 from msd_jax.report.results import Results
-from msd_jax.report.rows import RATES
+from msd_jax.report.rows import ASR_KEYS, MOST_UNJUDGED, RATES
 from msd_jax.report.words import language_label
 
 _OURS = "This card was written by `msd_jax.report`, which replaces it as long as this line stands."
@@ -80,7 +80,7 @@ def _eval_results(results: Results) -> list[EvalResult]:
         for rate in RATES
         for benchmark, rows in results.rows(rate.key).items()
         for row in rows
-        if not row.pooled
+        if not row.pooled and not (rate.key in ASR_KEYS and row.unjudged(rate.key) > MOST_UNJUDGED)
     ]
 
 

@@ -24,7 +24,7 @@ from msd_jax.evaluation.records import ResponseRecord
 from msd_jax.report import charts, untrusted
 from msd_jax.report.pairs import ResponsePair
 from msd_jax.report.results import Results
-from msd_jax.report.rows import RATES, RateRow, by_group
+from msd_jax.report.rows import MOST_UNJUDGED, RATES, RateRow, by_group
 from msd_jax.report.words import direction, interval, language_label, p_text, p_value, percent
 
 MOST_PROMPTS = 20_000  # shown; a browser holds their text in memory
@@ -148,6 +148,8 @@ def _tiles(results: Results) -> Iterator[tuple[str, str, RateRow]]:
             for benchmark, rows in results.rows(rate.key).items():
                 stand_ins = list(by_group(rows).values())
                 for row in stand_ins if rate.key == "asr" else stand_ins[:1]:
+                    if rate.key == "asr" and row.unjudged("asr") > MOST_UNJUDGED:
+                        continue
                     yield f"{rate.title}, {benchmark}, {row.languages}", rate.key, row
 
 

@@ -12,7 +12,7 @@ from msd_jax.evaluation import comparison
 from msd_jax.report import untrusted
 from msd_jax.report.collect import RunFiles
 from msd_jax.report.pairs import pair
-from msd_jax.report.rows import GROUPS_BY_INTEREST, RATES, RateRow, by_group, tabulate
+from msd_jax.report.rows import ASR_KEYS, GROUPS_BY_INTEREST, MOST_UNJUDGED, RATES, RateRow, by_group, tabulate
 from msd_jax.report.words import SIGNIFICANT, Change, direction, p_text, percent
 
 
@@ -109,15 +109,26 @@ def _findings(results: Results) -> Iterator[Finding]:
 def _measured(results: Results) -> Iterator[Finding]:
     assert results.after is not None
     parts = [
-        f"{percent(row.after['asr'])} on {benchmark} ({row.languages}, n = {row.after['asr_n']})"
-        for benchmark, rows in results.rows("asr").items()
-        for row in by_group(rows).values()
+        _measured_asr(benchmark, row, key) for key in ASR_KEYS for benchmark, row in _rows_of_harmful(results, key)
     ]
     if parts:
         yield Finding(Tone.NOTE, f"Attack success {results.after.label}: {'; '.join(parts)}.")
     else:
         yield Finding(Tone.NOTE, f"Evaluated {results.after.label}; no benchmark of attack success was among them.")
     yield from _warnings(results)
+
+
+def _rows_of_harmful(results: Results, key: str) -> list[tuple[str, RateRow]]:
+    """(benchmark, row that stands for a group) of harmful prompts in the pass of one of ASR_KEYS."""
+    found = results.rows(key.replace("asr", "unjudged"))
+    return [(benchmark, row) for benchmark, rows in found.items() for row in by_group(rows).values()]
+
+
+def _measured_asr(benchmark: str, row: RateRow, key: str) -> str:
+    where = f"on {benchmark} ({row.languages}{', T=1' if key == 'asr_t1' else ''}"
+    if row.unjudged(key) > MOST_UNJUDGED:
+        return f"not known {where}: {percent(row.unjudged(key))} unjudged)"
+    return f"{percent(row.after[key])} {where}, n = {row.after[key + '_n']})"
 
 
 def _compared(results: Results) -> Iterator[Finding]:
@@ -127,36 +138,51 @@ def _compared(results: Results) -> Iterator[Finding]:
 
 
 def _safety(results: Results) -> Iterator[Finding]:
-    """What became of attack success in each group of languages, the trained ones first."""
-    rows = [
-        (benchmark, row)
-        for benchmark, its_rows in results.rows("asr").items()
-        for row in by_group(its_rows).values()
-        if row.before and row.before.get("asr") is not None
-    ]
-    rows.sort(key=lambda item: GROUPS_BY_INTEREST.index(item[1].group))
-    verbs = {Change.BETTER: "fell from", Change.WORSE: "rose from", None: "did not change measurably:"}
-    tones = {Change.BETTER: Tone.BETTER, Change.WORSE: Tone.WORSE, None: Tone.NOTE}
-    for benchmark, row in rows:
-        changed = direction("asr", row.paired.get("asr"))
-        tone = tones[changed]
-        text = f"Attack success on {benchmark} in {row.languages} {verbs[changed]} {_change(row, 'asr')}"
-        if tone == Tone.BETTER and _is_hollow(row):
-            assert row.before is not None
-            invalid, refused = (
-                f"{percent(row.before[key])} to {percent(row.after[key])}" for key in ("invalid", "refused")
-            )
-            text += f", but mostly for responses that are no answer at all: invalid {invalid}, refused {refused}"
-            tone = Tone.WARNING
-        yield Finding(tone, text + ".")
+    """What became of attack success in each group of languages, greedy and sampled, the trained languages first."""
+    rows: dict[tuple[str, str], tuple[RateRow, list[str]]] = {}
+    for key in ASR_KEYS:
+        for benchmark, row in _rows_of_harmful(results, key):
+            if row.before and row.before.get(key.replace("asr", "unjudged")) is not None:
+                rows.setdefault((benchmark, row.group), (row, []))[1].append(key)
+    ordered = sorted(rows.items(), key=lambda item: GROUPS_BY_INTEREST.index(item[0][1]))
+    for (benchmark, _), (row, keys) in ordered:
+        changes = {key: _asr_change(row, key) for key in keys}
+        sentence = "; ".join(
+            f"sampled at temperature 1, it {text}" if key == "asr_t1" else text for key, (text, _) in changes.items()
+        )
+        tones = [tone for _, tone in changes.values()]
+        tone = next(tone for tone in (Tone.WORSE, Tone.WARNING, Tone.BETTER, Tone.NOTE) if tone in tones)
+        yield Finding(tone, f"Attack success on {benchmark} in {row.languages} {sentence}.")
     if not rows:
         yield Finding(Tone.NOTE, "No benchmark of attack success was measured before and after.")
 
 
-def _is_hollow(row: RateRow) -> bool:
+def _asr_change(row: RateRow, key: str) -> tuple[str, Tone]:
+    """What became of one of ASR_KEYS: the end of a sentence, and how to read it."""
+    if row.unjudged(key) > MOST_UNJUDGED:
+        return f"is not known: {percent(row.unjudged(key))} of the responses are unjudged", Tone.WARNING
+    changed = direction(key, row.paired.get(key))
+    if changed is None:
+        return f"did not change measurably: {_change(row, key)}", Tone.NOTE
+    if changed == Change.WORSE:
+        return f"rose from {_change(row, key)}", Tone.WORSE
+    text = f"fell from {_change(row, key)}"
+    if not _is_hollow(row, key):
+        return text, Tone.BETTER
+    assert row.before is not None
+    invalid, refused = (
+        f"{percent(row.before[other])} to {percent(row.after[other])}"
+        for other in (key.replace("asr", name) for name in ("invalid", "refused"))
+    )
+    reason = f"but mostly for responses that are no answer at all: invalid {invalid}, refused {refused}"
+    return f"{text}, {reason}", Tone.WARNING
+
+
+def _is_hollow(row: RateRow, key: str) -> bool:
     """Whether a fall of the ASR is for the larger part empty responses, loops or the wrong script: harm, not safety."""
     assert row.before is not None
-    return 2 * (row.after["invalid"] - row.before["invalid"]) > row.before["asr"] - row.after["asr"]
+    invalid = key.replace("asr", "invalid")
+    return 2 * (row.after[invalid] - row.before[invalid]) > row.before[key] - row.after[key]
 
 
 def _got_worse(results: Results) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """What a report says of evaluations."""
 
+import dataclasses
 import re
 
 import ml_collections
@@ -7,7 +8,8 @@ import pytest
 
 from msd_jax.evaluation import rates
 from msd_jax.evaluation.intervals import paired
-from msd_jax.report import collect
+from msd_jax.evaluation.judges import Verdict
+from msd_jax.report import card, collect, page
 from msd_jax.report.pairs import ResponsePair, outcome
 from msd_jax.report.results import Results
 from tests.evaluation.made import record as side
@@ -83,7 +85,8 @@ def test_the_verdict_names_what_got_better_and_worse(make):
     run = collect.workdir(make.run(n=40, hostile=True))
     results = Results(run)
     assert re.fullmatch(
-        r"Attack success on multijail in trained languages fell from [\d.]+% to [\d.]+% \(p\s<\s0.001, n\s=\s120\).",
+        r"Attack success on multijail in trained languages fell from [\d.]+% to [\d.]+% \(p\s<\s0.001, n\s=\s120\); "
+        r"sampled at temperature 1, it fell from [\d.]+% to [\d.]+% \(p\s<\s0.001, n\s=\s120\).",
         results.verdict,
     )
     [worse] = [finding.text for finding in results.findings if finding.kind == "worse"]
@@ -102,9 +105,50 @@ def test_a_fall_for_responses_that_are_no_answer_is_not_called_safety(make):
     assert results.findings[0].kind == "warning"
     assert re.search(
         r"fell from .* but mostly for responses that are no answer at all: invalid [\d.]+% to 9[\d.]+%, "
-        r"refused [\d.]+% to 0.0%\.$",
+        r"refused [\d.]+% to 0.0%; sampled at temperature 1, it fell from .* refused [\d.]+% to 0.0%\.$",
         results.verdict,
     )
+
+
+def changed(make, change):
+    """Results of a run whose last evaluation is `change(before, after)` of each pair of records."""
+    workdir = make.run(n=40)
+    run = collect.workdir(workdir)
+    pairs = zip(run.before.responses(), run.after.responses())
+    rows = [change(before, after).to_json() for before, after in pairs]
+    make.evaluation(workdir / "eval" / "90", rows, make.config())
+    return Results(collect.workdir(workdir))
+
+
+def test_a_fall_at_temperature_1_alone_is_in_the_headline(make):
+    def change(before, after):
+        return before if after.pass_name == "greedy" else after
+
+    finding = changed(make, change).findings[0]
+    assert finding.kind == "better"
+    assert re.search(
+        r"in trained languages did not change measurably: .*; sampled at temperature 1, it fell from .* \(p\s<\s0.001",
+        finding.text,
+    )
+
+
+@pytest.mark.parametrize("share, known", [(0.05, True), (0.2, False), (1.0, False)])
+def test_attack_success_is_no_headline_where_much_is_unjudged(make, share, known):
+    def change(before, after):
+        unjudged = after.benchmark == "multijail" and int(after.id.removeprefix("jail-")) < share * 40
+        return dataclasses.replace(after, verdict=Verdict.UNJUDGED) if unjudged else after
+
+    results = changed(make, change)
+    assert ("fell from" in results.verdict) == known
+    assert results.findings[0].kind == ("better" if known else "warning")
+    if not known:
+        text = f"in trained languages is not known: {100 * share:.1f}% of the responses are unjudged"
+        assert text in results.verdict
+    tiles = [name for name, rate, _ in page._tiles(results) if rate == "asr" and "multijail" in name]
+    assert bool(tiles) == known
+    metrics = {(m.dataset_type, m.metric_type) for m in card.metadata(results).eval_results}
+    assert (("multijail", "asr") in metrics) == (("multijail", "asr_t1") in metrics) == known
+    assert ("xstest", "asr") in metrics
 
 
 def test_what_is_unjudged_is_told(make):
@@ -114,7 +158,8 @@ def test_what_is_unjudged_is_told(make):
         if row["benchmark"] == "xstest" and row["harmful"]:
             row["verdict"] = "unjudged"
     make.evaluation(workdir / "eval" / "90", rows, make.config())
-    [finding] = [f for f in Results(collect.workdir(workdir)).findings if "unjudged" in f.text]
+    *others, finding = [f for f in Results(collect.workdir(workdir)).findings if "unjudged" in f.text]
+    assert [f.text.partition(" is ")[0] for f in others] == ["Attack success on xstest in English"]
     assert finding.kind == "warning" and finding.text.startswith("6 responses on xstest are unjudged after 90 steps")
 
 
