@@ -33,9 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
             "off_policy_uniform": {"rollout": OFF_POLICY, "loss": {"weighting": "uniform"}},
             # Fine-tuning on the teacher's own responses.
             "sft": {"rollout": OFF_POLICY, "loss": {"divergence": "cross_entropy", "weighting": "uniform"}},
-            # A fifth of the queries hold the student to the initial model in English.
+            # 20% retention queries, which hold the student to the initial model in English.
             "retain": {"data": {"retain_fraction": 0.2}},
-            # No training: the model as it comes, told to be careful.
+            # No training: the initial model, told to be careful.
             "system_prompt": {"train": {"steps": 0}, "prompts": {"student_system": SAFETY_PROMPT}},
         }
     )

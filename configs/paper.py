@@ -1,15 +1,15 @@
 """What the recipes for the paper's models share: languages, lengths, precision, optimizer. Not a recipe by itself.
 
-The queries are the user's: one file with a column (or text) for each language below, harmful and harmless queries
-mixed, for harmful ones alone teach a model to refuse everything. The hyperparameters are our choice; the paper's were
-not at hand. Recipes have a variant, `--config configs/NAME.py:smoke`: a tiny random model of the same family, two
-steps on any machine, no network.
+Bring your own queries, in the languages below, harmful and harmless ones mixed: harmful ones alone teach a model to
+refuse everything. The hyperparameters are our choice; the paper's were not available. Each recipe has a variant
+`--config configs/NAME.py:smoke`: two steps of a tiny random model of the same family, on any machine, without network.
 """
 
 import ml_collections
 from msd_jax.configs import default
 
 from msd_jax import testbed
+from msd_jax.errors import UserError
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def lora(config: ml_collections.ConfigDict, rank: int = 16) -> ml_collections.ConfigDict:
-    """The same with adapters: a hundredth of the optimizer's memory, and no second copy of the weights."""
+    """The recipe with adapters: a hundredth of the optimizer's memory, and no second copy of the weights."""
     config.model.lora.rank = rank
     config.model.lora.alpha = 2.0 * rank
     config.optimizer.learning_rate = 1e-4
@@ -38,19 +38,19 @@ def lora(config: ml_collections.ConfigDict, rank: int = 16) -> ml_collections.Co
 
 
 def variant(config: ml_collections.ConfigDict, name: str, which: str) -> ml_collections.ConfigDict:
-    """`which` is what stands behind the colon of --config: nothing, lora, or smoke."""
+    """The variant that the colon of --config names: none, lora or smoke."""
     if which == "lora":
         return lora(config)
     if which == "smoke":
         return smoke(config, name)
     if which:
-        raise ValueError(f"the recipe has no variant {which!r}; there are lora and smoke")
+        raise UserError(f"unknown variant {which!r}; choose lora or smoke")
     return config
 
 
 def smoke(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
     """Two steps of the recipe on a tiny random model of its family, on the testbed's queries."""
-    from msd_jax.testbed import tiny
+    from msd_jax.testbed import tiny  # here, so that importing a recipe stays cheap
 
     config.model.path = str(tiny.model(name))
     config.data.path = config.eval.path = str(testbed.EVAL_QUERIES)

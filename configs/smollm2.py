@@ -1,7 +1,7 @@
 """What: SmolLM2-135M-Instruct aligned towards Swahili and Italian on MultiJail's queries, on a laptop's CPU.
 
 Command:  python -m msd_jax.main --config configs/smollm2.py --workdir runs/smollm2 --config.data.path=MultiJail.csv
-          Before and after, to a report (each path may be left out where there is a network):
+          Evaluated before and after, for a report (with network access, each path may be left out):
               --config.eval.benchmarks="('multijail','xstest','mgsm')" --config.eval.multijail.path=MultiJail.csv \
               --config.eval.xstest.path=xstest_prompts.csv --config.eval.mgsm.path=DIRECTORY_OF_MGSM
           Without the hub: --config.model.path=LOCAL_DIRECTORY
@@ -17,7 +17,7 @@ from msd_jax.configs import default
 def get_config() -> ml_collections.ConfigDict:
     config = default.get_config()
     config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    config.data.harmful = "true"  # MultiJail has no such column: all of its queries are
+    config.data.harmful = "true"  # MultiJail has no labels: all of its queries are harmful
     config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "it": 1.0})
     config.data.batch_size = 8
     config.prompts.student_limit = 192
@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 2e-5
     config.optimizer.warmup_steps = 3
     config.train.steps = 30
-    config.train.loss_chunk = 128  # a CPU gains nothing by more, and it saves 200 MB
+    config.train.loss_chunk = 128  # more would gain a CPU nothing, and cost 200 MB
     config.train.checkpoint_every = 15
     config.train.completions_every = 10
     config.train.checkpoints_kept = 1
@@ -34,6 +34,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.sample = "first"
     config.eval.xstest.limit = 100
     config.eval.mgsm.limit, config.eval.mgsm.languages = 50, ("sw",)
-    config.eval.prompt_limit = 512  # problems in Swahili take many tokens of a tokenizer that was made for English
+    config.eval.prompt_limit = 512  # in Swahili, problems take many tokens of a tokenizer made for English
     config.eval.max_new_tokens = 64
     return config

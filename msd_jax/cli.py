@@ -94,6 +94,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
         for flag in argv:
             parents, found, rest = flag.partition(f".{key}")
             if flag.startswith("--config.") and found and rest[:1] in ("", "=", "."):
+                old = (parents + found).removeprefix("--config.")
+                if old in settings.MOVED:
+                    return f"{flag}: config.{old} is now {settings.MOVED[old]}"
                 hint = f"did you mean {parents.removeprefix('--')}.{near}?" if near else "see configs/default.py"
                 return f"{flag}: there is no such key; {hint}"
     return text

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -18,6 +18,9 @@ from msd_jax.generation import responses
 from msd_jax.models import attention, decoder, lora
 from msd_jax.planning import hardware, launch
 from msd_jax.training import optimizer, train_step
+
+# Keys of earlier versions, and what each is now.
+MOVED: dict[str, str] = {}
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 _FREE = {
@@ -169,8 +172,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def _structure(config: Any, reference: Any, prefix: str) -> Iterator[str]:
     """Unknown and missing keys, values of another type than the default's, and floats that are not finite."""
     for key in sorted(set(config) - set(reference)):
-        known = ", ".join(sorted(reference))
-        yield f"config.{prefix}{key} is not a known key; known here are: {known}"
+        yield _unknown(f"config.{prefix}{key}", prefix + key, sorted(reference))
     for key in reference:
         name = prefix + key
         if key not in config:
@@ -188,6 +190,12 @@ def _structure(config: Any, reference: Any, prefix: str) -> Iterator[str]:
                 yield f"config.{name}={value!r} must be a section with the keys {', '.join(sorted(expected))}"
         else:
             yield from _mistyped(f"config.{name}", value, expected)
+
+
+def _unknown(name: str, key: str, known: Iterable[str]) -> str:
+    if key in MOVED:
+        return f"{name} is now {MOVED[key]}"
+    return f"{name} is not a known key; known here are: {', '.join(known)}"
 
 
 def _mistyped(name: str, value: Any, expected: Any) -> Iterator[str]:
@@ -283,7 +291,7 @@ def _source(key: str, name: str, source: Any) -> Iterator[str]:
         if inner in reference:
             faults += _mistyped(f"{key}.{inner}", value, reference[inner])
         else:
-            faults.append(f"{key}.{inner} is not a known key; known here are: {', '.join(reference)}")
+            faults.append(_unknown(f"{key}.{inner}", f"data.{inner}", reference))
     yield from faults
     if faults:
         return

@@ -33,7 +33,7 @@ def test_a_recipe_is_valid_in_each_variant(name):
     settings.check(recipe(name, "lora"))
     assert recipe(name, "lora").model.lora.rank == 16
     assert config.model.dtype == "bfloat16" and config.model.param_dtype == "float32"
-    with pytest.raises(ValueError, match=r"no variant 'smok'; there are lora and smoke"):
+    with pytest.raises(ValueError, match=r"unknown variant 'smok'; choose lora or smoke"):
         recipe(name, "smok")
 
 

@@ -6,7 +6,7 @@ import ml_collections
 import pytest
 from msd_jax.configs import default
 
-from msd_jax import settings
+from msd_jax import cli, settings
 
 
 @pytest.fixture
@@ -102,6 +102,22 @@ def test_unknown_missing_and_mistyped_keys(config):
         config.train.steps, config.train.export = "many", 1
     with pytest.raises(ValueError, match=r"(?s)export=1 must be of type bool.*steps='many' must be of type int"):
         settings.check(config)
+
+
+def test_an_old_key_ends_in_the_new_one(config, monkeypatch):
+    monkeypatch.setattr(settings, "MOVED", {"loss.old": "config.loss.weighting", "data.from": "config.data.path"})
+    config.loss.old = "dpsw"
+    with config.data.unlocked():
+        config.data.sources = {"a": {"from": "x.csv"}}
+    with pytest.raises(ValueError, match=r"^config\.loss\.old is now config\.loss\.weighting$"):
+        settings.check(config)
+    del config.loss.old
+    with pytest.raises(ValueError, match=r"^config\.data\.sources\.a\.from is now config\.data\.path$"):
+        settings.check(config)
+    flag = "--config.loss.old=dpsw"
+    assert cli._explain(AttributeError("'old' Did you mean \"beta\"?"), [flag]) == (
+        f"{flag}: config.loss.old is now config.loss.weighting"
+    )
 
 
 @pytest.mark.parametrize("members", [("rules",), ("rules", "rules"), ("rules", "gpt")])

@@ -1,7 +1,7 @@
-"""Benchmarks as small declarations: where a set comes from, how its files are read, and what it measures.
+"""Benchmarks as small declarations: where a dataset comes from, how its files are read, what is measured on it.
 
-config.eval.benchmarks names the sets, config.eval.NAME.path says where one is: hf://OWNER/NAME (the Hugging Face hub),
-or a file or directory on this machine. A new benchmark is one `Benchmark` in `BENCHMARKS` and a section in
+config.eval.benchmarks names them, and each is read from config.eval.NAME.path: `hf://OWNER/NAME` (the Hugging Face
+hub), or a file or directory on this machine. A new benchmark is one `Benchmark` in `BENCHMARKS`, and its section in
 configs/default.py.
 """
 
@@ -24,16 +24,16 @@ OWN = "queries"  # the name of the benchmark that is the user's own file, config
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """The declaration of a set of queries.
+    """A dataset of queries, and how responses to them are scored.
 
     Attributes:
       name: in config.eval.benchmarks and in summaries.
-      what: one line: what is in it, and its paper.
-      get: how a user obtains it.
-      read: its file or directory -> queries. A query need not have every language.
+      what: one line: its contents and its paper.
+      get: where a user gets it.
+      read: its file or directory -> queries, not all of which need have every language.
       judged: whether config.judge judges responses; otherwise the rules look for refusals of harmless prompts.
-      correct: (response, answer, language) -> whether a query's reference answer was given.
-      choices: whether queries are multiple choice, scored by the log-likelihood of each choice and not generated.
+      correct: (response, answer, language) -> whether the response gives the reference answer.
+      choices: whether queries are multiple choice, scored by the log-likelihood of each choice, without generation.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Loaded:
 
     Attributes:
       benchmark: the declaration.
-      queries: each with a text in at least one of `languages`.
+      queries: each with a text in at least one of `languages`; it is asked in those of them that it has.
       languages: those that the config asks for and the benchmark has.
     """
 
@@ -115,7 +115,9 @@ class Loaded:
 
 
 def load(config: "ml_collections.ConfigDict") -> tuple[Loaded, ...]:
-    """The user's own file first, then config.eval.benchmarks in their order; `config` is config.eval.
+    """Reads the user's own file first, then config.eval.benchmarks in their order; `config` is config.eval.
+
+    Prints a line for each: how many queries there are by label and language.
 
     Raises:
       UserError: a set is missing or not fit; the message names the key, the path and the remedy.
@@ -133,7 +135,7 @@ def _load_own(config: "ml_collections.ConfigDict") -> Loaded:
 def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
     benchmark, settings = BENCHMARKS[name], config[name]
     key = f"config.eval.{name}"
-    remedy = f"name a file or directory that holds {benchmark.get}, or hf://OWNER/NAME if there is a network"
+    remedy = f"name a file or directory that holds {benchmark.get}, or hf://OWNER/NAME with network access"
     if not settings.path:
         raise UserError(f"{key}.path is empty: {remedy}")
     if hub.is_uri(settings.path):
@@ -150,7 +152,7 @@ def _load(name: str, config: "ml_collections.ConfigDict") -> Loaded:
     languages = tuple(language for language in asked if language in have)
     if not languages:
         raise UserError(
-            f"{settings.path} has none of config.eval.languages={asked}; it has {', '.join(have)}: take {name} out of "
+            f"{settings.path} has none of config.eval.languages={asked}; it has {', '.join(have)}: remove {name} from "
             "config.eval.benchmarks, or add one of its languages"
         )
     return _loaded(benchmark, queries, languages, settings.limit or config.limit, config.sample)
@@ -172,7 +174,7 @@ def _loaded(
 
 
 def limited(records: Sequence[Any], limit: int, sample: str) -> tuple[Any, ...]:
-    """At most `limit` of them (0: all); "spread" takes them evenly from the whole: files are often sorted by kind."""
+    """At most `limit` of `records`, 0 for all; "spread" takes them evenly, for files are often sorted by kind."""
     if not limit:
         return tuple(records)
     return tuple(records[:limit] if sample == "first" else records[:: -(-len(records) // limit)])

@@ -293,7 +293,7 @@ def test_benchmarks_have_the_languages_asked_for_that_they_have(config):
         ({"mgsm": {"path": ""}}, r"config\.eval\.mgsm\.path is empty: name a file .* mgsm_\*\.tsv of https"),
         ({"mgsm": {"path": "/nowhere"}}, r"config\.eval\.mgsm\.path=/nowhere: there is no such .* or hf://OWNER/NAME"),
         ({"mgsm": {"languages": ("bn", "sw")}}, r"config\.eval\.mgsm\.languages: .* has no bn; it has sw, th"),
-        ({"languages": ("yo",)}, r"has none of config\.eval\.languages=\('yo',\); it has sw, th: take mgsm out"),
+        ({"languages": ("yo",)}, r"has none of config\.eval\.languages=\('yo',\); it has sw, th: remove mgsm"),
         ({"mgsm": {"path": "hf://juletxara/mgsm"}}, r"config\.eval\.mgsm\.path='hf://juletxara/mgsm': neither the hub"),
     ],
 )
