@@ -2,11 +2,14 @@
 
 import pathlib
 
+import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from msd_jax.errors import UserFileError
+from msd_jax.errors import UserError, UserFileError
+from msd_jax.io import checksums
 from msd_jax.models import decoder, pretrained, weights
+from msd_jax.parallel import distributed
 
 
 def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> decoder.Params:
@@ -27,6 +30,9 @@ def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> decoder.
     saved = directory / "state"
     if not saved.is_dir():
         raise UserFileError(f"--checkpoint={path} is neither a Hugging Face directory nor WORKDIR/checkpoints/STEP")
+    damaged = distributed.from_all(lambda: checksums.damage(directory, jax.process_index(), jax.process_count()))
+    if any(damaged):
+        raise UserError(f"--checkpoint={path} is damaged: {next(filter(None, damaged))}; take another step")
     trained, _ = model.split(model.target(mesh))
     args = ocp.args.PyTreeRestore(
         item={"params": trained},

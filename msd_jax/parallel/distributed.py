@@ -8,11 +8,13 @@ Every process runs the same program on the same queries, holds the same host bat
 devices. What processes might see differently, above all files, process 0 looks up for all: `from_first`.
 """
 
+import atexit
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import sys
 import tempfile
@@ -40,10 +42,14 @@ flags.FLAGS.append_flag_values(_FLAGS)
 
 SECONDS_BETWEEN_BEATS = 2.0
 # A process that has been silent for this long is dead; compiling and reading weights do not stop the beating thread.
-SECONDS_OF_SILENCE = 30.0
+SECONDS_OF_SILENCE = 24.0
 _EXIT_PREEMPTED = 143  # as a shell reports SIGTERM
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # JAX's key for a process that was sent SIGTERM
 
 _peers: "_Peers | None" = None
+_told = threading.Event()  # a process of the run was sent SIGTERM
+_finishing = False  # SIGTERM waits for `preempted`
+_last_acts: list[Callable[[], None]] = []
 
 
 def start(argv: list[str]) -> None:
@@ -68,12 +74,13 @@ def start(argv: list[str]) -> None:
     elif not _in_pod_without_job():
         try:
             jax.distributed.initialize()
-        except ValueError as error:
+        except ValueError as error:  # no TPU, no Slurm step, no JobSet: a run of one process
             if not str(error).startswith("coordinator_address"):
                 raise
-            return  # no TPU, no Slurm step, no JobSet: a run of one process
-    if jax_distributed.global_state.num_processes > 1:
-        _peers = _Peers()
+    if (jax_distributed.global_state.num_processes or 1) > 1:
+        _peers = _Peers()  # who also listen for SIGTERM, by JAX's handler
+    else:
+        _listen_for_sigterm()
 
 
 def _in_pod_without_job() -> bool:
@@ -103,9 +110,22 @@ def together() -> Iterator[None]:
         _peers.fail(reason)
 
 
+@contextlib.contextmanager
+def finishing_steps() -> Iterator[None]:
+    """Around steps: SIGTERM waits until `preempted` is asked. Elsewhere it ends the run within seconds."""
+    global _finishing
+    _finishing = True
+    try:
+        yield
+    finally:
+        _finishing = False
+    if _told.is_set():
+        _end_at_once()
+
+
 def preempted(step: int) -> bool:
-    """Whether all processes must save and end after `step`, since one received SIGTERM; call it after each step."""
-    return _peers is not None and multihost_utils.reached_preemption_sync_point(step)
+    """Whether all processes are to save and end after `step`, for one was sent SIGTERM. To be asked after each step."""
+    return _told.is_set() if _peers is None else multihost_utils.reached_preemption_sync_point(step)
 
 
 def end_preempted(message: str) -> None:
@@ -113,6 +133,63 @@ def end_preempted(message: str) -> None:
     if is_first():
         print(message, file=sys.stderr)
     sys.exit(_EXIT_PREEMPTED)
+
+
+def _listen_for_sigterm() -> None:
+    """Takes SIGTERM from JAX and from the default, in a thread: the main one may be waiting for a device."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, _leave_it_to_the_thread)
+
+    def listen() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGTERM:
+                if _told.is_set():
+                    _quit(_EXIT_PREEMPTED)  # told twice: whoever sends it does not want to wait
+                _terminate()
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def _leave_it_to_the_thread(number: int, frame: Any) -> None:
+    """Does nothing: the thread reads the signal's number from the pipe."""
+
+
+def _terminate() -> None:
+    """Does what SIGTERM asks for; in no thread that steps or the others of the run depend on."""
+    _told.set()
+    if not _finishing:
+        _end_at_once()
+
+
+def _end_at_once() -> None:
+    if _peers is None or _peers.first:
+        print("preempted: nothing finished is lost; run the same command again to resume", file=sys.stderr)
+    if _peers:
+        _peers.exit(_EXIT_PREEMPTED)
+    _quit(_EXIT_PREEMPTED)
+
+
+def _quit(code: int) -> None:
+    """Ends the process, whatever its main thread waits for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _do_last_acts()
+    os._exit(code)
+
+
+def at_end(act: Callable[[], None]) -> None:
+    """Has `act` done when this process ends, however it does; only SIGKILL and the like prevent it."""
+    _last_acts.append(act)
+
+
+@atexit.register
+def _do_last_acts() -> None:
+    while _last_acts:
+        _last_acts.pop()()
 
 
 def is_first() -> bool:
@@ -128,6 +205,17 @@ def from_first(look_up: Callable[[], Any]) -> Any:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     text = np.frombuffer(data or bytes(size), np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+
+
+def from_all(look_up: Callable[[], Any]) -> list[Any]:
+    """What `look_up` gives on each process (a JSON value), in their order, on every process."""
+    mine = look_up()
+    if jax.process_count() == 1:
+        return [mine]
+    data = json.dumps(mine).encode()
+    size = int(multihost_utils.process_allgather(np.int32(len(data))).max())
+    texts_PxS = multihost_utils.process_allgather(np.frombuffer(data.ljust(size), np.uint8))
+    return [json.loads(text_S.tobytes()) for text_S in texts_PxS]
 
 
 def require_same(what: str, look_up: Callable[[], Any]) -> None:
@@ -177,11 +265,24 @@ class _Peers:
         self.names = [f"process {i} on {host}" for i, host in enumerate(hosts)]
         if self._me == 0:
             print(f"{count} processes: " + ", ".join(f"{i} on {host}" for i, host in enumerate(hosts)), flush=True)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._asked = 0  # seconds for which the store has not answered
+        self._thread = threading.Thread(target=self._exchange, daemon=True)
         self._thread.start()
+        threading.Thread(target=self._await_answers, daemon=True).start()
 
-    def _watch(self) -> None:
-        """Until the run ends: beats, and looks for failures and for processes that no longer beat."""
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0."""
+        return self._me == 0
+
+    def _await_answers(self) -> None:
+        """Ends this process once the store is silent: a stopped coordinator lets calls hang for minutes."""
+        while not self._stop.wait(1.0):
+            self._asked += 1  # counted, not measured: this process may have been stopped itself
+            if self._asked > SECONDS_OF_SILENCE:
+                self._end(f"{self.names[0]}, which coordinates the run, is silent for {SECONDS_OF_SILENCE:.0f} seconds")
+
+    def _exchange(self) -> None:
         beat = 0
         last: dict[int, tuple[str | None, float]] = {}  # of each process, its latest beat and when it was first seen
         while not self._stop.wait(SECONDS_BETWEEN_BEATS):
@@ -190,17 +291,29 @@ class _Peers:
                 self._store.key_value_set(f"msd_jax/beat/{self._me}", str(beat), allow_overwrite=True)
                 beats = dict(self._store.key_value_dir_get("msd_jax/beat/"))
                 failures = self._store.key_value_dir_get("msd_jax/failed/")
+                noticed = not _told.is_set() and self._noticed()
             except jax.errors.JaxRuntimeError as error:
                 self._end(f"{self.names[0]}, which coordinates the run, cannot be reached: {error}")
-            now = time.monotonic()
+            self._asked, now = 0, time.monotonic()
             for key, reason in failures:
                 self._end(f"{self.names[_index(key)]} ended: {reason}")
+            if noticed:
+                threading.Thread(target=_terminate, daemon=True).start()
             for process, name in enumerate(self.names):
                 seen = beats.get(f"msd_jax/beat/{process}")
                 if last.setdefault(process, (seen, now))[0] != seen:
                     last[process] = (seen, now)
                 if now - last[process][1] > SECONDS_OF_SILENCE:
                     self._end(f"{name} died: no sign of life for {SECONDS_OF_SILENCE:.0f} seconds")
+
+    def _noticed(self) -> bool:
+        """Whether some process was sent SIGTERM."""
+        try:
+            return bool(self._store.key_value_try_get(_NOTICE))
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" in str(error):
+                return False
+            raise
 
     def fail(self, reason: str) -> None:
         """Tells the others why this process ends, and ends it."""
@@ -209,7 +322,7 @@ class _Peers:
             self._store.key_value_set(f"msd_jax/failed/{self._me}", line)
         print(f"error: {self.names[self._me]}: {reason.removeprefix('error: ')}", file=sys.stderr)
         self._stop.set()
-        self._exit()
+        self.exit(1)
 
     def finish(self) -> None:
         """Waits for the others, so that none takes this one for dead, and leaves the run."""
@@ -220,17 +333,16 @@ class _Peers:
 
     def _end(self, message: str) -> None:
         if not self._stop.is_set():
+            self._stop.set()
             print(f"error: {message}\nRun the same command again to resume from the last checkpoint.", file=sys.stderr)
-            self._exit()
+            self.exit(1)
         threading.Event().wait()  # this process is ending already
 
-    def _exit(self) -> None:
-        """Ends the process, whatever its main thread is waiting for."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if self._me == 0:
-            time.sleep(3 * SECONDS_BETWEEN_BEATS)  # the store ends with this process; let the others read it first
-        os._exit(1)
+    def exit(self, code: int) -> None:
+        """Ends the process, after the others can have read why."""
+        if self.first:
+            time.sleep(3 * SECONDS_BETWEEN_BEATS)  # the store ends with this process
+        _quit(code)
 
 
 def _index(key: str) -> int:

@@ -1,13 +1,26 @@
-"""Saves and restores all that changes in a run: weights, teacher, optimizer, step and data position (by Orbax)."""
+"""Saves and restores all that changes in a run: weights, teacher, optimizer, step and data position (by Orbax).
 
+A checkpoint is sealed by checksums once it is written, and checked against them before it is restored.
+"""
+
+import errno
 import json
+import os
 import pathlib
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from flax import traverse_util
+
+from msd_jax.errors import UserError, UserFileError
+from msd_jax.io import checksums
+from msd_jax.io.console import log
+from msd_jax.parallel import distributed
 
 # Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
 # shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
@@ -38,10 +51,15 @@ MAY_CHANGE = (
 class Checkpoints:
     """The checkpoints of one workdir, in WORKDIR/checkpoints/STEP."""
 
-    def __init__(self, workdir: pathlib.Path, kept: int = 2):
-        self._manager = ocp.CheckpointManager(
-            workdir.resolve() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=kept)
-        )
+    def __init__(self, workdir: pathlib.Path, kept: int = 2, record: Mapping[str, Any] | None = None):
+        """Keeps the last `kept` steps, and with each `record`: JSON objects by name, which `recorded` finds again."""
+        self._directory = workdir.resolve() / "checkpoints"
+        # What a save that was interrupted left behind takes room, and no other run writes here: see run.claim.
+        options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._record = {name: ocp.args.JsonSave(value) for name, value in (record or {}).items()}
+        self._sealer = threading.Thread()
+        self._error: UserFileError | None = None
 
     @property
     def latest(self) -> int | None:
@@ -53,38 +71,162 @@ class Checkpoints:
         """The steps with a complete checkpoint, the last first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, step: int, state: Any, data: dict[str, Any], config: ml_collections.ConfigDict) -> None:
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Saves in the background; the checkpoint exists once all of it is written.
 
         Args:
           step: number of finished steps.
           state: a pytree of arrays.
           data: the position in the stream of batches, a JSON object.
-          config: kept with the checkpoint, for the reader.
+
+        Raises:
+          UserFileError: this step, or the one that was saved before, cannot be written.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(data),
-                config=ocp.args.JsonSave(plain(config)),
-            ),
-            force=True,
-        )
+        self._wait_for_seal()  # or Orbax could remove a step that is being hashed
+        items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items, **self._record), force=True)
+        except Exception as error:
+            raise _unwritten(step, error) or error from error
+        self._sealer = threading.Thread(target=self._seal, args=(step,), name=f"seal step {step}", daemon=True)
+        self._sealer.start()
+
+    def _seal(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+            checksums.seal(self._directory / str(step), jax.process_index(), jax.process_count())
+        except Exception as error:
+            self._error = _unwritten(step, error)
+            if not self._error:
+                raise
+
+    def check(self) -> None:
+        """Raises a UserFileError as soon as a checkpoint could not be written; never waits."""
+        if self._error:
+            raise self._error
+
+    def restorable(self, abstract_state: Any) -> Iterator[tuple[int, Any, dict[str, Any]]]:
+        """(step, state, data) of every checkpoint that is whole, the last first, each restored when it is asked for.
+
+        A damaged one is named, passed over and renamed to STEP.damaged. All processes must ask for the same.
+
+        Args:
+          abstract_state: ShapeDtypeStructs, in whose shardings the state is restored.
+
+        Raises:
+          UserError: there are checkpoints, and none is whole.
+        """
+        damaged: dict[int, str] = {}
+        any_whole = False
+        for step in distributed.from_first(lambda: sorted(step_directories(self._directory), reverse=True)):
+            restored, damage = self._restore_checked(step, abstract_state)
+            if damage:
+                damaged[step] = damage
+                continue
+            for number, what in damaged.items():
+                log(f"step {number} is damaged ({what}); going on from step {step}")
+            self._set_aside(damaged)
+            damaged, any_whole = {}, True
+            yield step, *restored
+        if damaged and not any_whole:
+            raise UserError(
+                f"no checkpoint in {self._directory} is whole:\n"
+                + "".join(f"  step {number}: {what}\n" for number, what in damaged.items())
+                + "Restore them from a copy, remove these directories to train from the start, or use a new --workdir"
+            )
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, data) as `save` took them, the state in the shardings of `abstract_state` (ShapeDtypeStructs)."""
+        """(state, data) of one step, unchecked; the arguments are those of `restorable`."""
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return restored["state"], restored["data"]
 
+    def _restore_checked(self, step: int, abstract_state: Any) -> tuple[Any, str | None]:
+        """(what `restore` gives, None), or (None, what is damaged)."""
+        directory = self._directory / str(step)
+        if damage := damage_of(directory):
+            return None, damage
+        sealed = distributed.from_first(lambda: checksums.sealed(directory))
+        if not sealed:
+            log(f"note: step {step} has no checksums, since the run ended before they were written; it is not checked")
+        restored, failure = None, None
+        try:
+            restored = self.restore(step, abstract_state)
+        except Exception as error:
+            if sealed or "RESOURCE_EXHAUSTED" in str(error):  # not the checkpoint's fault
+                raise
+            failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else step}"
+        return restored, next(filter(None, distributed.from_all(lambda: failure)), None)
+
+    def _set_aside(self, steps: Mapping[int, str]) -> None:
+        """Renames step directories, so that these steps can be saved again."""
+        if not steps:
+            return
+
+        def rename() -> None:
+            for step in steps:
+                aside = self._directory / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(step)).rename(aside)
+
+        distributed.from_first(rename)
+        self._manager.reload()
+
     def wait(self) -> None:
-        """Waits until every save is complete."""
+        """Waits until every save is complete. Raises as `check`."""
+        self._wait_for_seal()
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until every save is complete, and lets go of the directory."""
+        """Waits until every save is complete, and lets go of the directory. Raises as `check`."""
+        self._wait_for_seal()
         self._manager.close()
+
+    def _wait_for_seal(self) -> None:
+        if self._sealer.ident:
+            self._sealer.join()
+        self.check()
+
+
+# What a full, read-only or removed disk says; the libraries below Orbax hand on the words without the number.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE)
+
+
+def _unwritten(step: int, error: BaseException) -> UserFileError | None:
+    """The error of a checkpoint that storage did not take; None where `error` has another cause."""
+    words = next((os.strerror(code) for code in _STORAGE if os.strerror(code) in str(error)), None)
+    if words is None and isinstance(error, OSError):
+        words = error.strerror or str(error)
+    if words is None:
+        return None
+    failed = UserFileError(
+        f"checkpoint {step} could not be written: {words}; earlier checkpoints are whole: once there is room, run the "
+        "same command again to resume"
+    )
+    failed.__cause__ = error
+    return failed
+
+
+def step_directories(checkpoints: pathlib.Path) -> list[int]:
+    """The steps of which there is a directory, complete or not."""
+    return [int(path.name) for path in checkpoints.glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
+
+
+def damage_of(directory: pathlib.Path) -> str | None:
+    """What is wrong with a step's directory by its checksums, the same on all processes; each checks a share."""
+    found = distributed.from_all(lambda: checksums.damage(directory, jax.process_index(), jax.process_count()))
+    return next(filter(None, found), None)
+
+
+def recorded(workdir: pathlib.Path, name: str) -> dict[str, Any]:
+    """The object `name` of the last checkpoint whose record is legible; {} if there is none."""
+    directory = workdir / "checkpoints"
+    for step in sorted(step_directories(directory), reverse=True):
+        try:
+            return json.loads((directory / str(step) / name / "metadata").read_bytes())
+        except (OSError, ValueError):
+            continue
+    return {}
 
 
 def abstract(state: Any) -> Any:

@@ -13,7 +13,7 @@ from msd_jax.parallel import distributed, sharding
 from msd_jax.training import checkpoint, completions, train_step
 from msd_jax.training.generate import generate
 from msd_jax.training.metrics import Dispatched, LateRows, Metrics
-from msd_jax.training.run import Run, describe, encode, make_batches, rollout_params, teacher_store
+from msd_jax.training.run import Run, check, describe, encode, make_batches, rollout_params, teacher_store
 from msd_jax.training.train_step import TrainState
 
 
@@ -21,17 +21,18 @@ def train(run: Run) -> None:
     """Trains from the last checkpoint, or from the initial weights, to the end; evaluates before and after."""
     state, frozen = initial_state(run)
     queries = iter(with_analyses(run, frozen, state) if run.config.prompts.cot == "generated" else run.batches)
-    step = distributed.from_first(lambda: run.checkpoints.latest) or 0
-    if step:
-        state, position = run.checkpoints.restore(step, checkpoint.abstract(state))
+    step = 0
+    if last := next(run.checkpoints.restorable(checkpoint.abstract(state)), None):
+        step, state, position = last
         queries.set_state(position)
         log(f"resumed from step {step} of {run.workdir}")
     describe(run)
     evaluate(run, 0, lambda: rollout_params(run, frozen, run.model.params(run.mesh)))
     if run.monitor:
         run.monitor.start(run.workdir / "eval" / "0")
-    step, state = take_steps(run, frozen, state, queries, step)
-    run.checkpoints.close()
+    with distributed.finishing_steps():
+        step, state = take_steps(run, frozen, state, queries, step)
+        run.checkpoints.close()
     if run.config.train.export and step:
         export_model(run, frozen, state)
     evaluate(run, step, lambda: rollout_params(run, frozen, state.params))
@@ -55,6 +56,7 @@ def take_steps(
                     files.completions(step + 1, completions.entries(run, frozen, state, generated))
                 state, scalars = run.train_step(state, frozen, sharding.put_batch(run.mesh, generated.batch))
             learning_rate, step = float(run.learning_rates[step]), step + 1
+            check(run)
             rows.add(Dispatched(step, scalars, learning_rate, generated, run.generator.compilations))
             if run.monitor and run.monitor.due(step):
                 done = rows.wait()
@@ -65,7 +67,7 @@ def take_steps(
             preempted = distributed.preempted(step)
             if preempted or step % config.checkpoint_every == 0 or step == config.steps:
                 rows.flush()
-                run.checkpoints.save(step, state, queries.get_state(), run.config)
+                run.checkpoints.save(step, state, queries.get_state())
             if preempted and step < config.steps:
                 run.checkpoints.close()
                 distributed.end_preempted(f"preempted: step {step} is saved; run the same command again to resume")
@@ -85,8 +87,7 @@ def go_back(
     run.checkpoints.wait()
     like = checkpoint.abstract(state)
     jax.tree.map(lambda x: x.delete(), state)  # room for what is restored, though the caller still names it
-    for earlier in distributed.from_first(lambda: run.checkpoints.steps):
-        restored, _ = run.checkpoints.restore(earlier, like)
+    for earlier, restored, _ in run.checkpoints.restorable(like):
         measured = run.monitor.look(rollout_params(run, frozen, restored.params))
         if run.monitor.holds(measured):
             log(f"went back to step {earlier}, whose utility is {measured['slice_utility']:.1%}")

@@ -21,11 +21,11 @@ from msd_jax.data.records import Query
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import evaluator
 from msd_jax.generation import responses, rollout
-from msd_jax.io import jsonl
+from msd_jax.io import jsonl, lock
 from msd_jax.io.console import log
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
-from msd_jax.training import checkpoint, optimizer
+from msd_jax.training import checkpoint, fingerprint, optimizer
 from msd_jax.training.monitor import Monitor
 from msd_jax.training.train_step import TrainState, check_batch, jit_train_step, loss_settings
 
@@ -43,6 +43,7 @@ class Inputs:
       records: the queries to train on.
       duplicates: rows of near_duplicates.jsonl.
       batches: of the records, endless; without the teacher's analyses where it is to write them first.
+      fingerprint: of the files behind all this, see fingerprint.of.
     """
 
     config: ml_collections.ConfigDict
@@ -53,6 +54,7 @@ class Inputs:
     records: tuple[Query, ...]
     duplicates: list[dict[str, Any]]
     batches: grain.IterDataset[Batch]
+    fingerprint: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class Run(Inputs):
 
     Attributes:
       workdir: the run's own directory.
+      lock: on it.
       checkpoints: in it.
       optimize: the optax chain.
       learning_rates: of each step.
@@ -72,6 +75,7 @@ class Run(Inputs):
     """
 
     workdir: pathlib.Path
+    lock: lock.Lock | None
     checkpoints: checkpoint.Checkpoints
     optimize: optax.GradientTransformation
     learning_rates: np.ndarray
@@ -90,7 +94,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     """
     inputs = read(config)
     model, mesh = inputs.model, inputs.mesh
-    claim(workdir, config)
+    held = claim(workdir, config, inputs.fingerprint)
     if inputs.evaluation and distributed.is_first():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in inputs.duplicates)
         jsonl.replace_text(workdir / "near_duplicates.jsonl", lines)
@@ -103,7 +107,10 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     return Run(
         **vars(inputs),
         workdir=workdir,
-        checkpoints=checkpoint.Checkpoints(workdir, config.train.checkpoints_kept),
+        lock=held,
+        checkpoints=checkpoint.Checkpoints(
+            workdir, config.train.checkpoints_kept, {"config": checkpoint.plain(config), "inputs": inputs.fingerprint}
+        ),
         optimize=optimize,
         learning_rates=np.asarray(jax.jit(jax.vmap(schedule))(np.arange(config.train.steps))),
         loss=loss_settings(config),
@@ -126,7 +133,8 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
     watch = Monitor(config, evaluation) if evaluation and config.eval.every else None
     records, duplicates = _look_for_duplicates(records, config.data, evaluation)
     encoded = encode(config, model, records)
-    _require_same_files(model, encoded, evaluation)
+    files = fingerprint.of(model.directory, encoded)
+    _require_same_files(files, evaluation)
     return Inputs(
         config=config,
         mesh=mesh,
@@ -136,6 +144,7 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
         records=records,
         duplicates=duplicates,
         batches=make_batches(config, model, encoded),
+        fingerprint=files,
     )
 
 
@@ -197,45 +206,71 @@ def make_batches(
     )
 
 
-def _require_same_files(
-    model: pretrained.Pretrained, encoded: batches.Encoded, evaluation: evaluator.Evaluator | None
-) -> None:
+def _require_same_files(files: dict[str, str], evaluation: evaluator.Evaluator | None) -> None:
     """All processes build the same batches and programs, so they must have read the same; see distributed.py."""
-    weights = model.directory.glob("*.safetensors")
-    distributed.require_same("config.model.path", lambda: sorted([f.name, f.stat().st_size] for f in weights))
-    examples = list(encoded.examples())
-    distributed.require_same(
-        "config.data.path",
-        lambda: [[e.query_id, e.language, e.student_ids.tolist(), e.teacher_ids.tolist()] for e in examples],
-    )
+    for key in ("config.model.path", "config.data.path"):
+        distributed.require_same(key, lambda key=key: {n: value for n, value in files.items() if n.startswith(key)})
     prompts = evaluation.prompts if evaluation else ()
     distributed.require_same("config.eval", lambda: [[*p.key, p.ids.tolist()] for p in prompts])
 
 
-def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Makes `workdir` this config's own; refuses one that holds the run of another config.
+def claim(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, files: Mapping[str, str] | None = None
+) -> lock.Lock | None:
+    """Makes `workdir` this run's own, and locks it; refuses one that holds another run. Process 0 gets the lock.
+
+    Args:
+      workdir: made if there is none.
+      config: compared with that of WORKDIR/config.json and of the last checkpoint.
+      files: as fingerprint.of gives them, compared with those of WORKDIR/inputs.json and of the last checkpoint; None
+        compares nothing.
 
     Raises:
-      UserError: keys differ that must not; they are listed.
+      UserError: another run is writing to it; or keys or files differ that must not, which are listed.
       UserFileError: the directory cannot be written.
     """
-    path = workdir / "config.json"
-
-    def compare() -> list[str]:
-        return checkpoint.config_changes(json.loads(path.read_text("utf-8")), config) if path.exists() else []
-
-    if changes := distributed.from_first(compare):
-        raise UserError(
-            f"{workdir} holds a run with another config; use a new --workdir, or revert these keys:\n  "
-            + "\n  ".join(changes)
-        )
-    try:
-        if distributed.is_first():
+    held = None
+    if distributed.is_first():
+        try:
             workdir.mkdir(parents=True, exist_ok=True)
-            jsonl.replace_text(path, json.dumps(checkpoint.plain(config), indent=1) + "\n")
-        distributed.require_shared(workdir)
-    except OSError as error:
-        raise UserFileError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+            held = lock.take(workdir)
+            _refuse_another_run(workdir, config, files)
+            jsonl.replace_text(workdir / "config.json", json.dumps(checkpoint.plain(config), indent=1) + "\n")
+            if files is not None:
+                jsonl.replace_text(workdir / "inputs.json", json.dumps(files, indent=1) + "\n")
+        except (UserError, OSError) as error:
+            if held:
+                held.release()
+            if isinstance(error, UserError):
+                raise
+            raise UserFileError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+    distributed.require_shared(workdir)
+    return held
+
+
+def _refuse_another_run(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, files: Mapping[str, str] | None
+) -> None:
+    """The last checkpoint says what a workdir holds, and WORKDIR's own files, which may be edited or removed, too."""
+    for old in (checkpoint.recorded(workdir, "config"), jsonl.read_object(workdir / "config.json")):
+        if changes := checkpoint.config_changes(old, config) if old else []:
+            raise UserError(
+                f"{workdir} holds a run with another config; use a new --workdir, or revert these keys:\n  "
+                + "\n  ".join(changes)
+            )
+    for old in (checkpoint.recorded(workdir, "inputs"), jsonl.read_object(workdir / "inputs.json")):
+        if changes := fingerprint.changes(old, files) if old and files is not None else []:
+            raise UserError(
+                f"{workdir} holds a run on other files of the same paths; use a new --workdir, or put these back:\n  "
+                + "\n  ".join(changes)
+            )
+
+
+def check(run: Run) -> None:
+    """Raises a UserError as soon as the run cannot keep what it computes: after each step, without waiting."""
+    if run.lock:
+        run.lock.check()
+    run.checkpoints.check()
 
 
 def teacher_store(

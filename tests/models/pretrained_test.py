@@ -156,9 +156,8 @@ def test_a_checkpoint_with_a_float32_teacher_resumes(bfloat16_dir, tmp_path):
     model, mesh = load(bfloat16_dir), sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     params = model.params(mesh)
     held = functools.partial(narrowed, model)
-    config = ml_collections.FrozenConfigDict({"seed": 0})
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    checkpoints.save(1, {"teacher": params}, {}, config)
+    checkpoints.save(1, {"teacher": params}, {})
     checkpoints.close()
     state, _ = checkpoint.Checkpoints(tmp_path).restore(1, checkpoint.abstract({"teacher": held(params)}))
     assert set(dtypes(state["teacher"]).values()) == {"bfloat16"}

@@ -75,12 +75,13 @@ def test_paths_may_differ_between_machines():
 
 
 def test_steps_are_saved_whole_and_the_last_are_kept(tmp_path):
-    config, checkpoints = default.get_config(), checkpoint.Checkpoints(tmp_path, kept=2)
+    checkpoints = checkpoint.Checkpoints(tmp_path, kept=2, record={"config": {"seed": 1}})
     assert checkpoints.latest is None and checkpoints.steps == []
     for step in (2, 4, 6):
-        checkpoints.save(step, {"x": np.full(3, step)}, {"next_index": 10 * step}, config)
+        checkpoints.save(step, {"x": np.full(3, step)}, {"next_index": 10 * step})
     checkpoints.close()
     again = checkpoint.Checkpoints(tmp_path)
     assert again.latest == 6 and again.steps == [6, 4]
     state, data = again.restore(4, {"x": np.zeros(3, int)})
     assert state["x"].tolist() == [4, 4, 4] and data == {"next_index": 40}
+    assert checkpoint.recorded(tmp_path, "config") == {"seed": 1} and checkpoint.recorded(tmp_path, "inputs") == {}

@@ -1,0 +1,133 @@
+"""Checksums of files: whether a directory still holds what was written to it, and whether a file is the one it was.
+
+A directory is sealed by manifests inside it, MANIFEST-K-of-N.json, one from each of the N processes that hashed a share
+of its files. Any number of processes can check it.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from msd_jax.io import jsonl
+from msd_jax.io.retries import retried
+
+THREADS = min(8, os.cpu_count() or 1)  # hashlib and file reads release the interpreter
+_CHUNK = 1 << 22
+_PREFIX = "MANIFEST-"
+_SETTLED = 2.0  # seconds; a file touched since may change again within the resolution of its time stamps
+
+Sums = dict[str, tuple[int, str]]  # file name, relative to the directory -> (bytes, hash)
+
+
+def of_file(path: pathlib.Path) -> str:
+    """BLAKE2b of a file's content, 128 bits in hexadecimal."""
+
+    def hash_it() -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    return retried(hash_it)
+
+
+def of_files(paths: Sequence[pathlib.Path]) -> list[str]:
+    """`of_file` of each, several at a time."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(of_file, paths))
+
+
+def seal(directory: pathlib.Path, process: int = 0, processes: int = 1) -> None:
+    """Writes the manifest of this process's share of the files in `directory`, which must be complete."""
+    sizes = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file() and not _is_manifest(path)}
+    mine = _share([(size, path) for path, size in sizes.items()], process, processes)
+    paths = [path for _, path in mine]
+    sums: Sums = {
+        path.relative_to(directory).as_posix(): (sizes[path], digest) for path, digest in zip(paths, of_files(paths))
+    }
+    jsonl.replace_text(directory / f"{_PREFIX}{process}-of-{processes}.json", json.dumps(sums, indent=0) + "\n")
+
+
+def sealed(directory: pathlib.Path) -> bool:
+    """Whether every manifest of `directory` is there."""
+    names = {path.name for path in _manifests(directory)}
+    counts = {name.removesuffix(".json").rpartition("-")[2] for name in names}
+    return len(counts) == 1 and all(f"{_PREFIX}{k}-of-{n}.json" in names for n in counts for k in range(int(n)))
+
+
+def damage(directory: pathlib.Path, process: int = 0, processes: int = 1) -> str | None:
+    """What is wrong with this process's share of `directory`, naming a file; None: nothing that its manifests tell."""
+    if not any(directory.iterdir()):
+        return "the directory is empty"
+    sums: Sums = {}
+    for manifest in _manifests(directory):
+        try:
+            sums |= {str(name): (int(size), str(digest)) for name, (size, digest) in _load(manifest).items()}
+        except (ValueError, TypeError, AttributeError):
+            return f"{manifest.name} is not a manifest"
+    mine = _share([(size, name) for name, (size, _) in sums.items()], process, processes)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda entry: _changed(directory / entry[1], *sums[entry[1]]), mine)
+        return next((f"{name} {what}" for (_, name), what in zip(mine, found) if what), None)
+
+
+def _changed(path: pathlib.Path, size: int, digest: str) -> str | None:
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            return f"has {actual:,} bytes instead of {size:,}"
+        return None if of_file(path) == digest else "has another content than was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def _share(entries: Iterable[tuple[int, Any]], process: int, processes: int) -> list[tuple[int, Any]]:
+    """One process's part of (size, name) pairs, about as many bytes as any other's."""
+    return sorted(entries, key=lambda entry: (-entry[0], entry[1]))[process::processes]
+
+
+def _manifests(directory: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(directory.glob(_PREFIX + "*-of-*.json"))
+
+
+def _is_manifest(path: pathlib.Path) -> bool:
+    return path.name.startswith(_PREFIX)
+
+
+def _load(path: pathlib.Path) -> Any:
+    return json.loads(retried(path.read_bytes))
+
+
+def of_unchanged(paths: Sequence[pathlib.Path]) -> list[str]:
+    """`of_files`, remembered in the user's cache while a file's size, inode and time stamps stay as they are."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(_remembered, paths))
+
+
+def _remembered(path: pathlib.Path) -> str:
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "msd_jax" / "checksums"
+    entry = cache / (hashlib.blake2b(str(path.resolve()).encode(), digest_size=16).hexdigest() + ".json")
+    stat = path.stat()
+    identity = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    try:
+        known = json.loads(entry.read_bytes())
+        if known["file"] == identity:
+            return str(known["hash"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not remembered, or not legibly: hashed anew
+    digest = of_file(path)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            jsonl.replace_text(entry, json.dumps({"path": str(path), "file": identity, "hash": digest}) + "\n")
+        except OSError:
+            pass  # a home that cannot be written costs the next run a few seconds
+    return digest

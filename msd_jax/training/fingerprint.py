@@ -1,0 +1,41 @@
+"""What a run computes from beside its config: hashes of files and of the queries as they are encoded."""
+
+import hashlib
+import pathlib
+from collections.abc import Mapping
+
+from msd_jax.data import batches
+from msd_jax.io import checksums
+
+# Of a Hugging Face directory: the weights, and whatever decides how they are run and how a text becomes token ids.
+_FILES = (
+    *("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template*", "vocab.*"),
+    *("special_tokens_map.json", "added_tokens.json", "merges.txt"),
+)
+
+
+def of(directory: pathlib.Path, encoded: batches.Encoded) -> dict[str, str]:
+    """{what the user knows it by: hash} of a model's files, by their content, and of the examples to train on."""
+    files = sorted({path for pattern in _FILES for path in directory.glob(pattern) if path.is_file()})
+    hashes = {f"config.model.path: {path.name}": sum_ for path, sum_ in zip(files, checksums.of_unchanged(files))}
+    return hashes | {"config.data.path: the queries, as they are encoded": _of_examples(encoded)}
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """A line for each entry that differs."""
+    words = {(True, True): "has changed", (True, False): "is gone", (False, True): "is new"}
+    return [
+        f"{name} {words[name in old, name in new]}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _of_examples(encoded: batches.Encoded) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for example in encoded.examples():
+        for part in (example.query_id.encode(), example.language.encode()):
+            digest.update(len(part).to_bytes(4, "little") + part)
+        for ids in (example.student_ids, example.teacher_ids):
+            digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+    return digest.hexdigest()

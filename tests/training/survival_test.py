@@ -1,0 +1,265 @@
+"""Faults injected for real: what a run does about damaged, exchanged and removed files, and about another run."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from msd_jax.errors import UserError
+from msd_jax.io import lock
+from msd_jax.models import trained
+from msd_jax.parallel import sharding
+from msd_jax.training import checkpoint
+from tests.conftest import write_model
+from tests.training.conftest import set_up, train
+
+LIKE = {"x": np.zeros(30_000, np.float32)}
+
+
+@pytest.fixture
+def saved(tmp_path) -> pathlib.Path:
+    """A workdir with the checkpoints of steps 4, 8 and 12."""
+    checkpoints, rng = checkpoint.Checkpoints(tmp_path, kept=3), np.random.default_rng(0)
+    for step in (4, 8, 12):
+        checkpoints.save(step, {"x": rng.normal(size=30_000).astype(np.float32) + step}, {"next_index": step})
+    checkpoints.close()
+    return tmp_path
+
+
+def restored(workdir: pathlib.Path) -> list[int]:
+    """The steps that are whole, the last first."""
+    return [step for step, *_ in checkpoint.Checkpoints(workdir, kept=3).restorable(LIKE)]
+
+
+def largest(step: pathlib.Path) -> pathlib.Path:
+    return max((file for file in step.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+def arrays(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    """The file that holds most of a step."""
+    return largest(workdir / "checkpoints" / str(step))
+
+
+def flip_a_bit(file: pathlib.Path, at: float = 0.5) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(at * (len(data) - 1))] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found(saved, capsys):
+    step = saved / "checkpoints" / "12"
+    files = sorted(file for file in step.rglob("*") if file.is_file() and not file.name.startswith("MANIFEST"))
+    assert len(files) > 8
+    for file in files:
+        for at in (0.0, 0.6, 1.0):
+            whole = file.read_bytes()
+            flip_a_bit(file, at)
+            assert checkpoint.damage_of(step) == f"{file.relative_to(step)} has another content than was written"
+            file.write_bytes(whole)
+    assert checkpoint.damage_of(step) is None
+    flip_a_bit(arrays(saved, 12))
+    assert restored(saved) == [8, 4]
+    name = arrays(saved, 8).relative_to(saved / "checkpoints" / "8").parent.as_posix()
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"step 12 is damaged ({name}" in said and "); going on from step 8" in said
+    # It was set aside, so that step 12 can be saved again.
+    again = checkpoint.Checkpoints(saved, kept=3)
+    again.save(12, LIKE, {})
+    again.close()
+    assert restored(saved) == [12, 8, 4]
+
+
+def without_commit_marker(step: pathlib.Path) -> None:
+    (step / "commit_success.txt").unlink()
+
+
+def without_metadata(step: pathlib.Path) -> None:
+    (step / "state" / "_METADATA").unlink()
+
+
+def without_an_item(step: pathlib.Path) -> None:
+    shutil.rmtree(step / "data")
+
+
+def truncated(step: pathlib.Path) -> None:
+    file = largest(step)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def without_arrays(step: pathlib.Path) -> None:
+    largest(step).unlink()
+
+
+def emptied(step: pathlib.Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def sealed_by_half(step: pathlib.Path) -> None:
+    seal = step / "MANIFEST-0-of-1.json"
+    seal.write_text(seal.read_text()[:100])
+
+
+ALWAYS_SEEN = (without_an_item, truncated, without_arrays, emptied)
+SEEN_BY_CHECKSUMS = (*ALWAYS_SEEN, without_commit_marker, without_metadata, sealed_by_half)
+
+
+@pytest.mark.parametrize("fault, sealed", [*((f, True) for f in SEEN_BY_CHECKSUMS), *((f, False) for f in ALWAYS_SEEN)])
+def test_an_incomplete_checkpoint_is_passed_over(saved, capsys, fault, sealed):
+    step = saved / "checkpoints" / "12"
+    if not sealed:
+        (step / "MANIFEST-0-of-1.json").unlink()
+    fault(step)
+    assert restored(saved) == [8, 4]
+    said = capsys.readouterr()
+    assert "step 12 is damaged (" in said.out and "); going on from step 8" in " ".join(said.out.split())
+    assert "Traceback" not in said.err
+
+
+def test_no_whole_checkpoint_is_one_error_that_says_what_to_do(saved):
+    for step in (4, 8, 12):
+        flip_a_bit(arrays(saved, step))
+    with pytest.raises(UserError, match=r"(?s)no checkpoint in \S+ is whole:\n  step 12: .*step 4: .*new --workdir"):
+        restored(saved)
+    assert sorted(checkpoint.step_directories(saved / "checkpoints")) == [4, 8, 12]  # nothing was moved
+
+
+def test_a_checkpoint_that_was_not_sealed_is_restored_with_a_note(saved, capsys):
+    (saved / "checkpoints" / "12" / "MANIFEST-0-of-1.json").unlink()
+    assert restored(saved) == [12, 8, 4]
+    assert "step 12 has no checksums" in capsys.readouterr().out
+
+
+def test_a_run_resumes_from_the_last_whole_checkpoint_and_ends_with_the_same_bits(config, tmp_path, capsys):
+    unbroken, _ = train(config, tmp_path / "unbroken")
+    config.train.steps = 4
+    train(config, tmp_path / "run")
+    config.train.steps = 6
+    flip_a_bit(arrays(tmp_path / "run", 4))
+    resumed, rows = train(config, tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "); going on from step 2" in said and "resumed from step 2" in said
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    jax.tree.map(np.testing.assert_array_equal, resumed, unbroken)
+    flip_a_bit(arrays(tmp_path / "run", 6))
+    ready = set_up(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"--checkpoint=\S+ is damaged: state/\S+ has another content"):
+        trained.load_params(str(tmp_path / "run/checkpoints/6"), ready.model, sharding.make_mesh(8, 1, 1))
+
+
+def test_another_file_under_the_same_path_is_refused_and_named(config, tmp_path):
+    model = write_model(tmp_path / "model")
+    config.model.path, config.train.steps = str(model), 2
+    train(config, tmp_path / "run")
+    config.train.steps = 4
+
+    def refused(*names: str) -> None:
+        for without in (False, True):  # the checkpoint knows too
+            if without:
+                (tmp_path / "run" / "inputs.json").unlink()
+            with pytest.raises(UserError, match="holds a run on other files of the same paths") as caught:
+                set_up(config, tmp_path / "run")
+            assert all(name in str(caught.value) for name in names), caught.value
+            assert str(caught.value).count("config.") == len(names), caught.value
+
+    def kept(file: pathlib.Path, change) -> bytes:
+        before = file.read_bytes()
+        file.write_bytes(change(before))
+        return before
+
+    weights, queries = model / "model.safetensors", pathlib.Path(config.data.path)
+    before = kept(weights, lambda data: data[:-1] + bytes([data[-1] ^ 1]))  # as long as it was
+    refused("config.model.path: model.safetensors has changed")
+    weights.write_bytes(before)
+    before = kept(queries, lambda data: data.replace(b"kikombe wash bomu", b"kikombe make bomu"))
+    refused("config.data.path: the queries, as they are encoded has changed")
+    queries.write_bytes(before)
+    template = next(file for file in sorted(model.iterdir()) if b"add_generation_prompt" in file.read_bytes())
+    before = kept(template, lambda data: data.replace(b"assistant", b"system"))
+    refused(f"config.model.path: {template.name} has changed", "config.data.path")
+    template.write_bytes(before)
+    _, rows = train(config, tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_the_checkpoint_s_own_config_decides_where_config_json_is_gone(config, tmp_path):
+    config.train.steps = 2
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    config.optimizer.learning_rate, config.train.steps = 1.0, 4
+    with pytest.raises(UserError, match=r"config.optimizer.learning_rate: 0.01 -> 1.0"):
+        set_up(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    config.optimizer.learning_rate = 0.01
+    set_up(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 4
+
+
+HOLDER = """
+import pathlib, sys, time
+from msd_jax.io import lock
+lock.SECONDS_BETWEEN_BEATS = 0.2
+lock.take(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_locked_workdir_is_refused_and_its_holder_named(config, tmp_path, holder):
+    with pytest.raises(UserError) as caught:
+        set_up(config, tmp_path)
+    assert f"another run is writing to {tmp_path}: process {holder.pid} on {socket.gethostname()}, started 20" in str(
+        caught.value
+    )
+    assert not (tmp_path / "config.json").exists()
+    holder.terminate()  # by its default: without a word, and without releasing
+    holder.wait()
+    assert (tmp_path / lock.NAME).exists()
+    begin = time.monotonic()
+    lock.take(tmp_path).release()  # a process of this machine that is no more: at once
+    assert time.monotonic() - begin < 1 and not (tmp_path / lock.NAME).exists()
+
+
+def test_a_lock_of_another_machine_is_told_by_its_heartbeat(tmp_path, holder, monkeypatch, capsys):
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.setattr(lock, "SECONDS_OF_SILENCE", 3.0)
+    with pytest.raises(UserError, match="another run is writing"):
+        lock.take(tmp_path)
+    holder.kill()
+    holder.wait()
+    begin = time.monotonic()
+    taken = lock.take(tmp_path)
+    assert 2 < time.monotonic() - begin < 8 and "waiting up to 3 s for its heartbeat" in capsys.readouterr().out
+    taken.check()
+    taken.release()
+
+
+def test_a_run_that_lost_its_lock_or_its_workdir_ends(tmp_path):
+    held = lock.take(tmp_path)
+    assert lock.take(tmp_path) is held
+    values = json.loads((tmp_path / lock.NAME).read_text())
+    (tmp_path / lock.NAME).write_text(json.dumps(values | {"token": "another", "host": "elsewhere"}))
+    with pytest.raises(UserError, match=r"was taken over by process .* on elsewhere"):
+        held.check()
+    held.release()
+    assert (tmp_path / lock.NAME).exists()  # it is the other's
+    (tmp_path / lock.NAME).unlink()
+    with pytest.raises(UserError, match=r"lock.json is gone: the directory was removed"):
+        held.check()
