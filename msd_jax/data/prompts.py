@@ -6,13 +6,14 @@
 import dataclasses
 import functools
 import string
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from msd_jax.data.records import Query, language_name
 from msd_jax.errors import UserError
-from msd_jax.models.tokenizer import Messages, token_ids
+from msd_jax.models.tokenizer import Messages, holds_control_token, token_ids
 
 if TYPE_CHECKING:
     import ml_collections
@@ -177,6 +178,16 @@ def encode(
         student_ids=student_ids(query, language, tokenizer, config),
         teacher_ids=token_ids(tokenizer, messages, config.teacher_template_kwargs),
     )
+
+
+def is_hostile(query: Query, languages: Iterable[str], tokenizer: "transformers.PreTrainedTokenizerBase") -> bool:
+    """Whether a text of the query in one of the languages spells a control token, which is encoded as text."""
+    return any(holds_control_token(tokenizer, query.texts.get(language, "")) for language in languages)
+
+
+def describe_hostile(name: str, count: int) -> list[str]:
+    """A line on `count` queries of `name` that are hostile; none where there are none."""
+    return [f"{name}: {count} queries hold control tokens; they are encoded as text"] * bool(count)
 
 
 def retained(
