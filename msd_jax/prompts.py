@@ -9,7 +9,7 @@ from rich.text import Text
 
 from msd_jax import cli
 from msd_jax.data import sources
-from msd_jax.data.prompts import student_messages, teacher_messages
+from msd_jax.data.prompts import check_templates, student_messages, teacher_messages
 from msd_jax.data.records import language_name, require_languages
 from msd_jax.io import console
 from msd_jax.models.tokenizer import load_tokenizer, render, token_ids
@@ -21,6 +21,7 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
     records = sources.load(config.data)
     require_languages(records, (source, *languages), sources.describe(config.data))
     tokenizer = load_tokenizer(config.model.path)
+    check_templates(tokenizer, config.prompts)
     for record in records[:n]:
         for language in languages:
             for role, messages in (

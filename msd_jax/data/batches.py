@@ -114,6 +114,7 @@ def encode_all(
     """
     source = config.data.source_language
     require_languages(records, (source, *languages), sources.describe(config.data))
+    prompts.check_templates(tokenizer, config.prompts)
     limits = _Limits({key: config.prompts[key] for key in ("student_limit", "teacher_limit")})
     retain = config.data.retain_fraction > 0
     hostile = sum(prompts.is_hostile(record, (source, *languages), tokenizer) for record in records)

@@ -56,6 +56,7 @@ def encode(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role
       UserError: a query file or a language is not fit, or no prompt is left.
     """
     limit, key = prompt_limit(config, role)
+    prompts.check_templates(model.tokenizer, config.prompts, (role,))
     kept: list[EncodedPrompt] = []
     dropped: collections.Counter[tuple[str, str]] = collections.Counter()
     hostile: dict[str, set[str]] = collections.defaultdict(set)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, weights
+from msd_jax.models import decoder, template_check, weights
 from msd_jax.models.lora import Lora, is_adapter
 from msd_jax.models.tokenizer import load_tokenizer, stop_token_ids
 from msd_jax.parallel import sharding
@@ -176,6 +176,8 @@ def load(path: str, **options: Any) -> Pretrained:
         raise UserError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
         )
+    turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
+    template_check.check(tokenizer, {"a conversation": (turns, {})}, shows=False)
     stop_ids = stop_token_ids(tokenizer, str(directory))
     return Pretrained(
         **vars(architecture(config, **options)) | {"stored": weights.dtypes(files, config)},

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
 from msd_jax.errors import UserError, UserFileError
@@ -46,11 +45,7 @@ def token_ids(
 
 
 def _apply_chat_template(tokenizer: Any, messages: Messages, template_kwargs: Mapping, **options: Any) -> Any:
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; take an instruction-tuned model, or put "
-            "the template beside the tokenizer as chat_template.jinja"
-        )
+    chat_template(tokenizer)
     options = {"add_generation_prompt": True, "return_dict": False} | options
     variables = dict(template_kwargs)
     # transformers takes both from the same keywords, and some of its own would cut a prompt.
@@ -66,14 +61,21 @@ def _apply_chat_template(tokenizer: Any, messages: Messages, template_kwargs: Ma
     except Exception as error:  # a template is a program, and raises what it likes
         raise UserError(
             f"{template_file(tokenizer)}: the chat template does not take {[m['role'] for m in messages]} messages "
-            f"with {variables} ({describe_error(error)}); see config.prompts"
+            f"with {variables} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); see config.prompts"
         ) from error
 
 
-def describe_error(error: Exception) -> str:
-    """The error in one short line, with its type where the message does not speak for itself."""
-    line = " ".join(str(error).split())[:300]
-    return line if line and isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {line}"
+def chat_template(tokenizer: Any) -> str:
+    """The template that prompts are rendered with. Raises UserError where there is none."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; take an instruction-tuned model, or put "
+            "the template beside the tokenizer as chat_template.jinja"
+        )
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # several named ones, none of them the default
+        raise UserError(f"{template_file(tokenizer)}: {error}") from error
 
 
 def template_file(tokenizer: Any) -> pathlib.Path:
