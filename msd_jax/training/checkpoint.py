@@ -13,6 +13,7 @@ from flax import traverse_util
 # shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
 MAY_CHANGE = (
     "train.steps",
+    "train.max_skipped",
     "train.checkpoint_every",
     "train.checkpoints_kept",
     "train.log_every",
