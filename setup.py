@@ -31,7 +31,7 @@ setuptools.setup(
         "huggingface_hub>=2",  # parse_hf_uri
         "importlib_resources",  # tensorflow-datasets needs it and does not ask for it
         "jax>=0.10",
-        "jinja2",
+        "jinja2>=3.1.6",
         "langcodes",
         "language_data",
         "markupsafe",
@@ -49,7 +49,7 @@ setuptools.setup(
         "scipy",
         "tensorboardX",
         "tensorflow-datasets",
-        "transformers>=5",
+        "transformers>=5.24",  # sanitize_control_tokens
     ],
     # Releases of the harness after 0.4.13 look here; before, `python -m msd_jax.lm_eval` adds the model.
     entry_points={"lm_eval.models": ["msd_jax = msd_jax.lm_eval:MsdJaxLM"]},
@@ -62,6 +62,7 @@ setuptools.setup(
         "test": [
             "dm-haiku",
             "equinox",
+            "hypothesis",
             "playwright",
             "pytest",
             "pytest-xdist",

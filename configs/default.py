@@ -118,6 +118,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.steps = 300  # 0 only evaluates the model
     config.train.micro_batches = 1  # gradient accumulation: parts of a batch
     config.train.loss_chunk = 512  # tokens per device whose logits are held at a time
+    # A step whose loss or gradient is not finite is skipped: nothing moves, and metrics.jsonl names its queries. This
+    # many in a row end the run with an error and without an export.
+    config.train.max_skipped = 10
     config.train.checkpoint_every = 100  # steps; the last step is always saved
     config.train.checkpoints_kept = 2
     config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard

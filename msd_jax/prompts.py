@@ -9,7 +9,7 @@ from rich.text import Text
 
 from msd_jax import cli
 from msd_jax.data import sources
-from msd_jax.data.prompts import student_messages, teacher_messages
+from msd_jax.data.prompts import check_templates, student_messages, teacher_messages
 from msd_jax.data.records import language_name
 from msd_jax.io import console
 from msd_jax.models.tokenizer import load_tokenizer, render, token_ids
@@ -19,6 +19,7 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
     """Prints both roles' prompts, with their lengths, of the first `n` records in each target language."""
     source, records = config.data.source_language, sources.load(config.data)
     tokenizer = load_tokenizer(config.model.path)
+    check_templates(tokenizer, config.prompts)
     for language in config.data.languages:
         for record in [record for record in records if language in record.texts][:n]:
             for role, messages in (

@@ -110,7 +110,7 @@ _RANGES = {
     "loss.top_k": _COUNT_OR_NONE,
     "loss.temperature": _POSITIVE,
     "loss.weight_top_k": _Range(2, _MOST),
-    "optimizer.learning_rate": _AMOUNT,
+    "optimizer.learning_rate": _Range(0, 1),  # of an update whose entries are about 1
     "optimizer.warmup_steps": _COUNT_OR_NONE,
     "optimizer.final_fraction": _SHARE,
     "optimizer.b1": _SHARE,
@@ -121,6 +121,7 @@ _RANGES = {
     "train.steps": _COUNT_OR_NONE,
     "train.micro_batches": _COUNT,
     "train.loss_chunk": _COUNT,
+    "train.max_skipped": _COUNT,
     "train.checkpoint_every": _COUNT,
     "train.checkpoints_kept": _COUNT,
     "train.log_every": _COUNT,

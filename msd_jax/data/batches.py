@@ -47,6 +47,7 @@ class Encoded:
       student_limit, teacher_limit: in tokens.
       dropped: number of prompt pairs left out, by (language, limits exceeded: "student_limit", "teacher_limit" or
         "student_limit and teacher_limit").
+      hostile: number of queries, of all records, that spell a control token of the tokenizer.
     """
 
     queries: tuple[EncodedQuery, ...]
@@ -54,6 +55,7 @@ class Encoded:
     student_limit: int
     teacher_limit: int
     dropped: Mapping[tuple[str, str], int]
+    hostile: int = 0
 
     def examples(self) -> Iterator[Example]:
         """Every example that may be drawn."""
@@ -62,12 +64,12 @@ class Encoded:
             if query.retained:
                 yield query.retained
 
-    def describe_dropped(self) -> list[str]:
-        """One line per language and limit."""
+    def describe(self) -> list[str]:
+        """One line per language and limit by which prompts are dropped, and one on control tokens."""
         return [
             f"prompts dropped in {language}: {count}, longer than config.prompts.{limits}"
             for (language, limits), count in self.dropped.items()
-        ]
+        ] + prompts.describe_hostile("training", self.hostile)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,8 +114,10 @@ def encode_all(
     """
     source = config.data.source_language
     where = sources.describe(config.data)
+    prompts.check_templates(tokenizer, config.prompts)
     limits = _Limits({key: config.prompts[key] for key in ("student_limit", "teacher_limit")})
     retain = config.data.retain_fraction > 0
+    hostile = sum(prompts.is_hostile(record, (source, *languages), tokenizer) for record in records)
     queries = []
     for record in usable(records, source, languages, where):
         analysis = (analyses or {}).get(record.id, "")
@@ -128,7 +132,7 @@ def encode_all(
             retained = None
         if targets:
             queries.append(EncodedQuery(record.id, record.harmful, targets, retained))
-    encoded = Encoded(tuple(queries), tuple(languages), **limits.tokens, dropped=dict(limits.dropped))
+    encoded = Encoded(tuple(queries), tuple(languages), **limits.tokens, dropped=dict(limits.dropped), hostile=hostile)
     left = {example.language for example in encoded.examples()}
     for language in (*languages, *((source,) if retain else ())):
         if language not in left:

@@ -6,13 +6,15 @@
 import dataclasses
 import functools
 import string
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from msd_jax.data.records import Query, language_name
 from msd_jax.errors import UserError
-from msd_jax.models.tokenizer import Messages, token_ids
+from msd_jax.models import template_check
+from msd_jax.models.tokenizer import Messages, holds_control_token, token_ids
 
 if TYPE_CHECKING:
     import ml_collections
@@ -177,6 +179,36 @@ def encode(
         student_ids=student_ids(query, language, tokenizer, config),
         teacher_ids=token_ids(tokenizer, messages, config.teacher_template_kwargs),
     )
+
+
+def check_templates(
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    config: "ml_collections.ConfigDict",
+    roles: Sequence[str] = ("student", "teacher"),
+) -> None:
+    """Checks that the chat template shows every message of the roles. `config` is config.prompts.
+
+    Raises:
+      UserError: it shows not all, does not take the messages, or takes too much time or memory; see template_check.py.
+    """
+    query = Query("", None, "", {"en": "query"})
+    messages = {
+        "student": student_messages(query, "en", config),
+        "teacher": teacher_messages(query, "en", config, "en"),
+    }
+    template_check.check(
+        tokenizer, {f"the {role}": (messages[role], config[f"{role}_template_kwargs"].to_dict()) for role in roles}
+    )
+
+
+def is_hostile(query: Query, languages: Iterable[str], tokenizer: "transformers.PreTrainedTokenizerBase") -> bool:
+    """Whether a text of the query in one of the languages spells a control token, which is encoded as text."""
+    return any(holds_control_token(tokenizer, query.texts.get(language, "")) for language in languages)
+
+
+def describe_hostile(name: str, count: int) -> list[str]:
+    """A line on `count` queries of `name` that are hostile; none where there are none."""
+    return [f"{name}: {count} queries hold control tokens; they are encoded as text"] * bool(count)
 
 
 def retained(

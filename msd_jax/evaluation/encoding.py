@@ -45,7 +45,7 @@ def prompt_limit(config: ml_collections.ConfigDict, role: str = "student") -> tu
 
 
 def encode(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role: str) -> list[EncodedPrompt]:
-    """All prompts that fit the limit; how many do not is printed.
+    """All prompts that fit the limit; prints how many do not, and how many queries hold control tokens.
 
     Args:
       config: the whole config.
@@ -56,13 +56,17 @@ def encode(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role
       UserError: a query file or a language is not fit, or no prompt is left.
     """
     limit, key = prompt_limit(config, role)
+    prompts.check_templates(model.tokenizer, config.prompts, (role,))
     kept: list[EncodedPrompt] = []
     dropped: collections.Counter[tuple[str, str]] = collections.Counter()
+    hostile: dict[str, set[str]] = collections.defaultdict(set)
     for prompt in _all(config, model, role):
         if len(prompt.ids) > limit:
             dropped[prompt.benchmark.name, prompt.language] += 1
         else:
             kept.append(prompt)
+            if prompts.is_hostile(prompt.query, (prompt.language, config.data.source_language), model.tokenizer):
+                hostile[prompt.benchmark.name].add(prompt.query.id)
     if not kept:
         raise UserError(
             f"{config.eval.path or config.eval.benchmarks}: every prompt is longer than {key}={limit} tokens"
@@ -70,6 +74,9 @@ def encode(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role
         )
     for (name, language), count in dropped.items():
         log(f"{name}: {count} prompts in {language} dropped, longer than {key}")
+    for name, ids in hostile.items():
+        for line in prompts.describe_hostile(name, len(ids)):
+            log(line)
     return kept
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from msd_jax.errors import UserError
 from msd_jax.io.console import log
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, weights
+from msd_jax.models import decoder, template_check, weights
 from msd_jax.models.lora import Lora, is_adapter
 from msd_jax.models.tokenizer import load_tokenizer, stop_token_ids
 from msd_jax.parallel import sharding
@@ -178,6 +178,8 @@ def load(path: str, **options: Any) -> Pretrained:
         raise UserError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
         )
+    turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
+    template_check.check(tokenizer, {"a conversation": (turns, {})}, shows=False)
     stop_ids = stop_token_ids(tokenizer, str(directory))
     mesh = options.get("mesh")
     if mesh is not None and sharding.is_replicated(sharding.TRAIN, mesh, "kv_heads", config.kv_heads):

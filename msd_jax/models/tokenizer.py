@@ -1,5 +1,6 @@
-"""Tokenizers: where models are found, loading, chat templates, stop tokens."""
+"""Tokenizers: where models are found, loading, chat templates, control tokens, stop tokens."""
 
+import functools
 import inspect
 import json
 import os
@@ -28,7 +29,8 @@ def token_ids(
 ) -> np.ndarray:
     """The prompt, int32 [P], rendered by the tokenizer's own chat template up to where the reply begins.
 
-    The ids come straight from the chat template: tokenizing its text again would add a second BOS.
+    The ids come straight from the chat template: tokenizing its text again would add a second BOS. Only the template
+    writes control tokens: those in a message's content are encoded as text.
 
     Args:
       tokenizer: of transformers.
@@ -43,33 +45,87 @@ def token_ids(
 
 
 def _apply_chat_template(tokenizer: Any, messages: Messages, template_kwargs: Mapping, **options: Any) -> Any:
-    import jinja2
-
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model, or put "
-            "the template beside the tokenizer as chat_template.jinja"
-        )
+    chat_template(tokenizer)
     options = {"add_generation_prompt": True, "return_dict": False} | options
     variables = dict(template_kwargs)
     # transformers takes its own options from the same keywords, and some of them would truncate a prompt.
     for key in variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys():
         raise UserError(f"config.prompts: {key!r} in template_kwargs is not a variable of the chat template")
+    if options["tokenize"] and any(holds_control_token(tokenizer, message["content"]) for message in messages):
+        messages = [message | {"content": _encodable(tokenizer, message["content"])} for message in messages]
+        # transformers would choose fewer by itself.
+        tokenizer.chat_control_tokens = list(_control_tokens(tokenizer))
+        options["sanitize_control_tokens"] = True
     try:  # transformers renders it in jinja2's ImmutableSandboxedEnvironment
         return tokenizer.apply_chat_template(messages, **options, **variables)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program, and raises what it likes
         raise UserError(
-            f"{tokenizer.name_or_path}: the chat template does not take {[m['role'] for m in messages]} messages with "
-            f"{variables} ({error}); see config.prompts"
+            f"{template_file(tokenizer)}: the chat template does not take {[m['role'] for m in messages]} messages "
+            f"with {variables} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); see config.prompts"
         ) from error
 
 
-def without_special_tokens(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> str:
-    """Untrusted text without special tokens, which could end a message or begin another: they are spelled out."""
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special:
-            text = text.replace(token.content, " ".join(token.content))
-    return text
+def chat_template(tokenizer: Any) -> str:
+    """The template that prompts are rendered with. Raises UserError where there is none."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; take an instruction-tuned model, or put "
+            "the template beside the tokenizer as chat_template.jinja"
+        )
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # several named ones, none of them the default
+        raise UserError(f"{template_file(tokenizer)}: {error}") from error
+
+
+def template_file(tokenizer: Any) -> pathlib.Path:
+    """Where the chat template was read from."""
+    directory = pathlib.Path(tokenizer.name_or_path)
+    own = directory / "chat_template.jinja"
+    return own if own.exists() else directory / "tokenizer_config.json"
+
+
+def holds_control_token(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> bool:
+    """Whether `text` spells a token by which the tokenizer steers a model, such as one that ends a turn."""
+    return bool(_any_of(_control_tokens(tokenizer)).search(text))
+
+
+def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens, further ones that the chat template writes, and those of the form <|...|>.
+
+    A template may build the last from parts, as in '<|' + message.role + '|>'. A token of blanks is text.
+    """
+    return _choose_control_tokens(tokenizer, json.dumps(tokenizer.chat_template, ensure_ascii=False))
+
+
+@functools.lru_cache(maxsize=8)
+def _choose_control_tokens(tokenizer: Any, template: str) -> tuple[str, ...]:
+    return tuple(
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special
+        or (token.content in template and not token.content.isspace())
+        or re.fullmatch(r"<\|.*\|>", token.content)
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _any_of(contents: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
+
+
+def _encodable(tokenizer: Any, text: str) -> str:
+    """`text` with control tokens that the tokenizer can encode as text.
+
+    Some tokenizers (word-level, unigram) have one's id as the only encoding of its characters; they are then separated
+    by blanks.
+    """
+
+    def spell(match: re.Match[str]) -> str:
+        ids = tokenizer.encode(match[0], add_special_tokens=False, split_special_tokens=True)
+        return " ".join(match[0]) if tokenizer.convert_tokens_to_ids(match[0]) in ids else match[0]
+
+    return _any_of(_control_tokens(tokenizer)).sub(spell, text)
 
 
 def is_local(path: str) -> bool:

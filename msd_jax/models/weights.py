@@ -97,7 +97,7 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
         (sharding None: the default device).
 
     Raises:
-      UserError: as `check`.
+      UserError: as `check`, or a tensor holds a number that is not finite.
     """
     files = check(directory, config)
     table = layout(config)
@@ -116,7 +116,32 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
             stack = _write_layer(stack, _read_tensor(files[name], name, pattern, one), layer)
         return stack
 
-    return jax.tree.map_with_path(load, target)
+    params = jax.tree.map_with_path(load, target)
+    for name, finite_L in jax.device_get(_finite(params)).items():
+        for layer in np.flatnonzero(~np.atleast_1d(finite_L)):
+            raise UserError(
+                f"{directory}: {table[name][0].format(layer)} holds NaN or infinity; the weights are damaged"
+            )
+    return params
+
+
+def _finite(params: decoder.Params) -> dict[str, jax.Array]:
+    """Whether each parameter is finite, bool []; of a stacked one, each of its layers, bool [L]. One program."""
+    flat = dict(_flat(params))
+    shardings = [leaf.sharding for leaf in flat.values() if isinstance(leaf.sharding, jax.sharding.NamedSharding)]
+    whole = jax.sharding.NamedSharding(shardings[0].mesh, jax.sharding.PartitionSpec()) if shardings else None
+    return _checking_finite(whole)(flat)
+
+
+@functools.cache
+def _checking_finite(sharding: jax.sharding.Sharding | None) -> Any:
+    def check(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {
+            name: jnp.isfinite(leaf).all(axis=tuple(range(name.startswith("layers."), leaf.ndim)))
+            for name, leaf in flat.items()
+        }
+
+    return jax.jit(check, out_shardings=sharding)
 
 
 def _read_tensor(file: Any, tensor: str, pattern: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:

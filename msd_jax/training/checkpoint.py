@@ -26,6 +26,7 @@ from msd_jax.parallel import distributed
 # shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
 MAY_CHANGE = (
     "train.steps",
+    "train.max_skipped",
     "train.checkpoint_every",
     "train.checkpoints_kept",
     "train.log_every",

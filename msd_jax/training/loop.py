@@ -6,11 +6,12 @@ import grain
 import jax
 
 from msd_jax.data.batches import Batch
+from msd_jax.errors import UserError
 from msd_jax.generation import analyses
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export
 from msd_jax.parallel import distributed, sharding
-from msd_jax.training import checkpoint, completions, train_step
+from msd_jax.training import checkpoint, completions, train_step, watch
 from msd_jax.training.generate import generate
 from msd_jax.training.metrics import Dispatched, LateRows, Metrics
 from msd_jax.training.run import Run, check, describe, encode, make_batches, rollout_params, teacher_store
@@ -31,9 +32,14 @@ def train(run: Run) -> None:
     if run.monitor:
         run.monitor.start(run.workdir / "eval" / "0")
     with distributed.finishing_steps():
-        step, state = take_steps(run, frozen, state, queries, step)
+        try:
+            step, state = take_steps(run, frozen, state, queries, step)
+        except UserError:  # on every process; what was saved before is whole
+            run.checkpoints.close()
+            raise
         run.checkpoints.close()
     if run.config.train.export and step:
+        watch.require_fit(state.params)
         export_model(run, frozen, state)
     evaluate(run, step, lambda: rollout_params(run, frozen, state.params))
 
@@ -47,8 +53,9 @@ def take_steps(
     the host waits for its step, so that the rows up to a checkpoint are on disk before it is.
     """
     config, files, low = run.config.train, Metrics(run.workdir, step), {}
+    watched = watch.Watch(config.max_skipped, run.workdir, run.model)
     with progress("training", config.steps, step) as advance:
-        rows = LateRows(files, config.log_every, config.steps, advance)
+        rows = LateRows(files, config.log_every, config.steps, advance, watched)
         while step < config.steps:
             with jax.transfer_guard("disallow"):  # nothing goes to or from devices but by put_batch and fetch
                 generated = generate(run, frozen, state, next(queries), step)
@@ -67,7 +74,8 @@ def take_steps(
             preempted = distributed.preempted(step)
             if preempted or step % config.checkpoint_every == 0 or step == config.steps:
                 rows.flush()
-                run.checkpoints.save(step, state, queries.get_state())
+                if not watched.skipping or preempted or step == config.steps:  # else good ones would make room for it
+                    run.checkpoints.save(step, state, queries.get_state())
             if preempted and step < config.steps:
                 run.checkpoints.close()
                 distributed.end_preempted(f"preempted: step {step} is saved; run the same command again to resume")

@@ -5,6 +5,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import tensorboardX
@@ -27,10 +28,11 @@ class Metrics:
         if distributed.is_first():
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, values: dict[str, float], notes: jsonl.Row | None = None) -> None:
+        """Adds a step's row; `notes`, which are no numbers, to metrics.jsonl alone."""
         # JSON has no NaN; a skipped step's loss is null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._scalars.append([{"step": step} | finite])
+        self._scalars.append([{"step": step} | finite | (notes or {})])
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -86,6 +88,16 @@ class Dispatched:
         }
 
 
+class Watch(Protocol):
+    """What `LateRows` shows each step to; see watch.py."""
+
+    def notes(self, dispatched: Dispatched, row: dict[str, float]) -> jsonl.Row:
+        """What there is to say of the step in metrics.jsonl beside its numbers; {} for nothing."""
+
+    def check(self, dispatched: Dispatched) -> None:
+        """Raises UserError where the run must not go on after the step."""
+
+
 class LateRows:
     """Writes the row of each step while the devices are at the next, so that they do not wait for the host to write.
 
@@ -95,9 +107,12 @@ class LateRows:
     what it measures and saves.
     """
 
-    def __init__(self, files: Metrics, every: int, last: int, advance: Callable[[int, str], None]):
-        """Writes the steps that `every` divides, and `last`; shows each by `advance(step, status)`."""
-        self._files, self._every, self._last, self._advance = files, every, last, advance
+    def __init__(self, files: Metrics, every: int, last: int, advance: Callable[[int, str], None], watch: Watch):
+        """Writes the steps that `every` divides, `last`, and those that `watch` has notes on.
+
+        Each is shown by `advance(step, status)`, and then checked by `watch`, which may end the run.
+        """
+        self._files, self._every, self._last, self._advance, self._watch = files, every, last, advance, watch
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of batches; each costs one compilation
         self._late: Dispatched | None = None
         self._free = -math.inf  # the host's clock when the devices were done with the step that was written last
@@ -127,9 +142,11 @@ class LateRows:
         dispatched, self._late = self._late, None
         begun, self._free = max(dispatched.generated.had, self._free), done
         row = dispatched.row(begun, done) | {"train_compilations": len(self._shapes)} | (measured or {})
-        if measured is not None or dispatched.step % self._every == 0 or dispatched.step == self._last:
-            self._files.scalars(dispatched.step, row)
+        notes = self._watch.notes(dispatched, row)
+        if notes or measured is not None or dispatched.step % self._every == 0 or dispatched.step == self._last:
+            self._files.scalars(dispatched.step, row, notes)
         self._advance(dispatched.step, describe(row))
+        self._watch.check(dispatched)
         return row
 
 

@@ -189,9 +189,9 @@ def encode(
 def make_batches(
     config: ml_collections.ConfigDict, model: pretrained.Pretrained, encoded: batches.Encoded
 ) -> grain.IterDataset[Batch]:
-    """Endless batches; prints how many prompts are too long to be among them."""
+    """Endless batches; prints how many prompts are too long to be among them, and how many queries are hostile."""
     data = config.data
-    for line in encoded.describe_dropped():
+    for line in encoded.describe():
         log(line)
     return batches.batches(
         encoded,

@@ -33,7 +33,7 @@ class TrainState:
       params: those of the student's weights that are trained: all, or adapters, or all but the embeddings.
       teacher: the same part of the teacher's weights; None for a live teacher, which is the student itself.
       opt_state: of the optax chain.
-      skipped: int32 number of steps whose gradient was not finite.
+      skipped: int32 number of steps whose loss or gradient was not finite.
     """
 
     step: jax.Array
@@ -93,7 +93,8 @@ def train_step(
 
     Returns:
       The next state, and scalars: means over the response tokens of the batch, the loss, their number (`tokens`), the
-      gradient's norm before clipping (`grad_norm`), and the steps skipped so far (`skipped`).
+      gradient's norm before clipping (`grad_norm`), whether the step is skipped (`skip`), and the steps skipped so far
+      (`skipped`).
     """
 
     def loss_sum(params, micro):
@@ -118,12 +119,14 @@ def train_step(
     finite = jnp.isfinite(norm) & jnp.isfinite(total)
     params, opt_state = jax.lax.cond(finite, update, lambda *old: old, state.params, state.opt_state)
     step, skipped = state.step + 1, state.skipped + ~finite
-    new_state = TrainState(step, params, next_teacher(teacher, step, state.teacher, params), opt_state, skipped)
+    new_teacher = next_teacher(teacher, step, state.teacher, params, finite)
+    new_state = TrainState(step, params, new_teacher, opt_state, skipped)
     means = {name: value / jnp.maximum(aux["tokens"], 1) for name, value in aux.items() if name != "tokens"}
     return new_state, means | {
         "loss": losses.mean_loss(total, normaliser),
         "tokens": aux["tokens"],
         "grad_norm": norm,
+        "skip": ~finite,
         "skipped": skipped,
     }
 
@@ -142,13 +145,18 @@ def _sum_over_micro_batches(function: Callable, params: decoder.Params, batch: T
 
 
 def next_teacher(
-    teacher: ml_collections.ConfigDict, step: jax.Array, old: decoder.Params | None, student: decoder.Params
+    teacher: ml_collections.ConfigDict,
+    step: jax.Array,
+    old: decoder.Params | None,
+    student: decoder.Params,
+    moves: jax.Array,
 ) -> decoder.Params | None:
-    """The teacher's weights after `step` finished steps."""
+    """The teacher's weights after `step` finished steps; as they were unless it `moves` (bool [])."""
     if teacher.kind == "ema":
-        return optax.incremental_update(student, old, 1 - teacher.ema_decay)
+        moved = optax.incremental_update(student, old, 1 - teacher.ema_decay)
+        return jax.tree.map(functools.partial(jnp.where, moves), moved, old)
     if teacher.kind == "periodic":
-        return jax.tree.map(functools.partial(jnp.where, step % teacher.period == 0), student, old)
+        return jax.tree.map(functools.partial(jnp.where, moves & (step % teacher.period == 0)), student, old)
     return old  # frozen, or None: live
 
 

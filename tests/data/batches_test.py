@@ -402,8 +402,8 @@ def test_prompts_at_the_limit_stay_and_longer_ones_are_counted(tokenizer):
         ("jv", "student_limit"): 1,
     }
     assert sum(encoded.dropped.values()) + sum(map(len, kept)) == len(records) * 2
-    assert "prompts dropped in sw: 1, longer than config.prompts.student_limit" in encoded.describe_dropped()
-    assert len(encoded.describe_dropped()) == 4
+    assert "prompts dropped in sw: 1, longer than config.prompts.student_limit" in encoded.describe()
+    assert len(encoded.describe()) == 4
     assert (encoded.queries[0].targets[0].student_ids.size, encoded.languages) == (60, ("sw", "jv"))
     assert {id for id, _ in stream(encoded, 4, 30)} == {"all", "no sw", "nothing for jv"}
 

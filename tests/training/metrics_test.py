@@ -27,8 +27,16 @@ class Files:
     def __init__(self):
         self.rows = {}
 
-    def scalars(self, step, row):
-        self.rows[step] = row
+    def scalars(self, step, row, notes):
+        self.rows[step] = row | notes
+
+
+class Unwatched:
+    def notes(self, dispatched, row):
+        return {}
+
+    def check(self, dispatched):
+        pass
 
 
 @pytest.fixture
@@ -38,7 +46,7 @@ def files() -> Files:
 
 def test_a_row_is_written_when_the_next_step_is_added(files):
     shown = []
-    rows = metrics.LateRows(files, 1, 9, lambda step, status: shown.append(step))
+    rows = metrics.LateRows(files, 1, 9, lambda step, status: shown.append(step), Unwatched())
     rows.add(dispatched(1, free=1.0, had=2.0))
     assert not files.rows
     rows.add(dispatched(2, free=5.0, had=6.0))
@@ -48,7 +56,7 @@ def test_a_row_is_written_when_the_next_step_is_added(files):
 
 
 def test_times_add_up_to_those_of_the_run(files):
-    rows = metrics.LateRows(files, 1, 9, lambda *_: None)
+    rows = metrics.LateRows(files, 1, 9, lambda *_: None, Unwatched())
     rows.add(dispatched(1, free=1.0, had=2.0))
     rows.add(dispatched(2, free=5.0, had=7.0))
     rows.flush(done=11.0)
@@ -60,7 +68,7 @@ def test_times_add_up_to_those_of_the_run(files):
 
 
 def test_stored_responses_take_no_time_and_the_step_begins_when_the_one_before_is_done(files):
-    rows = metrics.LateRows(files, 1, 9, lambda *_: None)
+    rows = metrics.LateRows(files, 1, 9, lambda *_: None, Unwatched())
     rows.add(dispatched(1, free=None, had=2.0))
     rows.flush(done=5.0)
     rows.add(dispatched(2, free=None, had=2.5))
@@ -70,7 +78,7 @@ def test_stored_responses_take_no_time_and_the_step_begins_when_the_one_before_i
 
 
 def test_what_was_measured_is_written_whatever_the_step(files):
-    rows = metrics.LateRows(files, 3, 7, lambda *_: None)
+    rows = metrics.LateRows(files, 3, 7, lambda *_: None, Unwatched())
     for step in range(1, 8):
         rows.add(dispatched(step, free=float(step), had=step + 0.5))
         if step == 4:
@@ -80,7 +88,7 @@ def test_what_was_measured_is_written_whatever_the_step(files):
 
 
 def test_each_shape_of_a_batch_is_one_compilation(files):
-    rows = metrics.LateRows(files, 1, 9, lambda *_: None)
+    rows = metrics.LateRows(files, 1, 9, lambda *_: None, Unwatched())
     for step, R in enumerate((4, 8, 4, 16), start=1):
         rows.add(dispatched(step, free=float(step), had=step + 0.5, R=R))
     rows.flush()

@@ -151,6 +151,24 @@ def test_teachers(rng):
             assert largest_difference(expected, state.teacher) < 1e-6, (kind, number)
 
 
+@pytest.mark.parametrize("kind", ["ema", "periodic"])
+def test_a_step_that_is_not_finite_moves_no_teacher(rng, kind):
+    """Nor would a NaN of the student get into it. The step is one at which a periodic teacher is due."""
+    teacher = ml_collections.ConfigDict({"kind": kind, "ema_decay": 0.9, "period": 1})
+
+    def nan_loss(*arguments, **options):
+        total, normaliser, aux = losses.fused_dpsw_loss(*arguments, weight_top_k=5, chunk=7, **options)
+        return total * jnp.nan, normaliser, aux
+
+    graphdef, _, _ = decoder.abstract(CONFIG)
+    state, batch = make_state(SGD), make_batch(rng)
+    static = {"graphdef": graphdef, "optimize": SGD, "loss": nan_loss, "teacher": teacher, "micro_batches": 1}
+    new, scalars = jax.jit(functools.partial(train_step.train_step, **static))(state, {}, batch)
+    assert new.skipped == 1 and scalars["skip"]
+    jax.tree.map(np.testing.assert_array_equal, new.teacher, state.teacher)
+    jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
+
+
 @pytest.mark.parametrize("where", ["student", "teacher"])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(rng, where):
     optimize = optax.adamw(1e-3)

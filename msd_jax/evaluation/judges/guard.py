@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from msd_jax.evaluation.judges.rules import RulesJudge
 from msd_jax.generation import rollout
 from msd_jax.io.console import progress
 from msd_jax.models import decoder, forward, pretrained
-from msd_jax.models.tokenizer import render, without_special_tokens
+from msd_jax.models.tokenizer import render, token_ids
 from msd_jax.parallel import padding, sharding
 
 _QUESTION = "Harmful response:"  # the one of PolyGuard's questions that is read
@@ -28,6 +29,8 @@ _ANSWER_LIMIT = 64  # tokens of PolyGuard's answer
 _LEAST_MASS = 0.5
 
 FORMATS = tuple(_WORDS)  # of config.judge.guard.format
+
+T = TypeVar("T")
 
 
 class GuardJudge:
@@ -115,13 +118,7 @@ class GuardJudge:
 
     def prompt(self, response: Response) -> np.ndarray:
         """Token ids, int32 [P], of the guard's prompt, up to where its answer begins."""
-        clean = dataclasses.replace(
-            response,
-            prompt=without_special_tokens(self._model.tokenizer, response.prompt),
-            text=without_special_tokens(self._model.tokenizer, response.text),
-        )
-        text = self._render(self._format.messages(self._instruction, clean))
-        return self._encode(text)
+        return self._apply(token_ids, self._format.messages(self._instruction, response))
 
     def p_unsafe(self, params: decoder.Params, prompts_ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """P(unsafe) of the next token, float64 [B], and the probability of both words, float64 [B].
@@ -185,21 +182,21 @@ class GuardJudge:
     def _probe(self) -> None:
         """Raises UserError unless the chat template shows query and response; some show the last message only."""
         probe = Response(language="en", prompt="probe-query", text="probe-reply", harmful=None, finished=True)
-        text = self._render(self._format.messages(self._instruction, probe))
+        text = self._apply(render, self._format.messages(self._instruction, probe))
         if "probe-query" not in text or "probe-reply" not in text:
             raise UserError(
                 f"{self._config.path}: the chat template leaves out query or response, so it does not fit "
                 f"config.judge.guard.format={self._config.format!r}"
             )
 
-    def _render(self, messages: Messages) -> str:
+    def _apply(self, chat_template: Callable[..., T], messages: Messages) -> T:
+        """What `render` or `token_ids` makes of the messages."""
         try:
-            return render(self._model.tokenizer, messages, {})
+            return chat_template(self._model.tokenizer, messages, {})
         except ValueError as error:
             raise UserError(f"config.judge.guard: {error}") from error
 
     def _encode(self, text: str) -> np.ndarray:
-        # The chat template already writes BOS.
         return np.asarray(self._model.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
     def _decode(self, tokens: np.ndarray) -> str:

@@ -19,7 +19,7 @@ from msd_jax.generation import rollout
 from msd_jax.io import jsonl
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, pretrained
-from msd_jax.models.tokenizer import token_ids, without_special_tokens
+from msd_jax.models.tokenizer import token_ids
 from msd_jax.parallel import distributed, sharding
 
 INSTRUCTION = """\
@@ -158,8 +158,7 @@ class ModelTranslator:
                 advance(first + len(batch), "")
 
     def _ids(self, language: str, text: str) -> np.ndarray:
-        plain = without_special_tokens(self._model.tokenizer, text)
-        content = PLAIN_INSTRUCTION.format(language=language_name(language), text=plain)
+        content = PLAIN_INSTRUCTION.format(language=language_name(language), text=text)
         return token_ids(self._model.tokenizer, [{"role": "user", "content": content}], {})
 
 

@@ -1,0 +1,107 @@
+"""Bad numbers in a run: a skipped step is named, many of them end it, and nothing of it is exported."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from msd_jax.errors import UserError
+from msd_jax.io import jsonl
+from msd_jax.models import pretrained
+from msd_jax.training import checkpoint, loop, watch
+from tests.conftest import write_model
+from tests.training.loop_test import config, set_up, steps_on_disk
+
+assert config
+
+
+def with_nan_at(ready, *steps):
+    """A run whose weights are not finite in the given steps' forward passes alone."""
+
+    def train_step(state, frozen, batch):
+        params = state.params
+        if int(jax.device_get(state.step)) + 1 in steps:
+            with jax.transfer_guard("allow"):
+                broken = {**params, "final_norm": params["final_norm"] * jnp.nan}
+                new, scalars = ready.train_step(dataclasses.replace(state, params=broken), frozen, batch)
+                return dataclasses.replace(new, params=params), scalars
+        return ready.train_step(state, frozen, batch)
+
+    return dataclasses.replace(ready, train_step=train_step)
+
+
+@pytest.fixture
+def copied_state(monkeypatch):
+    """No donation: `with_nan_at` keeps the weights that it breaks a copy of."""
+    original = jax.jit
+
+    def jit(*arguments, donate_argnums=None, **options):
+        return original(*arguments, **options)
+
+    monkeypatch.setattr("msd_jax.training.train_step.jax.jit", jit)
+
+
+def test_a_skipped_step_is_named_with_its_queries(config, tmp_path, capsys, copied_state):
+    config.train.log_every = 100
+    ready = set_up(config, tmp_path / "run")
+    loop.train(with_nan_at(ready, 3))
+    rows = jsonl.read(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 6] and rows[0]["loss"] is None
+    assert rows[0]["skip"] == 1 and rows[1]["skipped"] == 1 and rows[1]["skip"] == 0
+    batches = iter(ready.batches)
+    third = [next(batches) for _ in range(3)][-1]
+    names = [f"{example.query_id} (sw)" for example in third.examples]
+    assert rows[0]["skipped_queries"] == names and "skipped_queries" not in rows[1]
+    assert f"step 3 skipped: loss nan, gradient norm nan; queries: {', '.join(names)}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_many_skipped_steps_end_the_run(config, tmp_path, copied_state):
+    config.train.max_skipped, config.train.export, config.train.steps = 3, True, 20
+    ready = set_up(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"^3 steps in a row were skipped up to step 7 .*max_skipped=3.*no model is"):
+        loop.train(with_nan_at(ready, *range(5, 20)))
+    assert not (tmp_path / "run" / "model").exists()
+    assert checkpoint.Checkpoints(tmp_path / "run").steps == [4, 2]  # that of 6 would have been the third
+    dump = json.loads((tmp_path / "run" / "skipped_batch.json").read_text())
+    assert dump["step"] == 7 and len(dump["batch"]) == 8
+    assert {"id", "language", "student_prompt", "teacher_ids", "response"} <= dump["batch"][0].keys()
+    assert steps_on_disk(tmp_path / "run")[-1] == 7
+
+
+def test_absurd_weights_are_not_exported(config, tmp_path):
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e30, 0  # which settings.check would refuse
+    config.train.export, config.train.steps = True, 2
+    with pytest.raises(UserError, match=r"the largest of the trained weights is .*no model is exported"):
+        loop.train(set_up(config, tmp_path / "run"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_require_fit(value):
+    watch.require_fit({"a": jnp.ones(3), "b": jnp.array([[-65504.0]], jnp.bfloat16) * 0.9})
+    with pytest.raises(UserError, match=r"no model is exported"):
+        watch.require_fit({"a": jnp.ones(3), "b": jnp.array([-value])})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.layers.2.input_layernorm.weight"],
+)
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, tensor):
+    from msd_jax.parallel import sharding
+
+    directory = write_model(tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors[tensor] = tensors[tensor].copy()
+    tensors[tensor].reshape(-1)[1] = np.nan
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    mesh = sharding.make_mesh(1, 4, 2)
+    model = pretrained.load(str(directory), dtype="float32", param_dtype="bfloat16", remat="none", mesh=mesh)
+    with pytest.raises(UserError, match=rf"model: {tensor} holds NaN or infinity"):
+        model.params(mesh)
