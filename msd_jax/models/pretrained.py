@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from msd_jax.errors import UserError
 from msd_jax.io.console import log
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, template_check, weights
+from msd_jax.models import decoder, location, template_check, weights
 from msd_jax.models.lora import Lora, is_adapter
 from msd_jax.models.tokenizer import load_tokenizer, stop_token_ids
 from msd_jax.parallel import sharding
@@ -170,7 +170,7 @@ def load(path: str, **options: Any) -> Pretrained:
     Raises:
       UserError: the message names the file and what is wrong with it.
     """
-    directory = weights.resolve(path)
+    directory = location.resolve(path)
     config = model_config.read(directory)
     files = weights.check(directory, config)
     tokenizer = load_tokenizer(str(directory))

@@ -1,4 +1,4 @@
-"""Tokenizers: where models are found, loading, chat templates, control tokens, stop tokens."""
+"""Tokenizers: loading, chat templates, control tokens, stop tokens."""
 
 import functools
 import inspect
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msd_jax.errors import UserError, UserFileError
+from msd_jax.models.location import is_local
 
 if TYPE_CHECKING:
     import transformers
@@ -126,21 +127,6 @@ def _encodable(tokenizer: Any, text: str) -> str:
         return " ".join(match[0]) if tokenizer.convert_tokens_to_ids(match[0]) in ids else match[0]
 
     return _any_of(_control_tokens(tokenizer)).sub(spell, text)
-
-
-def is_local(path: str) -> bool:
-    """Whether config.model.path is a directory; otherwise it is the hub id (owner/name) of a model.
-
-    Raises:
-      UserFileError: it is neither.
-    """
-    if not path:
-        raise UserFileError("config.model.path is empty: give a Hugging Face model directory or a hub id (owner/name)")
-    if pathlib.Path(path).expanduser().is_dir():
-        return True
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
-        raise UserFileError(f"config.model.path={path!r} is neither a directory nor a hub id (owner/name)")
-    return False
 
 
 def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":

@@ -20,32 +20,10 @@ import safetensors.numpy
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.models import decoder
 from msd_jax.models.config import DecoderConfig
-from msd_jax.models.tokenizer import is_local
+from msd_jax.models.location import COMPANIONS
 
 INDEX = "model.safetensors.index.json"
-# The files of a model directory beside its weights; none that holds code or pickles.
-COMPANIONS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-
 _GROUPS = re.compile(r"\(([^)]*)\)|(\w)")  # of one side of an einops pattern
-
-
-def resolve(path: str) -> pathlib.Path:
-    """The local directory of a model: `path` itself, or a snapshot of the hub id `path` (HF_HUB_OFFLINE respected).
-
-    Raises:
-      UserError: `path` is neither, or the hub does not give it.
-    """
-    if is_local(path):
-        return pathlib.Path(path).expanduser()
-    import huggingface_hub
-
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.safetensors", *COMPANIONS]))
-    except Exception as error:  # the hub's own errors are many; what the user can do is always the same
-        raise UserFileError(
-            f"config.model.path={path!r} is not a directory here, and the hub did not give it "
-            f"({type(error).__name__}); copy the model to this machine and give its directory"
-        ) from error
 
 
 def layout(config: DecoderConfig) -> dict[str, tuple[str, str]]:
