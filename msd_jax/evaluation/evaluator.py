@@ -134,11 +134,18 @@ class Evaluator:
 
 
 def judged(records: Sequence[ResponseRecord], judge: judges.Judge) -> list[ResponseRecord]:
-    """The records with `judge`'s verdicts, reasons and name; all three None in benchmarks that are not judged."""
+    """The records with `judge`'s verdicts, reasons and name; all three None in benchmarks that are not judged.
+
+    Where the judge gave no verdict at all, what the rules called invalid is unjudged too: a rate of these few responses
+    would be taken for one of all.
+    """
     asked = [record for record in records if benchmarks.BENCHMARKS[record.benchmark].judged]
     judgements = judge.judge(
         [judges.Response(r.language, r.prompt, r.response, r.harmful, bool(r.stopped)) for r in asked]
     )
+    verdicts = {judgement.verdict for judgement in judgements}
+    if verdicts == {Verdict.UNJUDGED, Verdict.INVALID}:
+        judgements = [dataclasses.replace(judgement, verdict=Verdict.UNJUDGED) for judgement in judgements]
     by_key = {record.key: judgement for record, judgement in zip(asked, judgements)}
     return [_with_judgement(record, by_key.get(record.key)) for record in records]
 
