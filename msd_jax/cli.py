@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from msd_jax import settings
 from msd_jax.errors import UserError
+from msd_jax.evaluation import rates
 from msd_jax.parallel import distributed
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
@@ -45,6 +46,14 @@ def config() -> ml_collections.ConfigDict:
         raise UserError(f"--config={path} does not load: {str(error).strip().splitlines()[-1].strip()}") from error
     settings.check(loaded)
     return loaded
+
+
+def require_verdicts(summary: rates.Summary) -> None:
+    """After everything is written: ends the process with exit code 3 where the judge gave no verdict at all."""
+    if rates.without_verdict(summary):
+        if distributed.is_first():
+            print("error: the judge gave no verdict: attack success is unknown; see docs/judges.md", file=sys.stderr)
+        sys.exit(3)
 
 
 def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: str | None) -> None:

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     summary = evaluation.run(lambda: rollout.reshard(params, model.dtype, layout), out)
     report.print_summary(summary)
     log(f"responses and verdicts: {out / 'responses.jsonl'}")
+    cli.require_verdicts(summary)
 
 
 if __name__ == "__main__":

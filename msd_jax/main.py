@@ -21,8 +21,9 @@ def main(argv: list[str]) -> None:
         ablation.train(grid, workdir)
         ablation.compare(grid, workdir)
     elif single:
-        loop.train(single)
+        summary = loop.train(single)
         report.write(workdir)
+        cli.require_verdicts(summary)
 
 
 if __name__ == "__main__":

@@ -152,10 +152,18 @@ def judged(records: Sequence[ResponseRecord], judge: judges.Judge) -> list[Respo
 def _judgements(
     records: Sequence[ResponseRecord], judge: judges.Judge
 ) -> dict[tuple[Pass, PromptKey], judges.Judgement]:
+    """The judgement of each record, by its key.
+
+    If the judge gave no verdict at all, what the rules called invalid is unjudged too: a rate of these few responses
+    would be taken for one of all.
+    """
     if not records:
         return {}
     responses = [judges.Response(r.language, r.prompt, r.response, r.harmful, bool(r.stopped)) for r in records]
-    return {record.key: judgement for record, judgement in zip(records, judge.judge(responses))}
+    judgements = judge.judge(responses)
+    if {judgement.verdict for judgement in judgements} == {Verdict.UNJUDGED, Verdict.INVALID}:
+        judgements = [dataclasses.replace(judgement, verdict=Verdict.UNJUDGED) for judgement in judgements]
+    return {record.key: judgement for record, judgement in zip(records, judgements)}
 
 
 def _with_judgement(record: ResponseRecord, judgement: judges.Judgement | None) -> ResponseRecord:

@@ -211,6 +211,17 @@ def summarise(records: Iterable[ResponseRecord], config: ml_collections.ConfigDi
     return summary
 
 
+def without_verdict(summary: Summary) -> bool:
+    """Whether a judge was asked and gave not a single verdict."""
+    entries = [entry for levels in summary.values() for entry in levels["languages"].values()]
+
+    def number(*rates: Rate) -> int:
+        keys = [rate.key for each in rates for rate in (each, _sampled(each))]
+        return sum(entry.get(f"{key}_n", 0) for entry in entries for key in keys)
+
+    return number(UNJUDGED) > 0 and number(ASR, OVER_REFUSAL) == 0
+
+
 def _entry(records: Sequence[ResponseRecord], group: str) -> dict[str, Any]:
     of_pass = {name: [record for record in records if record.pass_name == name] for name in OF_PASS}
     entry: dict[str, Any] = {"group": group, "n": max(map(len, of_pass.values()))}

@@ -97,9 +97,8 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
     params = jax.tree.map_with_path(load, target)
     for name, finite_L in jax.device_get(_finite(params)).items():
         for layer in np.flatnonzero(~np.atleast_1d(finite_L)):
-            raise UserError(
-                f"{directory}: {table[name][0].format(layer)} holds NaN or infinity; the weights are damaged"
-            )
+            tensor = table[name][0].format(layer)
+            raise UserError(f"{directory}: {tensor} holds NaN or infinity: the weights are damaged")
     return params
 
 

@@ -7,6 +7,7 @@ import jax
 
 from msd_jax.data.batches import Batch
 from msd_jax.errors import UserError
+from msd_jax.evaluation.rates import Summary
 from msd_jax.generation import analyses
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export
@@ -18,8 +19,12 @@ from msd_jax.training.run import Run, check, describe, encode, make_batches, rol
 from msd_jax.training.train_step import TrainState
 
 
-def train(run: Run) -> None:
-    """Trains from the last checkpoint, or from the initial weights, to the end; evaluates before and after."""
+def train(run: Run) -> Summary:
+    """Trains from the last checkpoint, or from the initial weights, to the end; evaluates before and after.
+
+    Returns:
+      The last evaluation's summary; {} where the config asks for none.
+    """
     state, frozen = initial_state(run)
     queries = iter(with_analyses(run, frozen, state) if run.config.prompts.cot == "generated" else run.batches)
     step = 0
@@ -41,7 +46,7 @@ def train(run: Run) -> None:
     if run.config.train.export and step:
         watch.require_fit(state.params)
         export_model(run, frozen, state)
-    evaluate(run, step, lambda: rollout_params(run, frozen, state.params))
+    return evaluate(run, step, lambda: rollout_params(run, frozen, state.params))
 
 
 def take_steps(
@@ -119,10 +124,9 @@ def with_analyses(run: Run, frozen: decoder.Params, state: TrainState) -> grain.
     return make_batches(run.config, run.model, encode(run.config, run.model, run.records, written))
 
 
-def evaluate(run: Run, step: int, params: Callable[[], decoder.Params]) -> None:
-    """Evaluates what `params` gives, unless the config asks for no evaluation or it is stored already."""
-    if run.evaluation:
-        run.evaluation.run(params, run.workdir / "eval" / str(step))
+def evaluate(run: Run, step: int, params: Callable[[], decoder.Params]) -> Summary:
+    """The evaluation of what `params` gives, or the stored one; {} where the config asks for none."""
+    return run.evaluation.run(params, run.workdir / "eval" / str(step)) if run.evaluation else {}
 
 
 def export_model(run: Run, frozen: decoder.Params, state: TrainState) -> None:

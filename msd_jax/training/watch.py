@@ -81,9 +81,8 @@ class Watch:
             for response_ids in (response_R[:length],)
         ]
         if distributed.is_first():
-            jsonl.replace_text(
-                self._path, json.dumps({"step": dispatched.step, "batch": rows}, ensure_ascii=False, indent=1) + "\n"
-            )
+            text = json.dumps({"step": dispatched.step, "batch": rows}, ensure_ascii=False, indent=1)
+            jsonl.replace_text(self._path, text + "\n")
 
 
 def require_fit(params: decoder.Params) -> None:
