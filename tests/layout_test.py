@@ -96,5 +96,13 @@ def test_files_and_functions_are_short(module):
             assert not lines or node.end_lineno - lines[0] < 60, f"{module}.{node.name}"
 
 
+def test_the_docs_name_each_file_once():
+    told = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8").partition("## One query")[2]
+    for path in PACKAGE.rglob("*.py"):
+        if not path.name.startswith("__"):
+            name = path.name if path.parent.parent.name == "evaluation" else str(path.relative_to(PACKAGE))
+            assert told.count(f"`{name}`") == 1, f"docs/architecture.md must name {name} once"
+
+
 def is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
