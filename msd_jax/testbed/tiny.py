@@ -90,7 +90,7 @@ def model(name: str) -> pathlib.Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         source = pathlib.Path(folder)
-        weights.copy_tokenizer(MODEL_PATH, source)
+        weights.copy_companions(MODEL_PATH, source)
         (source / "config.json").write_text(text, encoding="utf-8")
         _, params = decoder.init(model_config.read(source), jax.random.key(0))
         export.save(source / "model", params, source)
