@@ -262,13 +262,14 @@ def write(directory: pathlib.Path, named: Iterable[tuple[str, np.ndarray]], max_
 
 
 def _shards(named: Iterable[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
-    """The tensors of one file after the other, each filled up to `max_bytes`."""
+    """The tensors of one file after the other, each filled up to `max_bytes`; valid until the next is asked for."""
     shard: dict[str, np.ndarray] = {}
     room = max_bytes
     for name, value in named:
         if shard and value.nbytes > room:
             yield shard
-            shard, room = {}, max_bytes
+            shard.clear()  # not a new one, which would keep this one in memory beside it
+            room = max_bytes
         shard[name] = value
         room -= value.nbytes
     yield shard
