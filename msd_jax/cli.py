@@ -67,7 +67,7 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
         try:
             main(argv)
         except UserError as error:  # in the middle of a run; errors of JAX, Optax and Orbax keep their traceback
-            sys.exit(f"error: {error}")
+            distributed.end_in_error(f"error: {error}")
 
     with distributed.together():
         app.run(guarded, flags_parser=parse)
