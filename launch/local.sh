@@ -39,18 +39,28 @@ for ((id = 0; id < PROCESSES; id++)); do
   pids+=($!)
 done
 
-# The processes monitor each other and end together; the first non-zero status is the run's.
+# The processes watch each other and end together. One that cannot end by itself, because it was stopped or hangs, is
+# killed once the others had the time to name what they miss. The first status that is not 0 is the run's.
+SECONDS_TO_END=45
 status=0
-for id in "${!pids[@]}"; do
-  code=0
-  wait "${pids[$id]}" || code=$?
-  while kill -0 "${pids[$id]}" 2>/dev/null; do # a signal to this script interrupts `wait`
+ended=
+while ((${#pids[@]} > 0)); do
+  for id in "${!pids[@]}"; do
+    kill -0 "${pids[$id]}" 2>/dev/null && continue
     code=0
     wait "${pids[$id]}" || code=$?
+    unset "pids[$id]"
+    ended=${ended:-$SECONDS}
+    if ((code != 0)); then
+      echo "process $id ended with exit code $code" >&2
+      status=$((status == 0 ? code : status))
+    fi
   done
-  if ((code != 0)); then
-    echo "process $id ended with exit code $code" >&2
-    status=$((status == 0 ? code : status))
+  if [[ -n $ended ]] && ((SECONDS - ended > SECONDS_TO_END && ${#pids[@]} > 0)); then
+    echo "killing what did not end within $SECONDS_TO_END seconds: process ${!pids[*]}" >&2
+    kill -KILL "${pids[@]}" 2>/dev/null || true
   fi
+  sleep 0.3 &
+  wait $! || true # unlike a sleep in the foreground, it lets a signal to this script through at once
 done
 exit "$status"

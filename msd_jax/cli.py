@@ -82,8 +82,8 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
     def guarded(argv: list[str]) -> None:
         try:
             main(argv)
-        except UserError as error:  # in the middle of a run; errors of JAX, Optax and Orbax keep their tracebacks
-            sys.exit(f"error: {error}")
+        except UserError as error:  # in the middle of a run; errors of JAX, Optax and Orbax keep their traceback
+            distributed.end_in_error(f"error: {error}")
 
     with distributed.together():
         app.run(guarded, flags_parser=parse)

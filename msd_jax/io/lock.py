@@ -48,10 +48,10 @@ def take(directory: pathlib.Path) -> "Lock":
         lock = Lock(path, _Holder.this_process())
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(lock.holder.line())
-        if not _held:
+        _held[path] = lock
+        if len(_held) == 1:
             threading.Thread(target=_beat, daemon=True).start()
             distributed.at_end(release_all)
-        _held[path] = lock
         return lock
 
 

@@ -135,6 +135,17 @@ def end_preempted(message: str) -> None:
     sys.exit(_EXIT_PREEMPTED)
 
 
+def end_in_error(message: str) -> None:
+    """Ends the run with exit code 1 and one line.
+
+    At once: what libraries would still write, to a disk that is full say, fails again, with a traceback each.
+    """
+    if _peers:
+        _peers.fail(message)
+    print(message, file=sys.stderr)
+    _quit(1)
+
+
 def _listen_for_sigterm() -> None:
     """Takes SIGTERM from JAX and from the default, in a thread: the main one may be waiting for a device."""
     if threading.current_thread() is not threading.main_thread():

@@ -5,6 +5,7 @@ A checkpoint is sealed by checksums once it is written, and checked against them
 
 import errno
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -47,6 +48,13 @@ MAY_CHANGE = (
     "mesh.",  # the order in which devices add changes the last bits
     "launch.",
 )
+
+
+def _not_raised_too(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_not_raised_too)  # Orbax logs each exception several times before it raises it
 
 
 class Checkpoints:

@@ -187,6 +187,30 @@ def test_the_coordinator_dies(tmp_path):
     assert re.search(r"process 1 ended with exit code (?!0)", output(workdir))
 
 
+def test_a_stopped_coordinator_is_named_within_30_seconds_and_killed(tmp_path):
+    workdir = tmp_path / "run"
+    launcher = start(2, workdir, *LONG, devices=2)
+    wait_for(lambda: len(steps(workdir)) > 2, launcher, workdir)
+    os.kill(children(launcher)[0], signal.SIGSTOP)
+    begin = time.monotonic()
+    named = f"error: process 0 on {socket.gethostname()}, which coordinates the run, is silent for 24 seconds"
+    wait_for(lambda: named in output(workdir), launcher, workdir, seconds=35)
+    assert time.monotonic() - begin < 33  # 30 s, and what a busy machine needs
+    assert launcher.wait(timeout=70) == 1
+    assert "process 1 ended with exit code 1" in output(workdir)
+    assert "process 0 ended with exit code 137" in output(workdir)
+
+
+def test_sigterm_in_the_evaluation_ends_both_at_once(tmp_path):
+    workdir = tmp_path / "run"
+    launcher = start(2, workdir, *LONG[:2], "--config.eval.batch_size=64", devices=2)
+    wait_for((workdir / "eval/0/responses.jsonl").exists, launcher, workdir)
+    os.kill(children(launcher)[1], signal.SIGTERM)
+    assert launcher.wait(timeout=20) == 143, output(workdir)
+    assert output(workdir).count("preempted: nothing finished is lost; run the same command again to resume") == 1
+    assert not (workdir / "lock.json").exists() and "Traceback" not in output(workdir)
+
+
 def by_flags(workdir: pathlib.Path, *flags_of_each: str) -> list[subprocess.CompletedProcess]:
     """One process for each of `flags_of_each`, which learns of the others by flags."""
     port = free_port()

@@ -1,5 +1,7 @@
 """Faults injected for real: what a run does about damaged, exchanged and removed files, and about another run."""
 
+import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -14,10 +16,10 @@ import numpy as np
 import pytest
 
 from msd_jax.errors import UserError
-from msd_jax.io import lock
+from msd_jax.io import checksums, jsonl, lock, retries
 from msd_jax.models import trained
 from msd_jax.parallel import sharding
-from msd_jax.training import checkpoint
+from msd_jax.training import checkpoint, loop
 from tests.conftest import write_model
 from tests.training.conftest import set_up, train
 
@@ -164,7 +166,7 @@ def test_another_file_under_the_same_path_is_refused_and_named(config, tmp_path)
     def refused(*names: str) -> None:
         for without in (False, True):  # the checkpoint knows too
             if without:
-                (tmp_path / "run" / "inputs.json").unlink()
+                (tmp_path / "run" / "inputs.json").unlink(missing_ok=True)
             with pytest.raises(UserError, match="holds a run on other files of the same paths") as caught:
                 set_up(config, tmp_path / "run")
             assert all(name in str(caught.value) for name in names), caught.value
@@ -263,3 +265,58 @@ def test_a_run_that_lost_its_lock_or_its_workdir_ends(tmp_path):
     (tmp_path / lock.NAME).unlink()
     with pytest.raises(UserError, match=r"lock.json is gone: the directory was removed"):
         held.check()
+
+
+def test_a_removed_workdir_ends_the_run_and_is_not_made_anew(config, tmp_path):
+    ready, taken = set_up(config, tmp_path / "run"), []
+
+    def removes(*arguments):
+        taken.append(1)
+        if len(taken) == 3:
+            ready.checkpoints.wait()
+            shutil.rmtree(tmp_path / "run")
+        return ready.train_step(*arguments)
+
+    with pytest.raises(UserError, match=r"run/lock.json is gone: the directory was removed or replaced"):
+        loop.train(dataclasses.replace(ready, train_step=removes))
+    assert len(taken) == 3 and not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"checkpoint 4 could not be written: No such file or directory"):
+        ready.checkpoints.save(4, {"x": np.zeros(3)}, {})
+        ready.checkpoints.close()
+    assert not (tmp_path / "run" / "checkpoints" / "4").exists()
+
+
+def test_storage_that_fails_twice_and_then_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(retries, "PAUSES", (0.0, 0.0, 0.0))
+    failures = {}
+
+    def flaky(call, fails: int, code: int):
+        def fail_at_first(*arguments, **options):
+            failures[call] = failures.get(call, 0) + 1
+            if failures[call] <= fails:
+                raise OSError(code, os.strerror(code))
+            return call(*arguments, **options)
+
+        return fail_at_first
+
+    before = retries.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", flaky(os.replace, 2, errno.ESTALE))
+        patch.setattr(os, "fsync", flaky(os.fsync, 2, errno.EIO))
+        log = jsonl.JsonLines(tmp_path / "log.jsonl")
+        log.replace([{"n": 0}])
+        log.append([{"n": 1}])  # once, though twice something was written before the failure
+        patch.setattr(pathlib.Path, "read_bytes", flaky(pathlib.Path.read_bytes, 2, errno.ETIMEDOUT))
+        assert log.read() == [{"n": 0}, {"n": 1}]
+        patch.setattr(pathlib.Path, "open", flaky(pathlib.Path.open, 2, errno.EIO))
+        assert len(checksums.of_file(tmp_path / "log.jsonl")) == 32
+    assert retries.count() == before + 8
+    assert "Stale file handle; retrying in 0 s" in capsys.readouterr().err
+    for code, tries in ((errno.EIO, 4), (errno.ENOSPC, 1)):  # bounded; and a full disk is not asked again
+        failures.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", flaky(os.replace, 9, code))
+            with pytest.raises(UserError, match=f"log.jsonl could not be written: {os.strerror(code)}"):
+                log.replace([])
+        assert list(failures.values()) == [tries]
+    assert log.read() == [{"n": 0}, {"n": 1}]
