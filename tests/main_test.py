@@ -116,9 +116,9 @@ def test_long_prompts_are_dropped_and_counted_or_an_error_if_all_are(config, tmp
     config.data.path = write_queries(tmp_path, json.dumps(RECORD) + "\n" + json.dumps(long))
     config.prompts.student_limit = 16
     loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "kept").checkpoints.close()
-    assert "1 prompts in sw dropped, longer than config.prompts.student_limit" in capsys.readouterr().out
+    assert "prompts dropped in sw: 1, longer than config.prompts.student_limit" in capsys.readouterr().out
     config.prompts.student_limit = 4
-    refuses(config, tmp_path, r"all 2 prompts in 'sw' are longer than config.prompts.student_limit=4 \(longest: \d+")
+    refuses(config, tmp_path, r"all prompts in 'sw' are longer than config.prompts.student_limit=4 \(longest: \d+")
 
 
 def test_a_workdir_that_cannot_be_written(config, tmp_path):
@@ -141,7 +141,7 @@ def test_top_k_beyond_the_vocabulary(config, tmp_path):
         ("--config=configs/nothing.py", "error: --config=configs/nothing.py does not load: "),
         (
             "--config=configs/qwen3_8b.py:smok",
-            "error: flag --config=configs/qwen3_8b.py:smok: the recipe has no variant",
+            "error: flag --config=configs/qwen3_8b.py:smok: unknown variant",
         ),
         ("--confg=x", "error: Unknown command line flag 'confg'"),
     ],

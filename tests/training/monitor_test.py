@@ -150,7 +150,7 @@ def test_a_floor_without_answers_is_refused(tmp_path):
     [
         ({"utility_floor": 0.5, "every": 0}, r"config\.eval\.utility_floor=0\.5 with config\.eval\.every=0"),
         ({"path": ""}, r"config\.eval\.every=2: set config\.eval\.path or config\.eval\.benchmarks"),
-        ({"utility_floor": 1.5}, r"config\.eval\.utility_floor=1\.5 must be at least 0.0 and at most 1"),
+        ({"utility_floor": 1.5}, r"config\.eval\.utility_floor=1\.5 must be at least 0 and at most 1"),
         ({"slice": 0}, r"config\.eval\.slice=0 must be at least 1"),
     ],
 )
