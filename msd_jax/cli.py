@@ -95,7 +95,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
         error = error.args[0]
     flag, *traceback = re.split(r"Error whilst parsing config file:\s*Traceback", str(error), maxsplit=1)
     if traceback:  # ml_collections passes on what get_config raised as a whole traceback
-        return flag + re.sub(r"^\w+: ", "", traceback[0].strip().splitlines()[-1].strip())
+        return flag + re.sub(r"^[\w.]+: ", "", traceback[0].strip().splitlines()[-1].strip())
     text = " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
     unknown = re.match(r"'?(\w+)'?( Did you mean \"(\w+)\"|$)", text)
     if unknown:
