@@ -26,13 +26,13 @@ class JsonLines:
                 with path.open("rb+") as file:
                     file.truncate(file.read().rfind(b"\n") + 1)
 
-    def read(self) -> list[Row]:
-        """All rows, the same on every process, each of which must call this.
+    def read(self, **columns: type) -> list[Row]:
+        """All rows, the same on every process, each of which must call this; `columns` as in `read` below.
 
         Raises:
           UserError: a line is damaged.
         """
-        return distributed.from_first(lambda: read(self._path))
+        return distributed.from_first(lambda: read(self._path, **columns))
 
     def append(self, rows: Iterable[Row]) -> None:
         """Adds rows, on disk when this returns.
@@ -62,8 +62,12 @@ class JsonLines:
                 replace_text(self._path, _lines(rows))
 
 
-def read(path: pathlib.Path) -> list[Row]:
+def read(path: pathlib.Path, **columns: type) -> list[Row]:
     """All rows of the file; [] if there is none. A last line cut short by a kill is left out.
+
+    Args:
+      path: of the file.
+      **columns: what every row must have, by name and type.
 
     Raises:
       UserError: a line is damaged; the message names it.
@@ -78,6 +82,9 @@ def read(path: pathlib.Path) -> list[Row]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
+            for name, kind in columns.items():
+                if not isinstance(row.get(name), kind):
+                    raise ValueError(f"{name!r} is not of type {kind.__name__}")
         except ValueError as error:
             raise UserError(
                 f"{path}, line {number} is damaged ({error}); remove that line to lose only what it holds, or the "

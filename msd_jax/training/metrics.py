@@ -23,7 +23,7 @@ class Metrics:
         self._scalars = jsonl.JsonLines(workdir / "metrics.jsonl")
         self._completions = jsonl.JsonLines(workdir / "completions.jsonl")
         for file in (self._scalars, self._completions):
-            file.replace(row for row in file.read() if row["step"] <= resume_step)
+            file.replace(row for row in file.read(step=int) if row["step"] <= resume_step)
         self._board = None
         if distributed.is_first():
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)

@@ -12,6 +12,7 @@ import sys
 import time
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from msd_jax.errors import UserError
 from msd_jax.io import checksums, jsonl, lock, retries
 from msd_jax.models import trained
 from msd_jax.parallel import sharding
-from msd_jax.training import checkpoint, loop
+from msd_jax.training import checkpoint, loop, metrics, run
 from tests.conftest import write_model
 from tests.training.conftest import set_up, train
 
@@ -192,17 +193,19 @@ def test_another_file_under_the_same_path_is_refused_and_named(config, tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
-def test_the_checkpoint_s_own_config_decides_where_config_json_is_gone(config, tmp_path):
+def test_the_checkpoint_s_own_config_decides_where_config_json_is_gone_or_edited(config, tmp_path):
     config.train.steps = 2
     train(config, tmp_path / "run")
-    (tmp_path / "run" / "config.json").unlink()
     config.optimizer.learning_rate, config.train.steps = 1.0, 4
-    with pytest.raises(UserError, match=r"config.optimizer.learning_rate: 0.01 -> 1.0"):
-        set_up(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "config.json").exists()
+    path = tmp_path / "run" / "config.json"
+    path.write_text(config.to_json_best_effort())  # edited, so that it fits
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"config.optimizer.learning_rate: 0.01 -> 1.0"):
+            set_up(config, tmp_path / "run")
+        path.unlink(missing_ok=True)
     config.optimizer.learning_rate = 0.01
     set_up(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 4
+    assert json.loads(path.read_text())["train"]["steps"] == 4
 
 
 HOLDER = """
@@ -320,3 +323,21 @@ def test_storage_that_fails_twice_and_then_works(tmp_path, monkeypatch, capsys):
                 log.replace([])
         assert list(failures.values()) == [tries]
     assert log.read() == [{"n": 0}, {"n": 1}]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\xff\xfe\n", b"{}", b'{"step": "2"}', b"[2]"])
+def test_a_damaged_line_is_named(tmp_path, name, damage):
+    (tmp_path / name).write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=rf"{name}, line 2 is damaged .*remove that line to lose only what it holds"):
+        metrics.Metrics(tmp_path, 3)
+
+
+@pytest.mark.parametrize("name", ["config.json", "inputs.json"])
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "\0"])
+def test_a_damaged_config_is_named_with_what_to_do(config, tmp_path, name, damage):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text(damage)
+    with pytest.raises(UserError, match=rf"run/{name} is damaged \(.*remove it: it is written anew"):
+        run.claim(tmp_path / "run", ml_collections.FrozenConfigDict(config), {})
+    assert (tmp_path / "run" / name).read_text() == damage
