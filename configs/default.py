@@ -120,6 +120,8 @@ def get_config() -> ml_collections.ConfigDict:
     # A step whose loss or gradient is not finite is skipped: nothing moves, and metrics.jsonl names its queries. This
     # many in a row end the run with an error and without an export.
     config.train.max_skipped = 10
+    # Rollouts that collapse (empty, far shorter than at first, endless, or looping) are warned of; True ends the run.
+    config.train.stop_on_collapse = False
     config.train.checkpoint_every = 100  # steps; the last step is always saved
     config.train.checkpoints_kept = 2
     config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard
@@ -148,6 +150,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.every = 0
     config.eval.slice = 16
     config.eval.utility_floor = 0.0
+    # Likewise where the slice's over-refusal rises above this share; with 1 it never does.
+    config.eval.over_refusal_ceiling = 1.0
     # Each benchmark's file or directory, or hf://OWNER/NAME; its languages and its limit, where they are not eval's.
     sources = {
         "multijail": "hf://DAMO-NLP-SG/MultiJail",

@@ -109,7 +109,7 @@ def read(directory: pathlib.Path) -> DecoderConfig:
         raise UserFileError(f"{path} is missing: {directory} is not a Hugging Face model directory")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of too many digits, and nests of lists, among them
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}")
@@ -129,8 +129,9 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
       KeyError: a key without a default is missing.
     """
     family = values.get("model_type")
-    if family not in SUPPORTED:
+    if not isinstance(family, str) or family not in SUPPORTED:
         raise UserError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    _check_values(values)
     gemma = family.startswith("gemma")
     for key, harmless in _ONLY.items():
         if (values.get(key) or harmless) != harmless:
@@ -144,11 +145,17 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
 
     activation = values.get("hidden_activation") or values.get("hidden_act") or "silu"
     activations = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if activation not in activations:
+    if not isinstance(activation, str) or activation not in activations:
         raise UserError(f"hidden_act={activation!r} is not implemented (only {', '.join(activations)})")
 
     layers, width, heads = values["num_hidden_layers"], values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim") or width // heads
+    kv_heads = values.get("num_key_value_heads") or heads
+    if heads % kv_heads or head_dim % 2 or not head_dim:
+        raise UserError(
+            f"num_attention_heads={heads}, num_key_value_heads={kv_heads}, head size {head_dim}: the first must be "
+            "a multiple of the second, and the head size even"
+        )
     kinds = _layer_kinds(values)
     window = values.get("sliding_window") or 0
     scale = values.get("query_pre_attn_scalar", head_dim) if gemma else head_dim
@@ -157,7 +164,7 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
         width=width,
         layers=layers,
         heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
+        kv_heads=kv_heads,
         head_dim=head_dim,
         ffw=values["intermediate_size"],
         norm_eps=values.get("rms_norm_eps", 1e-6),
@@ -173,8 +180,76 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
         sandwich_norms=gemma,
         attention_softcap=values.get("attn_logit_softcapping") if gemma else None,
         logit_softcap=values.get("final_logit_softcapping") if gemma else None,
-        initializer_range=values.get("initializer_range", 0.02),
+        initializer_range=float(values.get("initializer_range", 0.02)),
     )
+
+
+# Numbers, the least and the most that they may be; those that may be null are absent then.
+_SIZES = {
+    "num_hidden_layers": (1, 1000),
+    "hidden_size": (1, 1 << 17),
+    "num_attention_heads": (1, 1 << 12),
+    "num_key_value_heads": (1, 1 << 12),
+    "head_dim": (1, 1 << 12),
+    "intermediate_size": (1, 1 << 20),
+    "vocab_size": (1, 1 << 22),
+    "sliding_window": (0, 1 << 30),
+    "sliding_window_pattern": (1, 1000),
+    "max_window_layers": (0, 1000),
+    "max_position_embeddings": (1, 1 << 30),
+}
+_POSITIVE = (
+    *("rms_norm_eps", "initializer_range", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+_ROPE_NUMBERS = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("beta_fast", "beta_slow", "attention_factor", "partial_rotary_factor"),
+)
+_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias")
+_NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", *_POSITIVE[5:])
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Raises UserError where a value is of another type, or out of the range that any model has."""
+    for key, (least, most) in _SIZES.items():
+        value = values.get(key, least)
+        if not (value is None and key in _NULLABLE) and not (type(value) is int and least <= value <= most):
+            raise UserError(f"{key}={_shown(value)} must be a whole number from {least} to {most}")
+    for key in _POSITIVE:
+        _check_positive(key, values.get(key, None if key in _NULLABLE else 1.0), key in _NULLABLE)
+    for key in _FLAGS:
+        if not isinstance(values.get(key, False), bool):
+            raise UserError(f"{key}={_shown(values[key])} must be true or false")
+    kinds = values.get("layer_types")
+    if not (kinds is None or (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds))):
+        raise UserError(f"layer_types={_shown(kinds)} must be a list of strings")
+    for key in ("rope_parameters", "rope_scaling"):
+        section = values.get(key)
+        _check_rope(key, section)
+        for kind in ("full_attention", "sliding_attention"):
+            _check_rope(f"{key}.{kind}", (section or {}).get(kind))
+
+
+def _check_rope(key: str, section: Any) -> None:
+    if not isinstance(section, dict | None):
+        raise UserError(f"{key}={_shown(section)} must be an object")
+    for name in (section or {}).keys() & set(_ROPE_NUMBERS):
+        _check_positive(f"{key}.{name}", section[name], name in ("beta_fast", "beta_slow", "attention_factor"))
+    for name in (section or {}).keys() & {"rope_type", "type"}:
+        if not isinstance(section[name], str):
+            raise UserError(f"{key}.{name}={_shown(section[name])} must be a string")
+
+
+def _check_positive(key: str, value: Any, nullable: bool) -> None:
+    if value is None and nullable:
+        return
+    if type(value) not in (int, float) or not 0 < value < 1e12:
+        raise UserError(f"{key}={_shown(value)} must be a positive number")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
 
 
 # Keys whose other values the decoder does not implement.
@@ -241,6 +316,8 @@ def _rope(values: dict[str, Any], kind: str) -> Rope:
             raise UserError(f"the rope parameter {key} is not implemented")
     if parameters.get("truncate") is False:
         raise UserError("the rope parameter truncate=False is not implemented")
+    if not theta > 1:
+        raise UserError(f"rope_theta={theta!r} must be greater than 1")
     scaling: dict[str, float | str] = {}
     if rope_type != "default":
         scaling["rope_type"] = rope_type
@@ -251,4 +328,6 @@ def _rope(values: dict[str, Any], kind: str) -> Rope:
                 scaling[key] = parameters[key]
             elif key not in ("beta_fast", "beta_slow", "attention_factor"):
                 raise KeyError(f"rope parameter {key}")
+    if rope_type == "llama3" and not parameters["high_freq_factor"] > parameters["low_freq_factor"]:
+        raise UserError("the rope parameter high_freq_factor must be greater than low_freq_factor")
     return Rope(theta=float(theta), scaling=tuple(sorted(scaling.items())))

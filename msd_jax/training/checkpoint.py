@@ -14,6 +14,7 @@ from flax import traverse_util
 MAY_CHANGE = (
     "train.steps",
     "train.max_skipped",
+    "train.stop_on_collapse",
     "train.checkpoint_every",
     "train.checkpoints_kept",
     "train.log_every",
@@ -22,6 +23,7 @@ MAY_CHANGE = (
     "train.export",
     "eval.every",
     "eval.utility_floor",
+    "eval.over_refusal_ceiling",
     "eval.batch_size",
     "preflight.",  # of another command
     "judge.guard.batch_size",
