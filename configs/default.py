@@ -121,6 +121,8 @@ def get_config() -> ml_collections.ConfigDict:
     # A step whose loss or gradient is not finite is skipped: nothing moves, and metrics.jsonl names its queries. This
     # many in a row end the run with an error and without an export.
     config.train.max_skipped = 10
+    # Rollouts that collapse (empty, far shorter than at first, endless, or looping) are warned of; True ends the run.
+    config.train.stop_on_collapse = False
     config.train.checkpoint_every = 100  # steps; the last step is always saved
     config.train.checkpoints_kept = 2
     config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard
@@ -144,10 +146,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.max_new_tokens = 256
     # During training, a slice of the evaluation goes into metrics.jsonl, in the first of the passes. If the share of
     # correct answers falls below utility_floor times its value before training, training stops and returns to the last
-    # checkpoint at or above that floor.
+    # checkpoint at or above that floor. Likewise if the slice's over-refusal rises above over_refusal_ceiling.
     config.eval.every = 0  # steps between slices; 0 for none
     config.eval.slice = 16  # prompts of each benchmark, language and label
     config.eval.utility_floor = 0.0  # 0 never stops
+    config.eval.over_refusal_ceiling = 1.0  # 1 never stops
     # Each benchmark: its file or directory, or hf://OWNER/NAME; its languages and limit if not those above.
     sources = {
         "multijail": "hf://DAMO-NLP-SG/MultiJail",

@@ -131,6 +131,7 @@ _RANGES = {
     "eval.every": _COUNT_OR_NONE,
     "eval.slice": _COUNT,
     "eval.utility_floor": _SHARE,
+    "eval.over_refusal_ceiling": _SHARE,
     "eval.prompt_limit": _COUNT_OR_NONE,
     "eval.batch_size": _COUNT,
     "eval.max_new_tokens": _COUNT,
@@ -354,6 +355,11 @@ def _evaluation(config: Any) -> Iterator[str]:
         yield (
             f"config.eval.utility_floor={config.eval.utility_floor!r} with config.eval.every=0: utility is not "
             "measured during training; set config.eval.every to a number of steps"
+        )
+    if config.eval.over_refusal_ceiling < 1 and not config.eval.every:
+        yield (
+            f"config.eval.over_refusal_ceiling={config.eval.over_refusal_ceiling!r} with config.eval.every=0: "
+            "over-refusal is not measured during training; set config.eval.every to a number of steps"
         )
     if config.eval.path or config.eval.benchmarks:
         return

@@ -141,6 +141,14 @@ def test_control_tokens_in_queries_are_counted_and_encoded_as_text(config, tmp_p
     assert set(counts) == {3}  # of one turn and the reply's beginning
 
 
+@pytest.mark.parametrize("stop", [-1, 40, 10**30])
+def test_a_stop_token_outside_the_vocabulary(config, tmp_path, stop):
+    directory = copy_model(config, tmp_path)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, stop]}))
+    config.model.path = str(directory)
+    refuses(config, tmp_path, rf"the stop tokens \[{stop}\] are outside the vocabulary of 40; correct eos_token_id")
+
+
 def test_a_workdir_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"--workdir=\S+file/workdir cannot be written"):

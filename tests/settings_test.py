@@ -39,6 +39,11 @@ def test_the_defaults_pass(config):
         ("train.steps", 10**12, r"config.train.steps=1000000000000 must be at least 0 and at most 10000000"),
         ("data.batch_size", 10**12, r"config.data.batch_size=1000000000000 must be at least 1 and at most 10000000"),
         ("optimizer.learning_rate", -1e-5, r"config.optimizer.learning_rate=-1e-05 must be at least 0"),
+        ("optimizer.learning_rate", 1e30, r"config.optimizer.learning_rate=1e\+30 must be at least 0 and at most 1"),
+        ("optimizer.learning_rate", float("nan"), r"config.optimizer.learning_rate=nan must be a finite number"),
+        ("teacher.ema_decay", float("nan"), r"config.teacher.ema_decay=nan must be a finite number"),
+        ("loss.beta", float("nan"), r"config.loss.beta=nan must be a finite number"),
+        ("train.steps", 10**12, r"config.train.steps=10+ must be at least 0 and at most 10000000"),
         ("train.micro_batches", 5, r"micro_batches=5 does not divide config.data.batch_size=32"),
     ],
 )
@@ -217,4 +222,10 @@ def test_baselines_that_contradict_themselves(config, changes, message):
     settings.check(config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
+        settings.check(config)
+
+
+def test_a_seed_of_too_many_digits(config):
+    config.seed = 10**30
+    with pytest.raises(ValueError, match=r"config.seed=10+ must be at least 0 and at most 4294967295"):
         settings.check(config)

@@ -119,7 +119,7 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
             raise UserError(
                 f"{path}, line {number}, column {error.colno}: malformed JSON ({error.msg}); write one object per line"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
 
 

@@ -129,7 +129,7 @@ def read(directory: pathlib.Path) -> DecoderConfig:
         raise UserFileError(f"{path} is missing: {directory} is not a Hugging Face model directory")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of too many digits, and nests of lists, among them
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(values).__name__}")
@@ -149,12 +149,19 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
       KeyError: a key without a default is missing.
     """
     family = values.get("model_type")
-    if family not in SUPPORTED:
+    if not isinstance(family, str) or family not in SUPPORTED:
         raise UserError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    _check_values(values)
     _refuse_unimplemented(values)
     gemma = family.startswith("gemma")
     layers, width, heads = values["num_hidden_layers"], values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim") or width // heads
+    kv_heads = values.get("num_key_value_heads") or heads
+    if heads % kv_heads or head_dim % 2 or not head_dim:
+        raise UserError(
+            f"num_attention_heads={heads}, num_key_value_heads={kv_heads}, head size {head_dim}: the first must be "
+            "a multiple of the second, and the head size even"
+        )
     kinds = _layer_kinds(values)
     scale = values.get("query_pre_attn_scalar", head_dim) if gemma else head_dim
     return DecoderConfig(
@@ -162,7 +169,7 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
         width=width,
         layers=layers,
         heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
+        kv_heads=kv_heads,
         head_dim=head_dim,
         ffw=values["intermediate_size"],
         norm_eps=values.get("rms_norm_eps", 1e-6),
@@ -178,8 +185,76 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
         sandwich_norms=gemma,
         attention_softcap=values.get("attn_logit_softcapping") if gemma else None,
         logit_softcap=values.get("final_logit_softcapping") if gemma else None,
-        initializer_range=values.get("initializer_range", 0.02),
+        initializer_range=float(values.get("initializer_range", 0.02)),
     )
+
+
+# Numbers, the least and the most that they may be; those that may be null are absent then.
+_SIZES = {
+    "num_hidden_layers": (1, 1000),
+    "hidden_size": (1, 1 << 17),
+    "num_attention_heads": (1, 1 << 12),
+    "num_key_value_heads": (1, 1 << 12),
+    "head_dim": (1, 1 << 12),
+    "intermediate_size": (1, 1 << 20),
+    "vocab_size": (1, 1 << 22),
+    "sliding_window": (0, 1 << 30),
+    "sliding_window_pattern": (1, 1000),
+    "max_window_layers": (0, 1000),
+    "max_position_embeddings": (1, 1 << 30),
+}
+_POSITIVE = (
+    *("rms_norm_eps", "initializer_range", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+_ROPE_NUMBERS = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("beta_fast", "beta_slow", "attention_factor", "partial_rotary_factor"),
+)
+_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias")
+_NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", *_POSITIVE[5:])
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Raises UserError where a value is of another type, or out of the range that any model has."""
+    for key, (least, most) in _SIZES.items():
+        value = values.get(key, least)
+        if not (value is None and key in _NULLABLE) and not (type(value) is int and least <= value <= most):
+            raise UserError(f"{key}={_shown(value)} must be a whole number from {least} to {most}")
+    for key in _POSITIVE:
+        _check_positive(key, values.get(key, None if key in _NULLABLE else 1.0), key in _NULLABLE)
+    for key in _FLAGS:
+        if not isinstance(values.get(key, False), bool):
+            raise UserError(f"{key}={_shown(values[key])} must be true or false")
+    kinds = values.get("layer_types")
+    if not (kinds is None or (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds))):
+        raise UserError(f"layer_types={_shown(kinds)} must be a list of strings")
+    for key in ("rope_parameters", "rope_scaling"):
+        section = values.get(key)
+        _check_rope(key, section)
+        for kind in (FULL, SLIDING):
+            _check_rope(f"{key}.{kind}", (section or {}).get(kind))
+
+
+def _check_rope(key: str, section: Any) -> None:
+    if not isinstance(section, dict | None):
+        raise UserError(f"{key}={_shown(section)} must be an object")
+    for name in (section or {}).keys() & set(_ROPE_NUMBERS):
+        _check_positive(f"{key}.{name}", section[name], name in ("beta_fast", "beta_slow", "attention_factor"))
+    for name in (section or {}).keys() & {"rope_type", "type"}:
+        if not isinstance(section[name], str):
+            raise UserError(f"{key}.{name}={_shown(section[name])} must be a string")
+
+
+def _check_positive(key: str, value: Any, nullable: bool) -> None:
+    if value is None and nullable:
+        return
+    if type(value) not in (int, float) or not 0 < value < 1e12:
+        raise UserError(f"{key}={_shown(value)} must be a positive number")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
 
 
 # Keys of config.json, and the one value that the decoder implements, which an absent or empty one means too.
@@ -201,7 +276,7 @@ def _refuse_unimplemented(values: dict[str, Any]) -> None:
     for key in values:
         if "expert" in key and values[key]:
             raise UserError(f"{key}={values[key]!r}: mixture-of-experts models are not implemented")
-    if _activation(values) not in _ACTIVATIONS:
+    if not isinstance(_activation(values), str) or _activation(values) not in _ACTIVATIONS:
         raise UserError(f"hidden_act={_activation(values)!r} is not implemented (only {', '.join(_ACTIVATIONS)})")
 
 
@@ -259,6 +334,8 @@ def _rope(values: dict[str, Any], kind: str) -> Rope:
             raise UserError(f"the rope parameter {key} is not implemented")
     if parameters.get("truncate") is False:
         raise UserError("the rope parameter truncate=False is not implemented")
+    if not theta > 1:
+        raise UserError(f"rope_theta={theta!r} must be greater than 1")
     known = {key: parameters[key] for key in _ROPE_PARAMETERS[rope_type] if parameters.get(key) is not None}
     for key, needed in _ROPE_PARAMETERS[rope_type].items():
         if needed and key not in known:
@@ -266,6 +343,8 @@ def _rope(values: dict[str, Any], kind: str) -> Rope:
     if rope_type in ("llama3", "yarn"):
         original = parameters.get("original_max_position_embeddings")
         known["original_positions"] = values["max_position_embeddings"] if original is None else original
+    if rope_type == "llama3" and not known["high_freq_factor"] > known["low_freq_factor"]:
+        raise UserError("the rope parameter high_freq_factor must be greater than low_freq_factor")
     return Rope(theta=float(theta), rope_type=rope_type, **known)
 
 

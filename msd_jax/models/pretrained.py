@@ -181,6 +181,12 @@ def load(path: str, **options: Any) -> Pretrained:
     turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
     template_check.check(tokenizer, {"a conversation": (turns, {})}, shows=False)
     stop_ids = stop_token_ids(tokenizer, str(directory))
+    outside = [stop for stop in stop_ids if not 0 <= stop < config.vocab_size]
+    if outside:
+        raise UserError(
+            f"{directory}: the stop tokens {outside} are outside the vocabulary of {config.vocab_size}; correct "
+            "eos_token_id in generation_config.json"
+        )
     mesh = options.get("mesh")
     if mesh is not None and sharding.is_replicated(sharding.TRAIN, mesh, "kv_heads", config.kv_heads):
         log(

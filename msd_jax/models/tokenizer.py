@@ -175,7 +175,7 @@ def _generation_stops(directory: str) -> list[int | None]:
         return []
     try:
         eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not a JSON object ({error})") from None
     stops = eos if isinstance(eos, list) else [eos]
     if not all(stop is None or type(stop) is int for stop in stops):

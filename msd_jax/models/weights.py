@@ -302,7 +302,7 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     """The file name of each tensor."""
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is not a safetensors index ({error!r})") from error
     for name in set(weight_map.values()):
         if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):

@@ -28,6 +28,7 @@ from msd_jax.parallel import distributed
 MAY_CHANGE = (
     "train.steps",
     "train.max_skipped",
+    "train.stop_on_collapse",
     "train.checkpoint_every",
     "train.checkpoints_kept",
     "train.log_every",
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "train.export",
     "eval.every",
     "eval.utility_floor",
+    "eval.over_refusal_ceiling",
     "eval.batch_size",
     "preflight.",  # of another command
     "judge.guard.batch_size",

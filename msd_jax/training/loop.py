@@ -52,13 +52,13 @@ def train(run: Run) -> Summary:
 def take_steps(
     run: Run, frozen: decoder.Params, state: TrainState, queries: grain.DatasetIterator[Batch], step: int
 ) -> tuple[int, TrainState]:
-    """Takes the steps from `step` on: (number of steps, state), those gone back to where utility fell below the floor.
+    """Takes the steps from `step` on: (number of steps, state), those gone back to where the slice broke a bound.
 
     While the devices are at a step, the host writes the row of the one before. Only where a state is measured or saved
     the host waits for its step, so that the rows up to a checkpoint are on disk before it is.
     """
-    config, files, low = run.config.train, Metrics(run.workdir, step), {}
-    watched = watch.Watch(config.max_skipped, run.workdir, run.model)
+    config, files, low = run.config.train, Metrics(run.workdir, step), ""
+    watched = watch.Watch(config, run.workdir, run.model)
     with progress("training", config.steps, step) as advance:
         rows = LateRows(files, config.log_every, config.steps, advance, watched)
         while step < config.steps:
@@ -73,8 +73,8 @@ def take_steps(
             if run.monitor and run.monitor.due(step):
                 done = rows.wait()
                 row = rows.flush(run.monitor.look(rollout_params(run, frozen, state.params)), done)
-                if not run.monitor.holds(row):
-                    low = row
+                if fault := run.monitor.fault(row):
+                    low = f"the slice's {fault}"
                     break
             preempted = distributed.preempted(step)
             if preempted or step % config.checkpoint_every == 0 or step == config.steps:
@@ -88,26 +88,26 @@ def take_steps(
     return go_back(run, frozen, state, step, low) if low else (step, state)
 
 
-def go_back(
-    run: Run, frozen: decoder.Params, state: TrainState, step: int, row: dict[str, float]
-) -> tuple[int, TrainState]:
-    """(step, state) of the last checkpoint whose utility holds the floor, or of the initial weights."""
-    assert run.monitor  # it measured the row
-    log(
-        f"stopped after step {step}: the slice's utility is {row['slice_utility']:.1%}, below "
-        f"{run.monitor.floor:.1%} (config.eval.utility_floor={run.config.eval.utility_floor} of what it was)"
-    )
+def go_back(run: Run, frozen: decoder.Params, state: TrainState, step: int, fault: str) -> tuple[int, TrainState]:
+    """(step, state) of the last checkpoint that holds the monitor's bounds, or of the initial weights."""
+    assert run.monitor  # it found the fault
+    log(f"stopped after step {step}: {fault}")
     run.checkpoints.wait()
     like = checkpoint.abstract(state)
     jax.tree.map(lambda x: x.delete(), state)  # room for what is restored, though the caller still names it
     for earlier, restored, _ in run.checkpoints.restorable(like):
         measured = run.monitor.look(rollout_params(run, frozen, restored.params))
-        if run.monitor.holds(measured):
-            log(f"went back to step {earlier}, whose utility is {measured['slice_utility']:.1%}")
+        if not run.monitor.fault(measured):
+            log(f"went back to step {earlier}, whose " + _rates(measured))
             return earlier, restored
         jax.tree.map(lambda x: x.delete(), restored)
-    log("went back to the initial weights: no checkpoint that is kept holds the floor")
+    log("went back to the initial weights: no checkpoint that is kept holds the bounds")
     return 0, initial_state(run)[0]
+
+
+def _rates(seen: dict[str, float]) -> str:
+    named = {"utility": "slice_utility", "over-refusal": "slice_over_refusal"}
+    return " and ".join(f"{name} is {seen[key]:.1%}" for name, key in named.items() if key in seen)
 
 
 def initial_state(run: Run) -> tuple[TrainState, decoder.Params]:

@@ -1,4 +1,7 @@
-"""While training: a slice of the evaluation every few steps, and the floor of utility below which training ends."""
+"""While training: a slice of the evaluation every few steps, and the bounds beyond which training ends.
+
+Utility has a floor, and over-refusal a ceiling: a model that answers less and refuses more looks safe.
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ from msd_jax.models import decoder
 
 
 class Monitor:
-    """Answers the slice with the weights of a step, and says whether their utility holds the floor.
+    """Answers the slice with the weights of a step, and says whether they hold the bounds.
 
     Attributes:
       floor: the least utility that holds; 0 before `start`, and where config.eval.utility_floor is.
@@ -24,7 +27,7 @@ class Monitor:
         """Takes the slice of the evaluator's prompts.
 
         Raises:
-          UserError: a floor is set, and no prompt has a reference answer to measure utility by.
+          UserError: a bound is set, and no prompt can be measured by it.
         """
         self._config, self._evaluator, self.floor = config, evaluator, 0.0
         self._prompts = evaluator.slice(config.eval.slice)
@@ -32,6 +35,12 @@ class Monitor:
             raise UserError(
                 f"config.eval.utility_floor={config.eval.utility_floor}: no prompt of config.eval has a reference "
                 "answer to measure utility by; add a benchmark that has them (mgsm, mmmlu), or set it to 0"
+            )
+
+        if config.eval.over_refusal_ceiling < 1 and all(prompt.query.harmful is not False for prompt in self._prompts):
+            raise UserError(
+                f"config.eval.over_refusal_ceiling={config.eval.over_refusal_ceiling}: no prompt of config.eval is "
+                "harmless; add some (xstest has them), or set it to 1"
             )
 
     def start(self, directory: pathlib.Path) -> None:
@@ -54,9 +63,17 @@ class Monitor:
         """`slice_rates` of the slice, answered with `params`, which are in the rollout layout."""
         return slice_rates(self._evaluator.answer(params, self._prompts), self._config)
 
-    def holds(self, seen: dict[str, float]) -> bool:
-        """Whether the utility that `look` measured is no lower than the floor."""
-        return seen.get("slice_utility", 0.0) >= self.floor
+    def fault(self, seen: dict[str, float]) -> str:
+        """Which bound the rates that `look` measured do not hold, in words; "" where they hold both."""
+        utility, refused = seen.get("slice_utility", 0.0), seen.get("slice_over_refusal", 0.0)
+        if utility < self.floor:
+            share = self._config.eval.utility_floor
+            return (
+                f"utility is {utility:.1%}, below {self.floor:.1%} (config.eval.utility_floor={share} of what it was)"
+            )
+        if refused > (ceiling := self._config.eval.over_refusal_ceiling):
+            return f"over-refusal is {refused:.1%} (config.eval.over_refusal_ceiling={ceiling})"
+        return ""
 
 
 def slice_rates(records: Sequence[ResponseRecord], config: ml_collections.ConfigDict) -> dict[str, float]:

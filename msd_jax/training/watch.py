@@ -1,10 +1,14 @@
-"""Watches a training's steps for what should end it: updates that are skipped, weights that are not fit for export."""
+"""Watches a training for what should end it: skipped updates, rollouts that collapse, weights unfit for export."""
 
+import collections
 import json
 import pathlib
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from msd_jax.errors import UserError
@@ -18,18 +22,26 @@ from msd_jax.training.metrics import Dispatched
 LARGEST = float(np.finfo(np.float16).max)
 
 
-class Watch:
-    """Names every skipped step, and ends a run in which too many follow each other."""
+WINDOW = 10  # steps that a collapse is judged by; the first ones seen are what the last ones are compared with
+BETWEEN_WARNINGS = 50  # steps
 
-    def __init__(self, most: int, workdir: pathlib.Path, model: pretrained.Pretrained):
+
+class Watch:
+    """Names every skipped step, and ends a run in which too many follow each other, or whose rollouts collapse."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, model: pretrained.Pretrained):
         """
         Args:
-          most: config.train.max_skipped.
+          config: config.train, with max_skipped and stop_on_collapse.
           workdir: where the batch that ended a run is written, as skipped_batch.json.
           model: whose tokenizer decodes it.
         """
-        self._most, self._path, self._model = most, workdir / "skipped_batch.json", model
+        self._most, self._stops = config.max_skipped, config.stop_on_collapse
+        self._path, self._model = workdir / "skipped_batch.json", model
         self._skipped = 0  # steps in a row up to the last that was seen
+        self._first: list[Rollouts] = []
+        self._last: collections.deque[Rollouts] = collections.deque(maxlen=WINDOW)
+        self._warned, self._collapse = -BETWEEN_WARNINGS, ""
 
     @property
     def skipping(self) -> bool:
@@ -37,7 +49,8 @@ class Watch:
         return self._skipped > 0
 
     def notes(self, dispatched: Dispatched, row: dict[str, float]) -> jsonl.Row:
-        """As metrics.Watch."""
+        """As metrics.Watch; warns of a collapse too."""
+        self._look_at_rollouts(dispatched, row)
         if not row["skip"]:
             self._skipped = 0
             return {}
@@ -52,7 +65,12 @@ class Watch:
         return {"skipped_queries": ids}
 
     def check(self, dispatched: Dispatched) -> None:
-        """As metrics.Watch: writes skipped_batch.json and raises UserError after too many skipped steps."""
+        """As metrics.Watch: after a collapse, if that is to stop; after too many skipped steps, whose last it dumps."""
+        if self._collapse and self._stops:
+            raise UserError(
+                f"stopped after step {dispatched.step}: {self._collapse} (config.train.stop_on_collapse=True); the "
+                "checkpoints before it are kept, and no model is exported"
+            )
         if self._skipped < self._most:
             return
         self._dump(dispatched)
@@ -61,6 +79,17 @@ class Watch:
             f"{self._most}): their loss or gradient is not finite, and no model is exported. {self._path} holds the "
             "batch. Lower config.optimizer.learning_rate, or look at the queries, and train in a new --workdir"
         )
+
+    def _look_at_rollouts(self, dispatched: Dispatched, row: dict[str, float]) -> None:
+        responses = dispatched.generated.responses
+        seen = Rollouts(row["response_length"], row["stopped"], looping(responses.response_BxR, responses.length_B))
+        self._last.append(seen)
+        if len(self._first) < WINDOW:
+            self._first.append(seen)
+        self._collapse = collapse(mean(self._first), mean(self._last)) if len(self._last) == WINDOW else ""
+        if self._collapse and dispatched.step >= self._warned + BETWEEN_WARNINGS:
+            self._warned = dispatched.step
+            log(f"warning: step {dispatched.step}: {self._collapse}")
 
     def _dump(self, dispatched: Dispatched) -> None:
         decode, responses = self._model.tokenizer.decode, dispatched.generated.responses
@@ -83,6 +112,39 @@ class Watch:
         if distributed.is_first():
             text = json.dumps({"step": dispatched.step, "batch": rows}, ensure_ascii=False, indent=1)
             jsonl.replace_text(self._path, text + "\n")
+
+
+class Rollouts(NamedTuple):
+    """Means over responses: tokens, share that ends by itself, share that loops."""
+
+    length: float
+    stopped: float
+    loops: float
+
+
+def mean(steps: Iterable[Rollouts]) -> Rollouts:
+    return Rollouts(*np.mean(list(steps), axis=0).tolist())
+
+
+def collapse(first: Rollouts, now: Rollouts) -> str:
+    """What has become of the rollouts since the first steps, in words; "" where they have not collapsed."""
+    last = f"in the last {WINDOW} steps"
+    if now.length < 1.5:
+        return f"responses are empty: {now.length:.1f} tokens {last}"
+    if now.length < 0.25 * first.length:
+        return f"responses have shrunk: {now.length:.1f} tokens {last}, {first.length:.1f} at first"
+    if first.stopped > 0.2 and now.stopped < 0.1 * first.stopped:
+        return f"responses no longer end: {now.stopped:.0%} do {last}, {first.stopped:.0%} at first"
+    if now.loops > 0.5 and now.loops > 2 * first.loops:
+        return f"responses loop: {now.loops:.0%} do {last}, {first.loops:.0%} at first"
+    return ""
+
+
+def looping(response_BxR: np.ndarray, length_B: np.ndarray, shortest: int = 16) -> float:
+    """The share of the responses that have at least `shortest` tokens and few different ones among them."""
+    long = [response_R[:length] for response_R, length in zip(response_BxR, length_B) if length >= shortest]
+    loops = [len(np.unique(tokens)) < len(tokens) / 4 for tokens in long]
+    return sum(loops) / max(len(length_B), 1)
 
 
 def require_fit(params: decoder.Params) -> None:

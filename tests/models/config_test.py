@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
 from tests.conftest import LLAMA
 
@@ -74,3 +75,32 @@ def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
     assert factor == 1
     np.testing.assert_allclose(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
     np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": "32"}, r"hidden_size='32' must be a whole number from 1 to"),
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers=1000000000 must be"),
+        ({"num_attention_heads": 0}, r"num_attention_heads=0 must be"),
+        ({"vocab_size": True}, r"vocab_size=True must be"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads=4, .*the first must be a multiple of the second"),
+        ({"rms_norm_eps": float("nan")}, r"rms_norm_eps=nan must be a positive number"),
+        ({"rope_theta": None}, r"rope_theta=None must be a positive number"),
+        ({"rope_theta": 1.0}, r"rope_theta=1.0 must be greater than 1"),
+        ({"rope_scaling": [1]}, r"rope_scaling=\[1\] must be an object"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
+            r"rope_scaling.factor='2' must be a positive number",
+        ),
+        ({"rope_scaling": {"rope_type": []}}, r"rope_scaling.rope_type=\[\] must be a string"),
+        ({"layer_types": {"a": 1}}, r"layer_types=.* must be a list of strings"),
+        ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings='yes' must be true or false"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"hidden_act": 1}, r"hidden_act=1 is not implemented"),
+    ],
+)
+def test_a_wrong_type_or_size_is_one_error_that_names_the_key(tmp_path, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/config.json: {message}"):
+        model_config.read(tmp_path)

@@ -157,3 +157,16 @@ def test_settings_that_do_not_go_together(changes, message):
     config.eval.update(changes)
     with pytest.raises(ValueError, match=message):
         settings.check(config)
+
+
+def test_over_refusal_has_a_ceiling(tmp_path):
+    """A collapse into refusals breaks it, with utility as it was."""
+    watch = monitor.Monitor.__new__(monitor.Monitor)
+    watch._config = ml_collections.ConfigDict({"eval": {"utility_floor": 0.0, "over_refusal_ceiling": 0.25}})
+    watch.floor = 0.0
+    assert watch.fault({"slice_utility": 0.5, "slice_over_refusal": 0.25}) == ""
+    assert watch.fault({"slice_utility": 0.5, "slice_over_refusal": 0.5}) == (
+        "over-refusal is 50.0% (config.eval.over_refusal_ceiling=0.25)"
+    )
+    watch.floor = 0.6
+    assert "utility is 50.0%, below 60.0%" in watch.fault({"slice_utility": 0.5})

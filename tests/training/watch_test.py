@@ -105,3 +105,46 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, tensor):
     model = pretrained.load(str(directory), dtype="float32", param_dtype="bfloat16", remat="none", mesh=mesh)
     with pytest.raises(UserError, match=rf"model: {tensor} holds NaN or infinity"):
         model.params(mesh)
+
+
+@pytest.mark.parametrize(
+    "now, message",
+    [
+        ((1.0, 1.0, 0.0), r"responses are empty: 1.0 tokens"),
+        ((9.0, 1.0, 0.0), r"responses have shrunk: 9.0 tokens in the last 10 steps, 40.0 at first"),
+        ((64.0, 0.0, 0.0), r"responses no longer end: 0% do in the last 10 steps, 80% at first"),
+        ((64.0, 0.5, 0.9), r"responses loop: 90% do in the last 10 steps, 10% at first"),
+        ((30.0, 0.5, 0.3), r"^$"),
+    ],
+)
+def test_what_a_collapse_is(now, message):
+    import re
+
+    assert re.search(message, watch.collapse(watch.Rollouts(40.0, 0.8, 0.1), watch.Rollouts(*now)))
+
+
+def test_looping():
+    response = np.stack([np.arange(32), np.arange(32) % 3, np.arange(32) % 3])
+    assert watch.looping(response, np.array([32, 32, 8])) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_rollouts_that_collapse_are_warned_of_and_end_a_run_by_setting(config, tmp_path, capsys, stops):
+    """From step 4 on, every response ends with its first token."""
+    config.train.steps, config.train.stop_on_collapse = 24, stops
+    ready = set_up(config, tmp_path / "run")
+
+    def respond(step, queries, **weights):
+        responses = ready.respond(step, queries, **weights)
+        length_B = np.full_like(responses.length_B, 1 if step >= 4 else 6)
+        return dataclasses.replace(responses, length_B=length_B, stopped_B=np.full_like(responses.stopped_B, True))
+
+    changed = dataclasses.replace(ready, respond=respond)
+    if stops:
+        with pytest.raises(UserError, match=r"^stopped after step 14: responses are empty: 1.0 tokens"):
+            loop.train(changed)
+        assert not (tmp_path / "run" / "model").exists()
+    else:
+        loop.train(changed)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert printed.count("warning: step") == 1 and "warning: step 14: responses are empty: 1.0 tokens" in printed
