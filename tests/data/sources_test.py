@@ -80,10 +80,9 @@ def test_sources_of_different_languages_are_one_mixture(config, tmp_path):
         "queries: 5 harmful in sw; 9 harmless in yo (absent in 5 of 14 records, first: id 'sw/0')",
     ]
     config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "yo": 3.0})
-    trainer = loop.Trainer(ml_collections.FrozenConfigDict(config), tmp_path / "run")
-    trainer.checkpoints.close()
+    batches = iter(run.read(ml_collections.FrozenConfigDict(config)).batches)
     drawn = collections.Counter(
-        (sources.source_of(x.query_id), x.language) for _ in range(10) for x in next(trainer.batches).examples
+        (sources.source_of(x.query_id), x.language) for _ in range(10) for x in next(batches).examples
     )
     assert drawn == {("sw", "sw"): 40, ("yo", "yo"): 40}
     config.data.source_language = "sw"
