@@ -139,6 +139,10 @@ def test_top_k_beyond_the_vocabulary(config, tmp_path):
     "flag, message",
     [
         ("--config.model.pth=x", "error: --config.model.pth=x: there is no such key; did you mean config.model.path?"),
+        (
+            "--config.train.completions_kept=3",
+            "error: --config.train.completions_kept=3: config.train.completions_kept is now config.train.completions.k",
+        ),
         ("--config.train.steps=abc", "error: flag --config.train.steps=abc: invalid literal"),
         ("--config.loss.divergence=kl", "error: config.loss.divergence='kl': choose one of"),
         ("--config=configs/nothing.py", "error: --config=configs/nothing.py does not load: "),

@@ -11,11 +11,9 @@ import orbax.checkpoint as ocp
 # Keys that a resumed run may change; all others decide what the run computes.
 MAY_CHANGE = (
     "train.steps",
-    "train.checkpoint_every",
-    "train.checkpoints_kept",
+    "train.checkpoints.",
     "train.log_every",
-    "train.completions_every",
-    "train.completions_kept",
+    "train.completions.",
     "train.export",
     "eval.",
     "mesh.",

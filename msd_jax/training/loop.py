@@ -58,7 +58,7 @@ class Trainer:
         if self.evaluation and distributed.is_first():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in duplicates)
             jsonl.replace_text(workdir / "near_duplicates.jsonl", lines)
-        self.checkpoints = checkpoint.Checkpoints(workdir, config.train.checkpoints_kept)
+        self.checkpoints = checkpoint.Checkpoints(workdir, config.train.checkpoints.kept)
 
         self.optimize, schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
         self.learning_rates = np.asarray(jax.jit(jax.vmap(schedule))(np.arange(config.train.steps)))
@@ -180,7 +180,7 @@ class Trainer:
                 if step % config.train.log_every == 0 or step == config.train.steps or looked:
                     writer.scalars(step, row)
                 preempted = distributed.preempted(step) and not stopped
-                due = step % config.train.checkpoint_every == 0 or step == config.train.steps or preempted
+                due = step % config.train.checkpoints.every == 0 or step == config.train.steps or preempted
                 if due and not stopped:
                     self.checkpoints.save(step, state, self.batches.get_state(), config)
                 advance(step, describe(row))
@@ -245,7 +245,7 @@ class Trainer:
         )
         on_device = sharding.put_batch(self.mesh, train_batch)
         self._shapes.add(tuple(x.shape for x in train_batch))
-        if (step + 1) % self.config.train.completions_every == 0 and self.config.train.completions_kept:
+        if (step + 1) % self.config.train.completions.every == 0 and self.config.train.completions.kept:
             writer.completions(step + 1, self.completions(state, batch, written, train_batch))
         state, scalars = self.train_step(state, self.frozen, on_device)
         row = {name: float(value) for name, value in sharding.fetch(scalars).items()}
@@ -293,14 +293,14 @@ class Trainer:
         train_batch: train_step.TrainBatch,
     ) -> list[dict[str, Any]]:
         """For a few rows: both prompts, the response, and each token's divergence and weights before the update."""
-        rows = sharding.batch_rows(self.mesh, self.config.train.completions_kept)
+        rows = sharding.batch_rows(self.mesh, self.config.train.completions.kept)
         train_batch = sharding.put_batch(self.mesh, train_step.TrainBatch(*(array[:rows] for array in train_batch)))
         teacher = state.params if state.teacher is None else state.teacher
         both = (decoder.join(self.frozen, trained) for trained in (state.params, teacher))
         tokens = sharding.fetch(self._per_token_loss(*both, train_batch))
         decode = self.model.tokenizer.decode
         entries = []
-        for row in range(min(self.config.train.completions_kept, len(batch.examples))):
+        for row in range(min(self.config.train.completions.kept, len(batch.examples))):
             example, length = batch.examples[row], int(written.length_B[row])
             ids = written.response_BxR[row, :length].tolist()
             entries.append(

@@ -34,8 +34,8 @@ def config(model_dir, tmp_path) -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-2
     config.loss.weight_top_k = 5
     config.train.steps = 6
-    config.train.checkpoint_every = 2
-    config.train.completions_every = 3
+    config.train.checkpoints.every = 2
+    config.train.completions.every = 3
     config.train.export = False
     config.mesh.data, config.mesh.fsdp = 8, 1
     return config
@@ -129,7 +129,7 @@ def test_completions_tell_what_each_role_saw(config, tmp_path):
 def test_a_retained_query_costs_nothing_while_the_student_is_the_initial_model(config, tmp_path, policy):
     """Both roles see the same prompt, and the same weights give the same row: a divergence of exactly 0."""
     config.data.retain_fraction, config.rollout.policy = 0.5, policy
-    config.train.steps, config.train.completions_every, config.train.completions_kept = 1, 1, 8
+    config.train.steps, config.train.completions.every, config.train.completions.kept = 1, 1, 8
     run(config, tmp_path / "run")
     kl = {True: [], False: []}
     for row in jsonl.read(tmp_path / "run" / "completions.jsonl"):
