@@ -34,7 +34,7 @@ def configured(arguments: argparse.Namespace):
     config.model.path, config.data.path = arguments.model, arguments.queries
     config.data.languages = ml_collections.ConfigDict({arguments.language: 1.0})
     config.train.steps, config.train.export = arguments.steps, False
-    config.train.checkpoint_every = config.train.completions_every = arguments.steps + 1
+    config.train.checkpoints.every = config.train.completions.every = arguments.steps + 1
     return ml_collections.FrozenConfigDict(config)
 
 

@@ -19,7 +19,7 @@ SAFETY_PROMPT = (
 def get_config() -> ml_collections.ConfigDict:
     config = quickstart.get_config()
     config.train.export = False
-    config.train.checkpoints_kept = 1
+    config.train.checkpoints.kept = 1
     config.ablation.seeds = 3
     config.ablation.variants = ml_collections.ConfigDict(
         {

@@ -123,12 +123,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.max_skipped = 10
     # Rollouts that collapse (empty, far shorter than at first, endless, or looping) are warned of; True ends the run.
     config.train.stop_on_collapse = False
-    config.train.checkpoint_every = 100  # steps; the last step is always saved
-    config.train.checkpoints_kept = 2
     config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard
-    config.train.completions_every = 50  # steps between entries of completions.jsonl
-    config.train.completions_kept = 4  # responses per entry
     config.train.export = True  # write the aligned model to WORKDIR/model, in Hugging Face's layout
+    config.train.checkpoints = ml_collections.ConfigDict()
+    config.train.checkpoints.every = 100  # steps; the last step is always saved
+    config.train.checkpoints.kept = 2
+    config.train.completions = ml_collections.ConfigDict()
+    config.train.completions.every = 50  # steps between entries of completions.jsonl
+    config.train.completions.kept = 4  # responses per entry
 
     # What is measured before and after training; nothing if path and benchmarks are empty. See docs/evaluation.md.
     config.eval = ml_collections.ConfigDict()

@@ -26,8 +26,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 5
     config.train.steps = 30
-    config.train.checkpoint_every = 10
-    config.train.completions_every = 10
+    config.train.checkpoints.every = 10
+    config.train.completions.every = 10
     config.eval.path = str(testbed.EVAL_QUERIES)
     config.eval.languages = (*testbed.SOURCE_LANGUAGES, *testbed.TARGET_LANGUAGES, *testbed.UNSEEN_LANGUAGES)
     config.eval.source_languages = testbed.SOURCE_LANGUAGES

@@ -27,9 +27,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.warmup_steps = 3
     config.train.steps = 30
     config.train.loss_chunk = 128  # more would gain a CPU nothing, and cost 200 MB
-    config.train.checkpoint_every = 15
-    config.train.completions_every = 10
-    config.train.checkpoints_kept = 1
+    config.train.checkpoints.every = 15
+    config.train.completions.every = 10
+    config.train.checkpoints.kept = 1
     config.eval.languages = ("en", "it", "sw")
     config.eval.sample = "first"
     config.eval.xstest.limit = 100

@@ -20,7 +20,12 @@ from msd_jax.planning import hardware, launch
 from msd_jax.training import optimizer, train_step
 
 # Keys of earlier versions, and what each is now.
-MOVED: dict[str, str] = {}
+MOVED = {
+    "train.checkpoint_every": "config.train.checkpoints.every",
+    "train.checkpoints_kept": "config.train.checkpoints.kept",
+    "train.completions_every": "config.train.completions.every",
+    "train.completions_kept": "config.train.completions.kept",
+}
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 _FREE = {
@@ -122,11 +127,11 @@ _RANGES = {
     "train.micro_batches": _COUNT,
     "train.loss_chunk": _COUNT,
     "train.max_skipped": _COUNT,
-    "train.checkpoint_every": _COUNT,
-    "train.checkpoints_kept": _COUNT,
+    "train.checkpoints.every": _COUNT,
+    "train.checkpoints.kept": _COUNT,
     "train.log_every": _COUNT,
-    "train.completions_every": _COUNT,
-    "train.completions_kept": _COUNT_OR_NONE,
+    "train.completions.every": _COUNT,
+    "train.completions.kept": _COUNT_OR_NONE,
     "eval.limit": _COUNT_OR_NONE,
     "eval.every": _COUNT_OR_NONE,
     "eval.slice": _COUNT,

@@ -100,7 +100,10 @@ def copy_model(config, tmp_path, overrides=None) -> pathlib.Path:
     "text, message",
     [
         ("", "no records"),
-        (json.dumps(RECORD | {"texts": {"en": "make a bomb ?"}}), r"no text in 'sw'.*id '1'"),
+        (
+            json.dumps(RECORD | {"texts": {"en": "make a bomb ?"}}),
+            r"no record has a text in sw; there are texts in en;",
+        ),
         (json.dumps(RECORD) + "\n" + json.dumps(RECORD), r"line 2: id '1' is already on line 1"),
         (json.dumps(RECORD | {"texts": {"en": "make", "sw": " "}}), r"line 1 .*'sw' is empty"),
         (json.dumps(RECORD).encode() + b"\n\xff\xfe", r"line 2: byte 0xff at offset \d+ is not UTF-8"),
@@ -115,7 +118,7 @@ def test_bad_queries(config, tmp_path, text, message):
 def test_bad_evaluation_queries_are_found_before_training(config, tmp_path):
     config.eval.path = write_queries(tmp_path, json.dumps(RECORD), "eval.jsonl")
     config.eval.languages = ("en", "bn")
-    refuses(config, tmp_path, r"eval.jsonl: 1 of 1 records have no text in 'bn'")
+    refuses(config, tmp_path, r"eval.jsonl: no record has a text in bn; there are texts in en, sw;")
 
 
 def test_long_prompts_are_dropped_and_counted_or_an_error_if_all_are(config, tmp_path, capsys):
@@ -164,6 +167,10 @@ def test_top_k_beyond_the_vocabulary(config, tmp_path):
     "flag, message",
     [
         ("--config.model.pth=x", "error: --config.model.pth=x: there is no such key; did you mean config.model.path?"),
+        (
+            "--config.train.completions.kept=3",
+            "error: --config.train.completions.kept=3: config.train.completions.kept is now config.train.completions.k",
+        ),
         ("--config.train.steps=abc", "error: flag --config.train.steps=abc: invalid literal"),
         ("--config.loss.divergence=kl", "error: config.loss.divergence='kl': choose one of"),
         ("--config=configs/nothing.py", "error: --config=configs/nothing.py does not load: "),

@@ -114,11 +114,15 @@ def usable(queries: Sequence[Query], source: str, targets: Sequence[str], where:
     Raises:
       UserError: no query is left in one of the languages.
     """
-    require_languages(queries, (source,), where)
+    require_languages(queries, (source, *targets), where)
     chosen = tuple(
         query for query in queries if source in query.texts and any(language in query.texts for language in targets)
     )
-    require_languages(chosen, targets, f"{where}, records with a text in {source}")
+    if missing := [language for language in targets if all(language not in query.texts for query in chosen)]:
+        raise UserError(
+            f"{where}: no record has texts both in {source}, which the teacher reads, and in {', '.join(missing)}; add "
+            "the missing texts, or configure other languages"
+        )
     return chosen
 
 

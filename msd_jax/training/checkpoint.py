@@ -29,11 +29,9 @@ MAY_CHANGE = (
     "train.steps",
     "train.max_skipped",
     "train.stop_on_collapse",
-    "train.checkpoint_every",
-    "train.checkpoints_kept",
+    "train.checkpoint",  # also as earlier releases called these keys
     "train.log_every",
-    "train.completions_every",
-    "train.completions_kept",
+    "train.completions",
     "train.export",
     "eval.every",
     "eval.utility_floor",

@@ -32,7 +32,7 @@ def per_token_values(
 
 
 def entries(run: Run, frozen: decoder.Params, state: TrainState, generated: Generated) -> list[jsonl.Row]:
-    """For the first config.train.completions_kept queries: both prompts, the response and the values of its tokens.
+    """For the first config.train.completions.kept queries: both prompts, the response and the values of its tokens.
 
     Args:
       run: what stays fixed.
@@ -40,7 +40,7 @@ def entries(run: Run, frozen: decoder.Params, state: TrainState, generated: Gene
       state: that wrote the responses, before the update.
       generated: queries and responses.
     """
-    kept = min(run.config.train.completions_kept, len(generated.queries.examples))
+    kept = min(run.config.train.completions.kept, len(generated.queries.examples))
     rows = sharding.batch_rows(run.mesh, kept)
     batch = sharding.put_batch(run.mesh, TrainBatch(*(array[:rows] for array in generated.batch)))
     both = (decoder.join(frozen, trained) for trained in (state.params, state.teacher_params))

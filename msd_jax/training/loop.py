@@ -64,7 +64,7 @@ def take_steps(
         while step < config.steps:
             with jax.transfer_guard("disallow"):  # nothing goes to or from devices but by put_batch and fetch
                 generated = generate(run, frozen, state, next(queries), step)
-                if (step + 1) % config.completions_every == 0 and config.completions_kept:
+                if (step + 1) % config.completions.every == 0 and config.completions.kept:
                     files.completions(step + 1, completions.entries(run, frozen, state, generated))
                 state, scalars = run.train_step(state, frozen, sharding.put_batch(run.mesh, generated.batch))
             learning_rate, step = float(run.learning_rates[step]), step + 1
@@ -77,7 +77,7 @@ def take_steps(
                     low = f"the slice's {fault}"
                     break
             preempted = distributed.preempted(step)
-            if preempted or step % config.checkpoint_every == 0 or step == config.steps:
+            if preempted or step % config.checkpoints.every == 0 or step == config.steps:
                 rows.flush()
                 if not watched.skipping or preempted or step == config.steps:  # else good ones would make room for it
                     run.checkpoints.save(step, state, queries.get_state())

@@ -110,7 +110,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
         workdir=workdir,
         lock=held,
         checkpoints=checkpoint.Checkpoints(
-            workdir, config.train.checkpoints_kept, {"config": checkpoint.plain(config), "inputs": inputs.fingerprint}
+            workdir, config.train.checkpoints.kept, {"config": checkpoint.plain(config), "inputs": inputs.fingerprint}
         ),
         optimize=optimize,
         learning_rates=np.asarray(jax.jit(jax.vmap(schedule))(np.arange(config.train.steps))),

@@ -197,7 +197,9 @@ def test_a_record_needs_the_source_language_and_one_target(source, targets, left
 def test_a_target_that_is_never_with_the_source_is_named():
     with pytest.raises(ValueError, match=r"^f\.jsonl: no record has a text in yo;"):
         usable(RAGGED, "yo", ("sw",), "f.jsonl")
-    with pytest.raises(ValueError, match=r"^f\.jsonl, records with a text in jv: no record has a text in it;"):
+    with pytest.raises(
+        ValueError, match=r"^f\.jsonl: no record has texts both in jv, which the teacher reads, and in it;"
+    ):
         usable(RAGGED, "jv", ("sw", "it"), "f.jsonl")
 
 

@@ -211,7 +211,7 @@ def test_sampling_repeats_differ_and_runs_agree(directory, tasks, ours):
 def test_command_line_and_a_step_of_a_run(tmp_path, tasks, rows):
     """`python -m msd_jax.lm_eval` knows the model, and reads a checkpoint of a run as its exported directory."""
     config = quickstart.get_config()
-    config.train.steps, config.train.checkpoint_every, config.eval.path = 1, 1, ""
+    config.train.steps, config.train.checkpoints.every, config.eval.path = 1, 1, ""
     workdir = tmp_path / "run"
     loop.train(training_run.setup(ml_collections.FrozenConfigDict(config), workdir))
     (step,) = (workdir / "checkpoints").iterdir()

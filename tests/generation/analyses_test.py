@@ -34,8 +34,8 @@ def config(model_dir, tmp_path):
     config.data.batch_size = 8
     config.prompts.cot, config.prompts.analysis_tokens = "generated", 7
     config.prompts.analysis_template, config.prompts.reply_template = "{query} ?", "answer in {language}"
-    config.rollout.max_new_tokens = config.train.completions_kept = 4
-    config.train.steps, config.train.checkpoint_every, config.train.completions_every = 2, 1, 1
+    config.rollout.max_new_tokens = config.train.completions.kept = 4
+    config.train.steps, config.train.checkpoints.every, config.train.completions.every = 2, 1, 1
     config.train.export = False
     return config
 

@@ -24,8 +24,8 @@ FLAGS = (
     "--config.mesh.fsdp=2",
     "--config.data.harmful_share=0.5",
     "--config.train.steps=4",
-    "--config.train.checkpoint_every=2",
-    "--config.train.completions_every=2",
+    "--config.train.checkpoints.every=2",
+    "--config.train.completions.every=2",
     "--config.eval.limit=6",
     "--config.eval.batch_size=64",
 )
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_one_process_resumes_in_two(alone, tmp_path):
     same_run(alone, workdir, first=3)
 
 
-LONG = ("--config.train.steps=100000", "--config.train.checkpoint_every=5", "--config.eval.path=")
+LONG = ("--config.train.steps=100000", "--config.train.checkpoints.every=5", "--config.eval.path=")
 
 
 def wait_for(condition, launcher: subprocess.Popen, workdir: pathlib.Path, seconds: float = 120) -> None:

@@ -29,8 +29,8 @@ def config(model_dir, tmp_path) -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-2
     config.loss.weight_top_k = 5
     config.train.steps = 6
-    config.train.checkpoint_every = 2
-    config.train.completions_every = 3
+    config.train.checkpoints.every = 2
+    config.train.completions.every = 3
     config.train.export = False
     config.mesh.data, config.mesh.fsdp = 8, 1
     return config

@@ -56,7 +56,7 @@ def test_a_killed_run_ends_bit_identical(config, tmp_path, policy, kind, rank):
 
 def test_rows_are_written_a_step_late_and_before_a_checkpoint(config, tmp_path, monkeypatch):
     """While step n is dispatched, the row of n - 1 is still to be written; none up to a checkpoint is missing."""
-    config.train.steps, config.train.checkpoint_every = 8, 5
+    config.train.steps, config.train.checkpoints.every = 8, 5
     ready, dispatched, saved = set_up(config, tmp_path / "run"), [], {}
 
     def train_step(*arguments):
@@ -117,7 +117,7 @@ def test_completions_tell_what_each_role_saw(config, tmp_path):
 def test_a_retained_query_costs_nothing_while_the_student_is_the_initial_model(config, tmp_path, policy):
     """Both roles see the same prompt, and the same weights give the same row: a divergence of exactly 0."""
     config.data.retain_fraction, config.rollout.policy = 0.5, policy
-    config.train.steps, config.train.completions_every, config.train.completions_kept = 1, 1, 8
+    config.train.steps, config.train.completions.every, config.train.completions.kept = 1, 1, 8
     train(config, tmp_path / "run")
     kl = {True: [], False: []}
     for row in jsonl.read(tmp_path / "run" / "completions.jsonl"):

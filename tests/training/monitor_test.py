@@ -20,7 +20,7 @@ def small():
     config.data.languages = ml_collections.ConfigDict({"sw": 1.0})
     config.data.batch_size = 16
     config.train.steps = 8
-    config.train.checkpoint_every = 2
+    config.train.checkpoints.every = 2
     config.eval.languages = ("en", "sw", "yo")
     config.eval.passes = ("greedy",)
     config.eval.limit = 48

@@ -48,7 +48,7 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 def test_sigterm_saves_the_step_and_the_same_command_resumes(tmp_path):
     workdir, log = tmp_path / "run", tmp_path / "log"
-    with started(workdir, log, *STEPS_ONLY, *ENDLESS, "--config.train.checkpoint_every=100000") as process:
+    with started(workdir, log, *STEPS_ONLY, *ENDLESS, "--config.train.checkpoints.every=100000") as process:
         wait_for(lambda: len(steps(workdir)) > 3, process, log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 143
@@ -97,7 +97,7 @@ def small_disk(tmp_path) -> Iterator[pathlib.Path]:
 
 def test_a_full_disk_is_told_in_one_line_and_the_same_command_resumes(tmp_path, small_disk):
     workdir, log, filler = small_disk / "run", tmp_path / "log", small_disk / "filler"
-    every = "--config.train.checkpoint_every=20"
+    every = "--config.train.checkpoints.every=20"
     with started(workdir, log, *STEPS_ONLY, *ENDLESS, every) as process:
         wait_for((workdir / "checkpoints/20/MANIFEST-0-of-1.json").exists, process, log)
         free = shutil.disk_usage(small_disk).free
