@@ -239,9 +239,10 @@ def _check_values(values: dict[str, Any]) -> None:
 def _check_rope(key: str, section: Any) -> None:
     if not isinstance(section, dict | None):
         raise UserError(f"{key}={_shown(section)} must be an object")
-    for name in (section or {}).keys() & set(_ROPE_NUMBERS):
+    section = section or {}
+    for name in section.keys() & set(_ROPE_NUMBERS):
         _check_positive(f"{key}.{name}", section[name], name in ("beta_fast", "beta_slow", "attention_factor"))
-    for name in (section or {}).keys() & {"rope_type", "type"}:
+    for name in section.keys() & {"rope_type", "type"}:
         if not isinstance(section[name], str):
             raise UserError(f"{key}.{name}={_shown(section[name])} must be a string")
 
