@@ -55,7 +55,7 @@ def rolled(graphdef, params):
 @pytest.mark.parametrize("tensor, told", [(1, []), (2, []), (4, ["(2)", "tensor=4", "each device holds all"])])
 def test_replicated_key_value_heads_are_reported_once(model_dir, tensor, told, monkeypatch):
     lines, mesh = [], sharding.make_mesh(1, 1, tensor, devices=jax.devices()[:tensor])
-    monkeypatch.setattr(pretrained, "say", lines.append)
+    monkeypatch.setattr(pretrained, "log", lines.append)
     model = load(model_dir, mesh=mesh)
     for rules in (sharding.TRAIN, sharding.ROLLOUT):
         model.shardings(mesh, rules)
