@@ -168,8 +168,8 @@ def test_top_k_beyond_the_vocabulary(config, tmp_path):
     [
         ("--config.model.pth=x", "error: --config.model.pth=x: there is no such key; did you mean config.model.path?"),
         (
-            "--config.train.completions.kept=3",
-            "error: --config.train.completions.kept=3: config.train.completions.kept is now config.train.completions.k",
+            "--config.train.completions_kept=3",
+            "error: --config.train.completions_kept=3: config.train.completions_kept is now config.train.completions.k",
         ),
         ("--config.train.steps=abc", "error: flag --config.train.steps=abc: invalid literal"),
         ("--config.loss.divergence=kl", "error: config.loss.divergence='kl': choose one of"),
