@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -209,7 +210,8 @@ def make_batches(
 def _require_same_files(files: dict[str, str], evaluation: evaluator.Evaluator | None) -> None:
     """All processes build the same batches and programs, so they must have read the same; see distributed.py."""
     for key in ("config.model.path", "config.data.path"):
-        distributed.require_same(key, lambda key=key: {n: value for n, value in files.items() if n.startswith(key)})
+        those = {name: value for name, value in files.items() if name.startswith(key)}
+        distributed.require_same(key, functools.partial(dict, those))
     prompts = evaluation.prompts if evaluation else ()
     distributed.require_same("config.eval", lambda: [[*p.key, p.ids.tolist()] for p in prompts])
 
