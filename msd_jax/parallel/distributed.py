@@ -48,6 +48,7 @@ _NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # JAX's key for a process that was sent 
 
 _peers: "_Peers | None" = None
 _told = threading.Event()  # a process of the run was sent SIGTERM
+_ending = threading.Event()  # on SIGTERM, without waiting for a step
 _finishing = False  # SIGTERM waits for `preempted`
 _last_acts: list[Callable[[], None]] = []
 
@@ -97,6 +98,8 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if _peers is None:
             raise
+        if _ending.is_set():
+            threading.Event().wait()  # a thread ends this process; others ended before it, which is the error
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             _peers.finish()
             raise
@@ -177,6 +180,7 @@ def _terminate() -> None:
 
 
 def _end_at_once() -> None:
+    _ending.set()
     if _peers is None or _peers.first:
         print("preempted: nothing finished is lost; run the same command again to resume", file=sys.stderr)
     if _peers:
@@ -351,8 +355,7 @@ class _Peers:
 
     def exit(self, code: int) -> None:
         """Ends the process, after the others can have read why."""
-        if self.first:
-            time.sleep(3 * SECONDS_BETWEEN_BEATS)  # the store ends with this process
+        time.sleep((3 if self.first else 1.5) * SECONDS_BETWEEN_BEATS)  # the store ends with process 0
         _quit(code)
 
 

@@ -94,6 +94,7 @@ class Checkpoints:
         self._wait_for_seal()  # or Orbax could remove a step that is being hashed
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
         try:
+            self._directory.stat()  # where it was removed, Orbax would make it anew, and the workdir around it
             self._manager.save(step, args=ocp.args.Composite(**items, **self._record), force=True)
         except Exception as error:
             raise _unwritten(step, error) or error from error
