@@ -11,6 +11,7 @@ devices. What a process might see otherwise than its peers (files, above all) pr
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -45,6 +46,7 @@ SECONDS_OF_SILENCE = 30.0
 _EXIT_PREEMPTED = 143  # as a shell tells SIGTERM
 
 _peers: "_Peers | None" = None
+_questions = itertools.count(1)
 
 
 def start(argv: list[str]) -> None:
@@ -107,9 +109,11 @@ def together() -> Iterator[None]:
         _peers.fail(reason)
 
 
-def preempted(step: int) -> bool:
-    """Whether all processes are to save and end after `step`, for one was sent SIGTERM. To be asked after each step."""
-    return _peers is not None and multihost_utils.reached_preemption_sync_point(step)
+def preempted() -> bool:
+    """Whether all processes are to save and end now, for one was sent SIGTERM. To be asked by all, after each step."""
+    # JAX has all of them stop at one number, the next that none has asked with. Questions are counted, not steps: a
+    # resumed run that is preempted before it has asked at all would have passed that number already.
+    return _peers is not None and multihost_utils.reached_preemption_sync_point(next(_questions))
 
 
 def end_preempted(message: str) -> None:

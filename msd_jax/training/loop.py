@@ -62,7 +62,7 @@ def take_steps(
                 if not run.monitor.holds(row):
                     low = row
                     break
-            preempted = distributed.preempted(step)
+            preempted = distributed.preempted()
             if preempted or step % config.checkpoint_every == 0 or step == config.steps:
                 rows.flush()
                 run.checkpoints.save(step, state, queries.get_state(), run.config)
