@@ -11,6 +11,7 @@ devices. What processes might see differently, above all files, process 0 looks 
 import atexit
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -51,6 +52,7 @@ _told = threading.Event()  # a process of the run was sent SIGTERM
 _ending = threading.Event()  # on SIGTERM, without waiting for a step
 _finishing = False  # SIGTERM waits for `preempted`
 _last_acts: list[Callable[[], None]] = []
+_questions = itertools.count(1)
 
 
 def start(argv: list[str]) -> None:
@@ -126,9 +128,11 @@ def finishing_steps() -> Iterator[None]:
         _end_at_once()
 
 
-def preempted(step: int) -> bool:
-    """Whether all processes are to save and end after `step`, for one was sent SIGTERM. To be asked after each step."""
-    return _told.is_set() if _peers is None else multihost_utils.reached_preemption_sync_point(step)
+def preempted() -> bool:
+    """Whether all processes are to save and end now, for one was sent SIGTERM. To be asked by all, after each step."""
+    # JAX has all of them stop at one number, the next that none has asked with. Questions are counted, not steps: a
+    # resumed run that is preempted before it has asked at all would have passed that number already.
+    return _told.is_set() if _peers is None else multihost_utils.reached_preemption_sync_point(next(_questions))
 
 
 def end_preempted(message: str) -> None:

@@ -76,7 +76,7 @@ def take_steps(
                 if fault := run.monitor.fault(row):
                     low = f"the slice's {fault}"
                     break
-            preempted = distributed.preempted(step)
+            preempted = distributed.preempted()
             if preempted or step % config.checkpoints.every == 0 or step == config.steps:
                 rows.flush()
                 if not watched.skipping or preempted or step == config.steps:  # else good ones would make room for it

@@ -313,4 +313,4 @@ def test_one_process_agrees_with_itself(tmp_path):
     assert distributed.from_first(lambda: {"a": (1,)}) == {"a": (1,)}
     distributed.require_same("x", lambda: 1 / 0)  # not even looked up
     distributed.require_shared(tmp_path / "nowhere")
-    assert not distributed.preempted(3)
+    assert not distributed.preempted()
