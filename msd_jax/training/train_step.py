@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from msd_jax import losses
 from msd_jax.errors import UserError
 from msd_jax.models import decoder, forward, pretrained
-from msd_jax.parallel import sharding
+from msd_jax.parallel import compiler_options, sharding
 from msd_jax.training import optimizer
 
 Array = Any  # of NumPy on the host, of JAX on devices
@@ -191,15 +191,12 @@ def jit_train_step(
         micro_batches=config.train.micro_batches,
     )
     state, frozen = _shardings(abstract_state(model, mesh, optimize, config.teacher.kind))
-    # By default XLA's CPU backend runs early what can be run early: the zeros that the backward pass adds to, which are
-    # as large as the weights, before the forward pass.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(
         step,
         in_shardings=(state, frozen, sharding.batch_sharding(mesh)),
         out_shardings=(state, sharding.replicated(mesh)),
         donate_argnums=0,
-        compiler_options={"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else None,
+        compiler_options=compiler_options.train_step_options(mesh),
     )
 
 
