@@ -63,6 +63,7 @@ setuptools.setup(
             "dm-haiku",
             "equinox",
             "hypothesis",
+            "mypy",
             "playwright",
             "pytest",
             "pytest-xdist",

@@ -81,44 +81,43 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
     table = layout(config)
     anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
+    finite: dict[str, jax.Array] = {}  # of each tensor of the files
+
     def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         tensor, pattern = table[_name(path)]
         leaf = leaf.update(sharding=leaf.sharding or anywhere)
         if "{}" not in tensor:
-            return _read_tensor(files[tensor], tensor, pattern, leaf)
+            whole = _read_tensor(files[tensor], tensor, pattern, leaf)
+            finite[tensor] = _all_finite(whole)
+            return whole
         # Stacked on the devices, so that the host never holds more than one layer of a parameter.
         stack = _making_zeros(leaf.shape, leaf.dtype, leaf.sharding)()
         one = leaf.update(shape=leaf.shape[1:], sharding=_without_layers(leaf.sharding))
         for layer in range(config.layers):
             name = tensor.format(layer)
-            stack = _write_layer(stack, _read_tensor(files[name], name, pattern, one), layer)
+            new = _read_tensor(files[name], name, pattern, one)
+            finite[name] = _all_finite(new)
+            stack = _write_layer(stack, new, layer)
         return stack
 
     params = jax.tree.map_with_path(load, target)
-    for name, finite_L in jax.device_get(_finite(params)).items():
-        for layer in np.flatnonzero(~np.atleast_1d(finite_L)):
-            tensor = table[name][0].format(layer)
+    for tensor, is_finite in jax.device_get(finite).items():
+        if not is_finite:
             raise UserError(f"{directory}: {tensor} holds NaN or infinity: the weights are damaged")
     return params
 
 
-def _finite(params: decoder.Params) -> dict[str, jax.Array]:
-    """Whether each parameter is finite, bool []; of a stacked one, each of its layers, bool [L]. One program."""
-    flat = dict(_flat(params))
-    shardings = [leaf.sharding for leaf in flat.values() if isinstance(leaf.sharding, jax.sharding.NamedSharding)]
-    whole = jax.sharding.NamedSharding(shardings[0].mesh, jax.sharding.PartitionSpec()) if shardings else None
-    return _checking_finite(whole)(flat)
+def _all_finite(array: jax.Array) -> jax.Array:
+    """Whether all elements are finite, bool [], known to every process."""
+    sharding = array.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return _checking_finite(sharding)(array)
 
 
 @functools.cache
-def _checking_finite(sharding: jax.sharding.Sharding | None) -> Any:
-    def check(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {
-            name: jnp.isfinite(leaf).all(axis=tuple(range(name.startswith("layers."), leaf.ndim)))
-            for name, leaf in flat.items()
-        }
-
-    return jax.jit(check, out_shardings=sharding)
+def _checking_finite(sharding: jax.sharding.Sharding) -> Any:
+    return jax.jit(lambda array: jnp.isfinite(array).all(), out_shardings=sharding)
 
 
 def _read_tensor(file: Any, tensor: str, pattern: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:

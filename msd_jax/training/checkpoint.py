@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -55,6 +56,19 @@ def _not_raised_too(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("absl").addFilter(_not_raised_too)  # Orbax logs each exception several times before it raises it
+_unraisablehook = sys.unraisablehook
+
+
+def _not_of_a_closed_loop(unraisable: Any) -> None:
+    """Prints what could not be raised, but not what TensorStore's threads say once a write has failed.
+
+    Orbax raises the first failure and closes its event loop; each write that fails later would print a traceback.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _unraisablehook(unraisable)
+
+
+sys.unraisablehook = _not_of_a_closed_loop
 
 
 class Checkpoints:

@@ -142,5 +142,5 @@ def test_peft_and_transformers_give_our_logits(model_dir, tmp_path, rng):
 def test_targets_are_checked(model_dir, tmp_path):
     config = make_config(model_dir, tmp_path)
     config.model.lora.targets = ("query", "q_proj")
-    with pytest.raises(ValueError, match=r"config.model.lora.targets=.*choose among query, key"):
+    with pytest.raises(ValueError, match=r"config.model.lora.targets=.*choose one or more of query, key"):
         settings.check(config)

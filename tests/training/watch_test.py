@@ -14,9 +14,7 @@ from msd_jax.io import jsonl
 from msd_jax.models import pretrained
 from msd_jax.training import checkpoint, loop, watch
 from tests.conftest import write_model
-from tests.training.loop_test import config, set_up, steps_on_disk
-
-assert config
+from tests.training.conftest import set_up, steps_on_disk
 
 
 def with_nan_at(ready, *steps):

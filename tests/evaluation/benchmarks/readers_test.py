@@ -170,7 +170,7 @@ def test_xstest_without_labels_or_ids(tmp_path):
         ("id,question\n1,x\n", "this file has no prompt and no type"),
         (XSTEST + "3,x,y,maybe,a,b\n", "row 4: label='maybe' must be safe or unsafe"),
         (XSTEST + "3,x,y\n", "row 4: 3 cells under 6 columns"),
-        (XSTEST + "1,x,y,safe,a,b\n", "row 4: id '1' occurs twice in 'en'"),
+        (XSTEST + "1,x,y,safe,a,b\n", "row 4: id '1' is there already, in 'en'"),
         ("", "this file has no prompt"),
     ],
 )
