@@ -58,7 +58,7 @@ def ours(arguments: argparse.Namespace) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as workdir:
         ready = run.setup(configured(arguments), pathlib.Path(workdir))
         # Without the checkpoint at the end, which TRL is told to leave out as well.
-        ready = dataclasses.replace(ready, checkpoints=types.SimpleNamespace(save=lambda *_: None))
+        ready = dataclasses.replace(ready, checkpoints=types.SimpleNamespace(save=lambda *_: None, check=lambda: None))
         state, frozen = loop.initial_state(ready)
         loop.take_steps(ready, frozen, state, iter(ready.batches), 0)
         rows = jsonl.read(pathlib.Path(workdir) / "metrics.jsonl")
