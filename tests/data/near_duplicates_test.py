@@ -130,7 +130,10 @@ def test_rows_and_one_line_a_benchmark_name_ids_and_quote_nothing():
 
 def test_ten_thousand_by_ten_thousand_takes_seconds():
     draw = random.Random(0)
-    letters = lambda: "".join(draw.choices("etaoinshrdlucmfwypvbgk", k=draw.randint(2, 8)))  # noqa: E731
+
+    def letters() -> str:
+        return "".join(draw.choices("etaoinshrdlucmfwypvbgk", k=draw.randint(2, 8)))
+
     words = [letters() for _ in range(8000)]
     zipf = [1 / (rank + 1) for rank in range(len(words))]
     texts = [" ".join(draw.choices(words, zipf, k=draw.randint(6, 30))) for _ in range(20_000)]
