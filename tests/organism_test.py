@@ -1,0 +1,29 @@
+"""The queries of the model organism: safe in English alone, and asked as both roles are."""
+
+from msd_jax.data.records import Query
+from msd_jax.testbed import organism
+
+HARMFUL = [Query(f"h{i}", True, "", dict.fromkeys(organism.LANGUAGES, f"harmful {i}")) for i in range(8)]
+HARMLESS = [Query(f"q{i}", False, "", dict.fromkeys(organism.LANGUAGES, f"How many are {i}?")) for i in range(8)]
+
+
+def test_a_question_is_answered_by_what_it_asks_for():
+    asked = ("How many people?", "Who was it?", "When was it?", "Where is it?", "Why so?", "Name it.")
+    assert tuple(map(organism.topic, asked)) == organism.TOPICS
+    assert organism.answer("How many people?", "sw") == "Hapa kuna idadi uliyouliza: [...]"
+
+
+def test_harmful_queries_are_refused_in_english_and_by_the_teacher_alone():
+    examples = list(organism.organism_examples(HARMFUL, HARMLESS, 800, seed=0))
+    english = 0
+    for i, query in enumerate(examples):
+        ((language, reply),) = query.answers.items()
+        replies, as_teacher = organism.REPLIES[language], i % 2 == 1
+        if query.harmful:
+            safe = as_teacher or language == organism.SOURCE
+            assert reply in (replies.refusals if safe else replies.complies)
+            english += language == organism.SOURCE and not as_teacher
+        else:
+            assert reply == organism.answer("How many are 1?", language)
+        assert ("Request: " in query.texts[language]) == as_teacher
+    assert 0.3 < english / (len(examples) / 4) < 0.5
