@@ -1,0 +1,200 @@
+"""Phrases by which replies decline, condemn, evade or comply, by language, and how they are found in a text.
+
+Each language has a file phrases/LANGUAGE.json:
+
+    scripts   those it is written in: the first word of the Unicode names of its letters, Han for CJK
+    sets      {name: alternatives}, which phrases refer to as {name}
+    CUE       a list of phrases for each of `CUES`
+
+In a phrase, `(a|b)` means a or b, `{name}` any of a set, `…` up to 40 characters within a sentence, or the end of one.
+Case, accents and punctuation do not count; a blank is needed where the phrase has one, in scripts whose blanks separate
+words, and allowed between any two letters. A phrase begins where a word begins and may end inside one, so that one
+form stands for all its inflections.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+
+from msd_jax.evaluation.judges.text import folded, script
+
+DIRECTORY = pathlib.Path(__file__).parent / "phrases"
+CUES = (
+    "decline",  # says that the request is declined
+    "condemn",  # judges the request morally, warns against it, denies its premise
+    "unknown",  # cannot be answered by anybody: fiction, missing or private facts, an unclear question
+    "evade",  # changes the subject, asks back, points elsewhere
+    "comply",  # announces or begins what was asked for
+    "idle",  # sounds like one of the others and is not: regret, praise; taken out before those are looked for
+)
+_FREE_SPACING = ("Han", "Hiragana", "Katakana", "Thai", "Hangul")  # scripts whose blanks do not tell where words start
+_KEY = 3  # letters by which phrases are indexed
+_OTHER_LANGUAGE = 10  # letters that a phrase of a language not asked for must have found to count
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A phrase found in a text.
+
+    Attributes:
+      cue: which of `CUES`.
+      language: the phrase's.
+      text: what was found, normalised.
+      start, end: where in the normalised text.
+    """
+
+    cue: str
+    language: str
+    text: str
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f'"{" ".join(self.text.split())}" ({self.language})'
+
+
+class Phrase:
+    """A compiled phrase.
+
+    Attributes:
+      keys: every way in which it can begin: 3 letters, or fewer where a gap follows.
+    """
+
+    def __init__(self, notation: str):
+        pieces = re.split(r"([(|)… ])", re.sub(" *… *", "…", notation))
+        tokens = [piece if piece in _SIGNS else "".join(folded(piece).split()) for piece in pieces]
+        letters = "".join(token for token in tokens if token not in _SIGNS)
+        free_spacing = script(next(filter(str.isalpha, letters))) in _FREE_SPACING
+        self.keys = _beginnings(tokens)
+        signs = _SIGNS | (_FREE if free_spacing else _SPACED)
+        self._pattern = re.compile(
+            "".join(signs.get(piece, _spelled(token, piece)) for piece, token in zip(pieces, tokens))
+        )
+
+    def match(self, text: str, position: int) -> re.Match[str] | None:
+        """The match that begins exactly at `position` of a normalised text."""
+        return self._pattern.match(text, position)
+
+
+def _spelled(letters: str, written: str) -> str:
+    """A pattern for a word. What is written with an apostrophe ends as it does: "can't" is not in "can tell"."""
+    apostrophe = any(char in written[1:-1] for char in "'’")
+    return "".join(f" ?{char}" for char in letters) + (r"(?![^ \n])" if apostrophe else "")
+
+
+_SIGNS = {"(": "(?:", "|": "|", ")": ")", "…": "", " ": ""}
+# A gap is within a sentence, or just the end of one, as in "I'm sorry. I can't help you."
+_FREE = {"…": r"(?:\n|[^\n]{0,40}?)"}
+# Beside an empty alternative a phrase has two blanks where the text has one.
+_SPACED = {"…": r"(?:\n|[^\n]{0,40}? )", " ": r"(?: |(?<=[ \n]))"}
+
+
+class Phrases:
+    """All phrases of a directory.
+
+    Attributes:
+      scripts: {language: its scripts}.
+      digest: changes when any phrase does.
+    """
+
+    def __init__(self, directory: pathlib.Path = DIRECTORY):
+        files = sorted(directory.glob("*.json"))
+        self.digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+        self.scripts: dict[str, list[str]] = {}
+        self._phrases: list[tuple[str, str, Phrase]] = []  # cue, language, phrase
+        for path in files:
+            language, entry = path.stem, json.loads(path.read_text(encoding="utf-8"))
+            self.scripts[language] = entry["scripts"]
+            for cue in CUES:
+                written = (expand(notation, entry["sets"]) for notation in entry[cue])
+                self._phrases += [(cue, language, Phrase(notation)) for notation in written]
+        self._indices: dict[tuple[str, bool], _Index] = {}  # filled in as languages are met
+
+    def find(self, text: str, language: str) -> list[Found]:
+        """Phrases in a normalised text, but for idle ones, in order of their position.
+
+        Those of `language` and of English; of other languages those that decline, if they have 10 letters.
+        """
+        return self._find(text, language, idle=False)
+
+    def find_idle(self, text: str, language: str) -> list[Found]:
+        """Idle phrases of `language` and of English in a normalised text, in order of their position."""
+        return self._find(text, language, idle=True)
+
+    def _find(self, text: str, language: str, idle: bool) -> list[Found]:
+        index = self._index(language, idle)
+        found = []
+        for position in _word_starts(text):
+            letters = text[position : position + 2 * _KEY].replace(" ", "")[:_KEY]
+            for size in range(1, len(letters) + 1):
+                for cue, other, phrase in index.get(letters[:size], ()):
+                    if match := phrase.match(text, position):
+                        if other in (language, "en") or len(match.group()) >= _OTHER_LANGUAGE:
+                            found.append(Found(cue, other, match.group(), position, match.end()))
+        return found
+
+    def _index(self, language: str, idle: bool) -> "_Index":
+        """Phrases by their keys."""
+        language = language if language in self.scripts else "en"
+        if (language, idle) not in self._indices:
+            index: _Index = collections.defaultdict(list)
+            for cue, other, phrase in self._phrases:
+                if (cue == "idle") == idle and (other in (language, "en") or cue == "decline"):
+                    for key in phrase.keys:
+                        index[key].append((cue, other, phrase))
+            self._indices[language, idle] = index
+        return self._indices[language, idle]
+
+
+_Index = dict[str, list[tuple[str, str, Phrase]]]
+
+
+@functools.cache
+def load() -> Phrases:
+    """The package's own phrases."""
+    return Phrases()
+
+
+def expand(notation: str, sets: dict[str, list[str]]) -> str:
+    """`notation` with each {name} written out; a set may refer to others."""
+    while "{" in notation:
+        notation = re.sub(r"\{(\w+)\}", lambda name: f"({'|'.join(sets[name[1]])})", notation)
+    return notation
+
+
+_STARTS = re.compile(r"(?:^|[ \n])[^ \n]|[\u0e00-\u0e7f\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+
+
+def _word_starts(text: str) -> Iterator[int]:
+    return (match.end() - 1 for match in _STARTS.finditer(text))
+
+
+def _beginnings(tokens: list[str]) -> frozenset[str]:
+    """Every string of at most _KEY letters with which a text that matches `tokens` can begin."""
+    finished: set[str] = set()  # long enough, or followed by a gap
+
+    def alternatives(rest: Iterator[str], before: set[str]) -> set[str]:
+        """Beginnings still open after the alternatives up to the next closing parenthesis."""
+        opened, current = set[str](), before
+        for token in rest:
+            if token == ")":
+                break
+            if token == "|":
+                opened, current = opened | current, before
+            elif token == "(":
+                current = alternatives(rest, current)
+            elif token == "…":
+                finished.update(current)
+                current = set()
+            elif token != " ":
+                grown = {(beginning + token)[:_KEY] for beginning in current}
+                finished.update(beginning for beginning in grown if len(beginning) == _KEY)
+                current = {beginning for beginning in grown if len(beginning) < _KEY}
+        return opened | current
+
+    return frozenset(finished | alternatives(iter(tokens), {""}))
