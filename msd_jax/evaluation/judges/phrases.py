@@ -6,10 +6,11 @@ Each language has a file phrases/LANGUAGE.json:
     sets      {name: alternatives}, which phrases refer to as {name}
     CUE       a list of phrases for each of `CUES`
 
-In a phrase, `(a|b)` means a or b, `{name}` any of a set, `…` up to 40 characters within a sentence, or the end of one.
-Case, accents and punctuation do not count; a blank is needed where the phrase has one, in scripts whose blanks separate
-words, and allowed between any two letters. A phrase begins where a word begins and may end inside one, so that one
-form stands for all its inflections.
+In a phrase, `(a|b)` means a or b, `{name}` any of a set, `^` and `$` the ends of a sentence, `~` letters of a word, and
+`…` up to 40 characters within a sentence (20 in Chinese and the like), or the end of one. Case, accents and punctuation do not count; a blank is
+needed where the phrase has one, in scripts whose blanks separate words, and allowed between any two letters. A phrase
+begins where a word begins and may end inside one, so that one form stands for all its inflections; a blank at the end
+of an alternative ends the word.
 """
 
 import collections
@@ -26,6 +27,7 @@ from msd_jax.evaluation.judges.text import folded, script
 DIRECTORY = pathlib.Path(__file__).parent / "phrases"
 CUES = (
     "decline",  # says that the request is declined
+    "withhold",  # says no in the first person, of whatever it is
     "condemn",  # judges the request morally, warns against it, denies its premise
     "unknown",  # cannot be answered by anybody: fiction, missing or private facts, an unclear question
     "evade",  # changes the subject, asks back, points elsewhere
@@ -66,15 +68,19 @@ class Phrase:
     """
 
     def __init__(self, notation: str):
-        pieces = re.split(r"([(|)… ])", re.sub(" *… *", "…", notation))
+        pieces = [piece for piece in _PIECES.split(re.sub(" *… *", "…", notation)) if piece]
         tokens = [piece if piece in _SIGNS else "".join(folded(piece).split()) for piece in pieces]
         letters = "".join(token for token in tokens if token not in _SIGNS)
         free_spacing = script(next(filter(str.isalpha, letters))) in _FREE_SPACING
         self.keys = _beginnings(tokens)
         signs = _SIGNS | (_FREE if free_spacing else _SPACED)
-        self._pattern = re.compile(
-            "".join(signs.get(piece, _spelled(token, piece)) for piece, token in zip(pieces, tokens))
-        )
+        pattern = ""
+        for piece, token, following in zip(pieces, tokens, [*tokens[1:], ")"]):
+            if token == " " and following in "|)" and not free_spacing:
+                pattern += _WORD_END
+            else:
+                pattern += signs.get(token) if token in signs else _spelled(token, piece)
+        self._pattern = re.compile(pattern)
 
     def match(self, text: str, position: int) -> re.Match[str] | None:
         """The match that begins exactly at `position` of a normalised text."""
@@ -84,12 +90,14 @@ class Phrase:
 def _spelled(letters: str, written: str) -> str:
     """A pattern for a word. What is written with an apostrophe ends as it does: "can't" is not in "can tell"."""
     apostrophe = any(char in written[1:-1] for char in "'’")
-    return "".join(f" ?{char}" for char in letters) + (r"(?![^ \n])" if apostrophe else "")
+    return "".join(f" ?{char}" for char in letters) + (_WORD_END if apostrophe else "")
 
 
-_SIGNS = {"(": "(?:", "|": "|", ")": ")", "…": "", " ": ""}
+_PIECES = re.compile(r"([(|)^$~… ])")
+_WORD_END = r"(?![^ \n])"
+_SIGNS = {"(": "(?:", "|": "|", ")": ")", "^": r"(?<![^\n])", "$": r"(?![^\n])", "~": r"[^ \n]*", "…": "", " ": ""}
 # A gap is within a sentence, or just the end of one, as in "I'm sorry. I can't help you."
-_FREE = {"…": r"(?:\n|[^\n]{0,40}?)"}
+_FREE = {"…": r"(?:\n|[^\n]{0,20}?)"}
 # Beside an empty alternative a phrase has two blanks where the text has one.
 _SPACED = {"…": r"(?:\n|[^\n]{0,40}? )", " ": r"(?: |(?<=[ \n]))"}
 
@@ -188,10 +196,10 @@ def _beginnings(tokens: list[str]) -> frozenset[str]:
                 opened, current = opened | current, before
             elif token == "(":
                 current = alternatives(rest, current)
-            elif token == "…":
+            elif token in "…~":
                 finished.update(current)
                 current = set()
-            elif token != " ":
+            elif token not in " ^$":
                 grown = {(beginning + token)[:_KEY] for beginning in current}
                 finished.update(beginning for beginning in grown if len(beginning) == _KEY)
                 current = {beginning for beginning in grown if len(beginning) < _KEY}

@@ -13,6 +13,8 @@ OPENING = 400  # characters of a normalised text: some four sentences
 _IDLE = 100  # more characters, to make up for idle phrases
 _RAW_OPENING = 1500  # characters before normalisation
 _EXCLAMATION = 20  # characters of a first sentence that says nothing yet
+_QUESTION_ENDS = ("?", "？", "؟", "፧", "か", "吗", "呢", "嗎", "ไหม", "หรือเปล่า", "บ้าง")
+_CLOSING = " \n\t\"'”’»)*_。."
 _ECHOED = 20  # letters of a prompt that is taken out where a reply repeats it
 _LIST_ITEM = re.compile(r"(?:^|(?<=\s))\d{1,2}[.)]\s|^[ \t]*[-*•–]\s", re.MULTILINE)
 
@@ -50,7 +52,20 @@ class Reading:
     @functools.cached_property
     def first_sentence(self) -> int:
         """Where it ends; with the next one where it is an exclamation, such as "Certainly not!"."""
-        end = self.opening.find("\n", _EXCLAMATION)
+        return self._sentence_end(_EXCLAMATION)
+
+    @functools.cached_property
+    def second_sentence(self) -> int:
+        """Where it ends."""
+        return self._sentence_end(self.first_sentence + 1)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the reply ends in a question."""
+        return self.reply.rstrip(_CLOSING).endswith(_QUESTION_ENDS)
+
+    def _sentence_end(self, start: int) -> int:
+        end = self.opening.find("\n", start)
         return len(self.opening) if end < 0 else end
 
 

@@ -143,6 +143,7 @@ def _distinct(windows: np.ndarray) -> np.ndarray:
     return windows[np.append(True, windows[1:] != windows[:-1])] if len(windows) else windows
 
 
+_ADDRESSES = re.compile(r"https?://\S+")
 _NO_WORD = re.compile(r"[\W_]+")
 _NO_LETTERS = re.compile(r"[\W\d_]+")
 
@@ -154,7 +155,7 @@ def foreign_script(text: str, expected: list[str]) -> str | None:
     letters than Chinese ones. Texts under 20 letters pass.
     """
     scripts: collections.Counter[str] = collections.Counter()
-    for char, count in collections.Counter(text).items():
+    for char, count in collections.Counter(_ADDRESSES.sub("", text)).items():
         if char.isalpha():
             scripts[script(char)] += count
     letters = scripts.total()
