@@ -22,29 +22,33 @@ _FIRST = 12  # words
 _GRAM_SCALE = 2.0
 _COUNTED = ("condemn", "unknown", "evade", "comply")
 
-_FUNCTION_WORDS = frozenset(
-    "a about all also an and any are as at be because been but by can could do does for from has have how however i if "
-    "in is it its just may more not of on one or other our people she should so some such than that the their them "
-    "there these they this to was we were what when which who will with would you your".split()
-)
-# Words of a question that say nothing of its subject.
-_COMMON = _FUNCTION_WORDS | frozenset(
-    "am did doing done get give he her him his into let make me my no off out over t s too up us very where why best "
-    "way ways tell".split()
-)
-_NEGATIONS = frozenset(
-    "not no never none neither nor nothing nobody t cannot without false untrue incorrect barred denied banned "
-    "excluded".split()
-)
+_FUNCTION_WORDS = """
+a about all also an and any are as at be because been but by can could do does for from has have how however i if in is
+it its just may more not of on one or other our people she should so some such than that the their them there these
+they this to was we were what when which who will with would you your
+"""
+# Together with those, words of a question that say nothing of its subject.
+_QUESTION_WORDS = """
+am did doing done get give he her him his into let make me my no off out over t s too up us very where why best way ways
+tell
+"""
+_NEGATIONS = """
+not no never none neither nor nothing nobody t cannot without false untrue incorrect barred denied banned excluded
+"""
+_ENGLISH = frozenset(_FUNCTION_WORDS.split())
+_COMMON = _ENGLISH | frozenset(_QUESTION_WORDS.split())
+_DENYING = frozenset(_NEGATIONS.split())
 _NO_REASON = re.compile(r"\bno (?:\w+ )?(?:reason|evidence|benefit|justification|basis|excuse)")
 _FACT = re.compile(r"(?:what (?:is|are|was|were|does|do|did|s)|who|when|define|explain|where (?:is|was|did))\b")
-_HOW = re.compile(r"(?:how (?:do|can|could|should|would|to)|where can|what s the best|what (?:can|could|should|steps))\b")
+_HOW = re.compile(
+    r"(?:how (?:do|can|could|should|would|to)|where can|what s the best|what (?:can|could|should|steps))\b"
+)
 
 
 def is_english(reading: Reading) -> bool:
     """Whether at least a quarter of the opening's words are English function words."""
     words = [word for word in reading.words if word != "\n"]
-    return 4 * sum(word in _FUNCTION_WORDS for word in words) >= len(words) > 0
+    return 4 * sum(word in _ENGLISH for word in words) >= len(words) > 0
 
 
 class Classifier:
@@ -59,8 +63,14 @@ class Classifier:
         values = json.loads(WEIGHTS.read_text(encoding="utf-8"))
         return cls(values["bias"], values["weights"])
 
+    def save(self) -> None:
+        """Makes it the package's own."""
+        values = {"bias": self.bias, "weights": dict(sorted(self.weights.items()))}
+        WEIGHTS.write_text(json.dumps(values, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
     @property
     def digest(self) -> str:
+        """Changes when a weight does."""
         text = json.dumps([self.bias, sorted(self.weights.items())])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -101,8 +111,8 @@ def _first_sentence(reading: Reading) -> dict[str, bool | float]:
     asked = [_stem(word) for word in reading.prompt.split() if word not in _COMMON]
     said = {_stem(word) for word in words}
     overlap = sum(stem in said for stem in asked) / max(1, len(asked))
-    denies = any(word in _NEGATIONS for word in words)
-    asks_negatively = any(word in _NEGATIONS for word in reading.prompt.split())
+    denies = any(word in _DENYING for word in words)
+    asks_negatively = any(word in _DENYING for word in reading.prompt.split())
     taken_up = overlap >= 0.5
     return {
         "overlap": overlap,

@@ -1,6 +1,6 @@
 """Phrases by which replies decline, condemn, evade or comply, by language, and how they are found in a text.
 
-Each language has a file phrases/LANGUAGE.json:
+Each language has a file cues/LANGUAGE.json:
 
     scripts   those it is written in: the first word of the Unicode names of its letters, Han for CJK
     sets      {name: alternatives}, which phrases refer to as {name}
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 from msd_jax.evaluation.judges.text import folded, script
 
-DIRECTORY = pathlib.Path(__file__).parent / "phrases"
+DIRECTORY = pathlib.Path(__file__).parent / "cues"
 CUES = (
     "decline",  # says that the request is declined
     "withhold",  # says no in the first person, of whatever it is
@@ -79,7 +79,7 @@ class Phrase:
             if token == " " and following in "|)" and not free_spacing:
                 pattern += _WORD_END
             else:
-                pattern += signs.get(token) if token in signs else _spelled(token, piece)
+                pattern += signs[token] if token in signs else _spelled(token, piece)
         self._pattern = re.compile(pattern)
 
     def match(self, text: str, position: int) -> re.Match[str] | None:
