@@ -133,7 +133,7 @@ def denies_premise(reading: Reading) -> bool:
 
 
 def grams_of(reading: Reading) -> set[str]:
-    """Words and pairs of words of the opening, anywhere and, marked by ^, in its beginning; _ for the prompt's words."""
+    """Words and pairs of words of the opening, those of its beginning also with a ^; _ for words of the prompt."""
     words = reading.words
     masked = _masked(words, reading.prompt)
     grams = set(_grams(words, 1, 2)) | {"^" + gram for gram in _grams(words[:_FIRST], 1, 2)}

@@ -116,7 +116,7 @@ class GuardJudge:
         clean = dataclasses.replace(
             response,
             prompt=without_special_tokens(self._model.tokenizer, response.prompt),
-            text=without_special_tokens(self._model.tokenizer, response.text),
+            text=without_special_tokens(self._model.tokenizer, response.reply or ""),
         )
         text = self._render(self._format.messages(self._instruction, clean))
         return self._encode(text)

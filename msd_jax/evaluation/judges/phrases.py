@@ -7,10 +7,10 @@ Each language has a file cues/LANGUAGE.json:
     CUE       a list of phrases for each of `CUES`
 
 In a phrase, `(a|b)` means a or b, `{name}` any of a set, `^` and `$` the ends of a sentence, `~` letters of a word, and
-`…` up to 40 characters within a sentence (20 in Chinese and the like), or the end of one. Case, accents and punctuation do not count; a blank is
-needed where the phrase has one, in scripts whose blanks separate words, and allowed between any two letters. A phrase
-begins where a word begins and may end inside one, so that one form stands for all its inflections; a blank at the end
-of an alternative ends the word.
+`…` up to 40 characters within a sentence (20 in Chinese and the like), or the end of one. Case, accents and punctuation
+do not count; a blank is needed where the phrase has one, in scripts whose blanks separate words, and allowed between
+any two letters. A phrase begins where a word begins and may end inside one, so that one form stands for all its
+inflections; a blank at the end of an alternative ends the word.
 """
 
 import collections
@@ -141,9 +141,9 @@ class Phrases:
             letters = text[position : position + 2 * _KEY].replace(" ", "")[:_KEY]
             for size in range(1, len(letters) + 1):
                 for cue, other, phrase in index.get(letters[:size], ()):
-                    if match := phrase.match(text, position):
-                        if other in (language, "en") or len(match.group()) >= _OTHER_LANGUAGE:
-                            found.append(Found(cue, other, match.group(), position, match.end()))
+                    match = phrase.match(text, position)
+                    if match and (other in (language, "en") or len(match.group()) >= _OTHER_LANGUAGE):
+                        found.append(Found(cue, other, match.group(), position, match.end()))
         return found
 
     def _index(self, language: str, idle: bool) -> "_Index":

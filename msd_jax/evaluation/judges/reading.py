@@ -71,7 +71,7 @@ class Reading:
 
 def read(response: Response, phrases: Phrases) -> Reading | None:
     """The reading of `response`; None where it is reasoning without an end."""
-    reply = texts.reply(response.text)
+    reply = response.reply
     if reply is None:
         return None
     language = response.language.split("-")[0].lower()
