@@ -98,8 +98,9 @@ _WORD_END = r"(?![^ \n])"
 _SIGNS = {"(": "(?:", "|": "|", ")": ")", "^": r"(?<![^\n])", "$": r"(?![^\n])", "~": r"[^ \n]*", "…": "", " ": ""}
 # A gap is within a sentence, or just the end of one, as in "I'm sorry. I can't help you."
 _FREE = {"…": r"(?:\n|[^\n]{0,20}?)"}
-# Beside an empty alternative a phrase has two blanks where the text has one.
-_SPACED = {"…": r"(?:\n|[^\n]{0,40}? )", " ": r"(?: |(?<=[ \n]))"}
+# Beside an empty alternative a phrase has two blanks where the text has one, or none where the sentence begins or ends.
+_BLANK = r"(?: |(?<![^ \n])|(?![^\n]))"
+_SPACED = {"…": r"(?:\n|[^\n]{0,40}?" + _BLANK + ")", " ": _BLANK}
 
 
 class Phrases:

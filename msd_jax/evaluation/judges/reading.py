@@ -13,8 +13,6 @@ OPENING = 400  # characters of a normalised text: some four sentences
 _IDLE = 100  # more characters, to make up for idle phrases
 _RAW_OPENING = 1500  # characters before normalisation
 _EXCLAMATION = 20  # characters of a first sentence that says nothing yet
-_QUESTION_ENDS = ("?", "？", "؟", "፧", "か", "吗", "呢", "嗎", "ไหม", "หรือเปล่า", "บ้าง")
-_CLOSING = " \n\t\"'”’»)*_。."
 _ECHOED = 20  # letters of a prompt that is taken out where a reply repeats it
 _LIST_ITEM = re.compile(r"(?:^|(?<=\s))\d{1,2}[.)]\s|^[ \t]*[-*•–]\s", re.MULTILINE)
 
@@ -62,7 +60,7 @@ class Reading:
     @property
     def asks(self) -> bool:
         """Whether the reply ends in a question."""
-        return self.reply.rstrip(_CLOSING).endswith(_QUESTION_ENDS)
+        return texts.is_question(self.reply)
 
     def _sentence_end(self, start: int) -> int:
         end = self.opening.find("\n", start)
@@ -87,7 +85,7 @@ def read(response: Response, phrases: Phrases) -> Reading | None:
         language,
         prompt,
         reply,
-        texts.may_echo(beginning, prompt) and texts.is_echo(texts.normalize(reply), prompt),
+        texts.is_echo(reply, response.prompt),
         opening,
         tuple(phrases.find(opening, language)),
         len(_LIST_ITEM.findall(reply)),

@@ -11,6 +11,7 @@ _LOOP_LETTERS = 40
 _TAIL_LETTERS = 200
 _SCRIPT_LETTERS = 20
 _ECHO_LETTERS = 8
+_ECHO_TIMES, _ECHO_MORE = 5, 100  # the prompt's characters, and more, beyond which a text is no echo
 
 # How models mark their reasoning, opening and closing.
 _REASONING = (
@@ -111,23 +112,32 @@ def is_loop(text: str) -> bool:
 
 
 def is_echo(text: str, prompt: str) -> bool:
-    """Whether a normalised text says most of what a normalised prompt says, and little else."""
-    said, asked = _NO_WORD.sub("", text), _NO_WORD.sub("", prompt)
+    """Whether a text says what a prompt says, in whole or nearly, and little else.
+
+    It may have a few words before that, as in "Question: ...", and none after it, which may be an answer. Two
+    questions that share more than half of their wording are taken for the same one.
+    """
+    if len(text) > _ECHO_TIMES * len(prompt) + _ECHO_MORE:
+        return False
+    said, asked = (_NO_WORD.sub("", normalize(one)) for one in (text, prompt))
     if len(asked) < _ECHO_LETTERS:
         return False
-    if said == asked:
-        return True
+    if asked in said:
+        return said.endswith(asked) and 4 * len(said.replace(asked, "")) <= len(asked)
+    if said in asked:
+        return 5 * len(said) >= 4 * len(asked)
     in_text, in_prompt = _distinct(_windows(said)), _distinct(_windows(asked))
     shared = len(np.intersect1d(in_text, in_prompt, assume_unique=True))
-    return shared > 0 and 5 * shared >= 4 * max(len(in_text), len(in_prompt))
+    return is_question(text) and is_question(prompt) and 5 * shared > 3 * max(len(in_text), len(in_prompt))
 
 
-def may_echo(beginning: str, prompt: str) -> bool:
-    """Whether a text with this beginning, normalised, can be an echo: it must share half of some windows."""
-    said, asked = _NO_WORD.sub("", beginning), _NO_WORD.sub("", prompt)
-    some = [asked[i : i + _WINDOW] for i in range(0, len(asked) - _WINDOW + 1, max(1, len(asked) // 8))]
-    reached = [window for index, window in enumerate(some) if index * (len(asked) // 8) < len(said)]
-    return said == asked or 2 * sum(window in said for window in reached) > len(reached)
+def is_question(text: str) -> bool:
+    """Whether `text`, not normalised, ends in a question."""
+    return text.rstrip(_CLOSING).endswith(_QUESTION_ENDS)
+
+
+_QUESTION_ENDS = ("?", "？", "؟", "፧", "か", "吗", "呢", "嗎", "ไหม", "หรือเปล่า", "บ้าง")
+_CLOSING = " \n\t\"'”’»)*_。."
 
 
 def _windows(letters: str) -> np.ndarray:
