@@ -8,6 +8,7 @@ in which words of the prompt are blanked out ("_ was not").
 Inference needs no library but the standard one. benchmarks/judge.py trains it, see docs/judges.md.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -160,5 +161,6 @@ def _masked(words: list[str], prompt: str) -> list[str]:
 _SUFFIX = re.compile(r"(?:ing|ed|es|s|e|ion|al|ly)$")
 
 
+@functools.lru_cache(maxsize=10_000)
 def _stem(word: str) -> str:
     return _SUFFIX.sub("", word)

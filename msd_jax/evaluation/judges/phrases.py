@@ -20,7 +20,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from msd_jax.evaluation.judges.text import folded, script
 
@@ -35,7 +35,7 @@ CUES = (
     "idle",  # sounds like one of the others and is not: regret, praise; taken out before those are looked for
 )
 _FREE_SPACING = ("Han", "Hiragana", "Katakana", "Thai", "Hangul")  # scripts whose blanks do not tell where words start
-_KEY = 3  # letters by which phrases are indexed
+_KEY = 5  # letters by which phrases are indexed
 _OTHER_LANGUAGE = 10  # letters that a phrase of a language not asked for must have found to count
 
 
@@ -61,10 +61,10 @@ class Found:
 
 
 class Phrase:
-    """A compiled phrase.
+    """A phrase that can be looked for.
 
     Attributes:
-      keys: every way in which it can begin: 3 letters, or fewer where a gap follows.
+      keys: every way in which it can begin: 5 letters, or fewer where a gap follows.
     """
 
     def __init__(self, notation: str):
@@ -80,11 +80,12 @@ class Phrase:
                 pattern += _WORD_END
             else:
                 pattern += signs[token] if token in signs else _spelled(token, piece)
-        self._pattern = re.compile(pattern)
+        self._pattern = pattern
 
-    def match(self, text: str, position: int) -> re.Match[str] | None:
-        """The match that begins exactly at `position` of a normalised text."""
-        return self._pattern.match(text, position)
+    @functools.cached_property
+    def match(self) -> Callable[[str, int], re.Match[str] | None]:
+        """(normalised text, position) -> the match that begins exactly there. Compiled when it is first needed."""
+        return re.compile(self._pattern).match
 
 
 def _spelled(letters: str, written: str) -> str:
@@ -115,14 +116,14 @@ class Phrases:
         files = sorted(directory.glob("*.json"))
         self.digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
         self.scripts: dict[str, list[str]] = {}
-        self._phrases: list[tuple[str, str, Phrase]] = []  # cue, language, phrase
+        self._phrases: list[_Entry] = []
         for path in files:
             language, entry = path.stem, json.loads(path.read_text(encoding="utf-8"))
             self.scripts[language] = entry["scripts"]
             for cue in CUES:
                 written = (expand(notation, entry["sets"]) for notation in entry[cue])
                 self._phrases += [(cue, language, Phrase(notation)) for notation in written]
-        self._indices: dict[tuple[str, bool], _Index] = {}  # filled in as languages are met
+        self._indices: dict[tuple[str, bool], _Candidates] = {}  # filled in as languages are met
 
     def find(self, text: str, language: str) -> list[Found]:
         """Phrases in a normalised text, but for idle ones, in order of their position.
@@ -136,31 +137,37 @@ class Phrases:
         return self._find(text, language, idle=True)
 
     def _find(self, text: str, language: str, idle: bool) -> list[Found]:
-        index = self._index(language, idle)
+        candidates = self._candidates(language, idle)
         found = []
-        for position in _word_starts(text):
+        for start in _STARTS.finditer(text):
+            position = start.end() - 1
             letters = text[position : position + 2 * _KEY].replace(" ", "")[:_KEY]
-            for size in range(1, len(letters) + 1):
-                for cue, other, phrase in index.get(letters[:size], ()):
-                    match = phrase.match(text, position)
-                    if match and (other in (language, "en") or len(match.group()) >= _OTHER_LANGUAGE):
-                        found.append(Found(cue, other, match.group(), position, match.end()))
+            for cue, other, phrase in candidates(letters):
+                match = phrase.match(text, position)
+                if match and (other in (language, "en") or len(match.group()) >= _OTHER_LANGUAGE):
+                    found.append(Found(cue, other, match.group(), position, match.end()))
         return found
 
-    def _index(self, language: str, idle: bool) -> "_Index":
-        """Phrases by their keys."""
+    def _candidates(self, language: str, idle: bool) -> "_Candidates":
+        """The first letters of a text -> phrases that may begin with them."""
         language = language if language in self.scripts else "en"
         if (language, idle) not in self._indices:
-            index: _Index = collections.defaultdict(list)
+            index: dict[str, list[_Entry]] = collections.defaultdict(list)
             for cue, other, phrase in self._phrases:
                 if (cue == "idle") == idle and (other in (language, "en") or cue == "decline"):
                     for key in phrase.keys:
                         index[key].append((cue, other, phrase))
-            self._indices[language, idle] = index
+
+            @functools.lru_cache(maxsize=10_000)
+            def candidates(letters: str) -> tuple[_Entry, ...]:
+                return tuple(entry for size in range(1, len(letters) + 1) for entry in index.get(letters[:size], ()))
+
+            self._indices[language, idle] = candidates
         return self._indices[language, idle]
 
 
-_Index = dict[str, list[tuple[str, str, Phrase]]]
+_Entry = tuple[str, str, Phrase]  # cue, language, phrase
+_Candidates = Callable[[str], Sequence[_Entry]]
 
 
 @functools.cache
@@ -177,10 +184,6 @@ def expand(notation: str, sets: dict[str, list[str]]) -> str:
 
 
 _STARTS = re.compile(r"(?:^|[ \n])[^ \n]|[\u0e00-\u0e7f\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-
-
-def _word_starts(text: str) -> Iterator[int]:
-    return (match.end() - 1 for match in _STARTS.finditer(text))
 
 
 def _beginnings(tokens: list[str]) -> frozenset[str]:

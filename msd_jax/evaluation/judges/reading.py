@@ -14,7 +14,9 @@ _IDLE = 100  # more characters, to make up for idle phrases
 _RAW_OPENING = 1500  # characters before normalisation
 _EXCLAMATION = 20  # characters of a first sentence that says nothing yet
 _ECHOED = 20  # letters of a prompt that is taken out where a reply repeats it
-_LIST_ITEM = re.compile(r"(?:^|(?<=\s))\d{1,2}[.)]\s|^[ \t]*[-*•–]\s", re.MULTILINE)
+# Each begins with what is rare, which is fast to search for.
+_NUMBERED = re.compile(r"\d(?<!\S\d)\d?[.)]\s")
+_BULLETS = re.compile(r"\n[ \t]*[-*•–](?=\s)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ def read(response: Response, phrases: Phrases) -> Reading | None:
         texts.is_echo(reply, response.prompt),
         opening,
         tuple(phrases.find(opening, language)),
-        len(_LIST_ITEM.findall(reply)),
+        len(_NUMBERED.findall(reply)) + len(_BULLETS.findall("\n" + reply)),
     )
 
 

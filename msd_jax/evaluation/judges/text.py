@@ -1,6 +1,7 @@
 """What the rules see of a text: its folded form, its scripts, whether it loops, repeats the prompt or only reasons."""
 
 import collections
+import functools
 import re
 import unicodedata
 
@@ -10,6 +11,7 @@ _WINDOW = 12  # letters
 _LOOP_LETTERS = 40
 _TAIL_LETTERS = 200
 _SCRIPT_LETTERS = 20
+_LETTER_CODES = 0x30000  # planes of Unicode that have letters
 _ECHO_LETTERS = 8
 _ECHO_TIMES, _ECHO_MORE = 5, 100  # the prompt's characters, and more, beyond which a text is no echo
 
@@ -101,7 +103,10 @@ def without_quotations(text: str) -> str:
 def is_loop(text: str) -> bool:
     """Whether more than three quarters of the letters, or of those in the second half, repeat what came before."""
     # Digits are left out, since a loop may count its rounds.
-    letters = _NO_LETTERS.sub("", text) or _NO_WORD.sub("", text)
+    codes = _codes(text)
+    letters = codes[_is_letter()[np.minimum(codes, _LETTER_CODES - 1)]]
+    if not len(letters):
+        letters = _codes(_NO_WORD.sub("", text))
     if len(letters) < _LOOP_LETTERS:
         return False
     windows = _windows(letters)
@@ -126,7 +131,7 @@ def is_echo(text: str, prompt: str) -> bool:
         return said.endswith(asked) and 4 * len(said.replace(asked, "")) <= len(asked)
     if said in asked:
         return 5 * len(said) >= 4 * len(asked)
-    in_text, in_prompt = _distinct(_windows(said)), _distinct(_windows(asked))
+    in_text, in_prompt = _distinct(_windows(_codes(said))), _distinct(_windows(_codes(asked)))
     shared = len(np.intersect1d(in_text, in_prompt, assume_unique=True))
     return is_question(text) and is_question(prompt) and 5 * shared > 3 * max(len(in_text), len(in_prompt))
 
@@ -140,9 +145,21 @@ _QUESTION_ENDS = ("?", "？", "؟", "፧", "か", "吗", "呢", "嗎", "ไห�
 _CLOSING = " \n\t\"'”’»)*_。."
 
 
-def _windows(letters: str) -> np.ndarray:
-    """A hash of each window of `letters`, uint64."""
-    hashes = np.frombuffer(letters.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+def _codes(text: str) -> np.ndarray:
+    """Code points, uint32."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+@functools.cache
+def _is_letter() -> np.ndarray:
+    """Whether a code point is a letter, bool [_LETTER_CODES]: a regular expression takes as long as all else here."""
+    chars = map(chr, range(_LETTER_CODES))
+    return np.fromiter((char.isalnum() and not char.isdecimal() for char in chars), bool, _LETTER_CODES)
+
+
+def _windows(codes: np.ndarray) -> np.ndarray:
+    """A hash of each window of code points, uint64."""
+    hashes = codes.astype(np.uint64)
     for size in (1, 2, 4, 4):  # of what is hashed so far; together a window
         hashes = hashes[:-size] * np.uint64(0x9E3779B97F4A7C15) + (hashes[size:] ^ (hashes[size:] >> np.uint64(29)))
     return hashes
@@ -155,7 +172,6 @@ def _distinct(windows: np.ndarray) -> np.ndarray:
 
 _ADDRESSES = re.compile(r"https?://\S+")
 _NO_WORD = re.compile(r"[\W_]+")
-_NO_LETTERS = re.compile(r"[\W\d_]+")
 
 
 def foreign_script(text: str, expected: list[str]) -> str | None:
@@ -165,15 +181,18 @@ def foreign_script(text: str, expected: list[str]) -> str | None:
     letters than Chinese ones. Texts under 20 letters pass.
     """
     scripts: collections.Counter[str] = collections.Counter()
-    for char, count in collections.Counter(_ADDRESSES.sub("", text)).items():
-        if char.isalpha():
-            scripts[script(char)] += count
+    codes = np.sort(_codes(_ADDRESSES.sub("", text)))
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    for code, count in zip(codes[starts].tolist(), np.diff(starts, append=len(codes)).tolist()):
+        if chr(code).isalpha():
+            scripts[script(chr(code))] += count
     letters = scripts.total()
     if letters < _SCRIPT_LETTERS or sum(scripts[name] for name in expected) >= letters / 5:
         return None
     return scripts.most_common(1)[0][0]
 
 
+@functools.lru_cache(maxsize=10_000)
 def script(letter: str) -> str:
     """A letter's script: the first word of its Unicode name, "Han" for CJK."""
     plain = unicodedata.normalize("NFKC", letter)[:1] or letter  # FULLWIDTH and the like are no scripts
