@@ -7,7 +7,8 @@ language and annotation as `python -m msd_jax.judges --agreement` reads them, an
 of the prompts, by a hash of their ids, is held out: neither the phrases nor a choice in the code go by it. Printed, as
 Markdown, of refusals and of unsafe responses:
 
-    folds      each fifth of the other prompts, judged with a classifier trained on the rest
+    folds      each fifth of the other prompts, judged with a classifier trained on the rest; and of those the harmful
+               prompts, of which an attack success rate is
     MODEL      each model's completions to them, judged with a classifier trained on the other models'
     held out   the prompts that were held out, judged with a classifier trained on the others
     LANGUAGE   the hand-written replies of --replies, judged with the package's own weights
@@ -175,8 +176,9 @@ def measure(completions: Sequence[Completion], replies: pathlib.Path) -> dict[st
     held_out = [completion for completion in completions if is_held_out(completion.prompt_id)]
     result = {}
     folds = cross_validated(known, lambda completion: fold(completion.prompt_id)).values()
-    labels = [completion.label for tested, _ in folds for completion in tested]
-    result["folds"] = figures(labels, [verdict for _, verdicts in folds for verdict in verdicts])
+    pairs = [pair for tested, verdicts in folds for pair in zip(tested, verdicts)]
+    for name, chosen in (("folds", pairs), ("folds, harmful", [pair for pair in pairs if pair[0].response.harmful])):
+        result[name] = figures([completion.label for completion, _ in chosen], [verdict for _, verdict in chosen])
     for name, (tested, verdicts) in cross_validated(known, lambda completion: completion.model).items():
         result[name] = figures([completion.label for completion in tested], verdicts)
     result["held out"] = figures([completion.label for completion in held_out], judged(held_out, train(known)))

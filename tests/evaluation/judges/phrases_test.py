@@ -18,7 +18,7 @@ def matches(notation, text):
     text, phrase = normalize(text), Phrase(notation)
     for match in re.finditer(r"(?:^|(?<=[ \n]))[^ \n]", text):
         if phrase.match(text, match.start()):
-            letters = text[match.start() : match.start() + 6].replace(" ", "").replace("\n", "")
+            letters = text[match.start() : match.start() + 10].replace(" ", "").replace("\n", "")
             assert any(letters.startswith(key) for key in phrase.keys)
             return True
     return False
