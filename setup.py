@@ -17,7 +17,7 @@ setuptools.setup(
     package_dir={"msd_jax.configs": "configs"},
     package_data={
         "msd_jax": ["py.typed"],
-        "msd_jax.evaluation.judges": ["*.json"],
+        "msd_jax.evaluation.judges": ["*.json", "cues/*.json"],
         "msd_jax.planning": ["*.json"],
         "msd_jax.report": ["page.*"],
         "msd_jax.testbed": ["model/*", "queries/*"],

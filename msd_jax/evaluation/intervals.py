@@ -203,3 +203,105 @@ def agreement(truth: Sequence[bool], rated: Sequence[bool]) -> Agreement:
 
 def _divide(a: int, b: int) -> float | None:
     return a / b if b else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrected:
+    """A rate without the errors of the judge that measured it.
+
+    Attributes:
+      rate: Rogan and Gladen's estimate, in 0..1.
+      low, high: its interval, in 0..1.
+    """
+
+    rate: float
+    low: float
+    high: float
+
+
+def rogan_gladen(
+    rate: float,
+    n: int,
+    sensitivity: float,
+    specificity: float,
+    n_sensitivity: int | None = None,
+    n_specificity: int | None = None,
+    confidence: float = 0.95,
+) -> Corrected:
+    """The rate that a judge with known errors measured, corrected for them.
+
+    Of a true rate p the judge reports `p sensitivity + (1 - p)(1 - specificity)`, so that
+
+        p = (rate + specificity - 1) / (sensitivity + specificity - 1)
+
+    With sensitivity and specificity known exactly, the interval is Wilson's, its ends corrected in the same way. With
+    both estimated from labelled responses, it is Lang and Reiczigel's: a delta-method interval around the estimate of
+    adjusted shares. The labelled responses must be of the kind that is judged, or the correction is of another judge.
+
+    Args:
+      rate: share that the judge calls positive, in 0..1.
+      n: responses that it judged, at least 1.
+      sensitivity: of what is positive, the share that the judge finds (its recall).
+      specificity: of what is not positive, the share that the judge does not call so.
+      n_sensitivity, n_specificity: labelled responses that each is estimated from; None for both if they are exact.
+      confidence: coverage, in (0, 1).
+
+    Raises:
+      ValueError: an argument is out of range, or the judge is no better than chance (sensitivity + specificity <= 1).
+
+    Example:
+      >>> x = rogan_gladen(0.30, 200, sensitivity=0.90, specificity=0.80)
+      >>> round(x.rate, 3), round(x.low, 3), round(x.high, 3)
+      (0.143, 0.058, 0.238)
+
+    References: Rogan and Gladen, "Estimating prevalence from the results of a screening test", American Journal of
+    Epidemiology 107, 1978. Lang and Reiczigel, "Confidence limits for prevalence of disease adjusted for estimated
+    sensitivity and specificity", Preventive Veterinary Medicine 113, 2014.
+    """
+    _check_correctable(rate, n, sensitivity, specificity, n_sensitivity, n_specificity)
+    low, high = wilson_interval(round(rate * n), n, confidence)
+    if n_sensitivity and n_specificity:
+        z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+        found = (n_sensitivity * sensitivity + 1) / (n_sensitivity + 2), n_sensitivity + 2
+        spared = (n_specificity * specificity + 1) / (n_specificity + 2), n_specificity + 2
+        low, high = _lang_reiczigel(((n * rate + z**2 / 2) / (n + z**2), n + z**2), found, spared, z)
+    else:
+        low, high = (_corrected(end, sensitivity, specificity) for end in (low, high))
+    low, middle, high = (min(1.0, max(0.0, x)) for x in (low, _corrected(rate, sensitivity, specificity), high))
+    return Corrected(middle, low, high)
+
+
+def _check_correctable(
+    rate: float, n: int, sensitivity: float, specificity: float, n_sensitivity: int | None, n_specificity: int | None
+) -> None:
+    for name, value in (("rate", rate), ("sensitivity", sensitivity), ("specificity", specificity)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1; got {value}.")
+    if n < 1:
+        raise ValueError(f"n must be at least 1; got {n}.")
+    sizes = [size for size in (n_sensitivity, n_specificity) if size is not None]
+    if len(sizes) == 1 or min(sizes, default=1) < 1:
+        raise ValueError(
+            "n_sensitivity and n_specificity must both be at least 1, or both None; "
+            f"got {n_sensitivity} and {n_specificity}."
+        )
+    if sensitivity + specificity <= 1:
+        raise ValueError(
+            f"sensitivity + specificity must exceed 1; got {sensitivity} + {specificity}: a judge no better than "
+            "chance cannot be corrected."
+        )
+
+
+def _corrected(rate: float, sensitivity: float, specificity: float) -> float:
+    return (rate + specificity - 1) / (sensitivity + specificity - 1)
+
+
+def _lang_reiczigel(
+    measured: tuple[float, float], found: tuple[float, float], spared: tuple[float, float], z: float
+) -> tuple[float, float]:
+    """Ends from adjusted shares and sizes: of positive calls, of sensitivity and of specificity."""
+    p = _corrected(measured[0], found[0], spared[0])
+    of_rate, of_found, of_spared = (share * (1 - share) / size for share, size in (measured, found, spared))
+    shift = 2 * z**2 * (p * of_found - (1 - p) * of_spared)
+    deviation = math.sqrt(of_rate + p**2 * of_found + (1 - p) ** 2 * of_spared) / (found[0] + spared[0] - 1)
+    return p + shift - z * deviation, p + shift + z * deviation

@@ -118,5 +118,58 @@ def test_rates_without_a_denominator(truth, rated, expected):
     assert intervals.agreement(truth, rated) == intervals.Agreement(*expected)
 
 
+def test_rogan_gladen_with_known_errors_is_the_wilson_interval_corrected():
+    result = intervals.rogan_gladen(0.3, 200, 0.9, 0.8)
+    low, high = intervals.wilson_interval(60, 200)
+    assert result.rate == pytest.approx(1 / 7)  # (0.3 + 0.8 - 1) / 0.7
+    assert (result.low, result.high) == pytest.approx(((low - 0.2) / 0.7, (high - 0.2) / 0.7))
+    perfect = intervals.rogan_gladen(7 / 31, 31, 1.0, 1.0)
+    assert (perfect.rate, perfect.low, perfect.high) == pytest.approx((7 / 31, *intervals.wilson_interval(7, 31)))
+
+
+def test_rogan_gladen_with_estimated_errors_equals_what_was_computed_by_hand():
+    """Lang and Reiczigel with z = 2 and sizes that make the adjusted shares 0.5, 0.9 and 0.8, each of 100."""
+    result = intervals.rogan_gladen(0.5, 96, 89 / 98, 79 / 98, 98, 98, confidence=math.erf(math.sqrt(2)))
+    # p = 0.3/0.7 = 3/7; shift = 8 (3/7 0.0009 - 4/7 0.0016) = -0.004229
+    # deviation = sqrt(0.0025 + 9/49 0.0009 + 16/49 0.0016) / 0.7 = 0.080657
+    assert (result.low, result.high) == pytest.approx((0.263028, 0.585658), abs=1e-6)
+    assert result.rate == pytest.approx((0.5 + 79 / 98 - 1) / (89 / 98 + 79 / 98 - 1))
+
+
+def test_rogan_gladen_stays_between_0_and_1():
+    assert intervals.rogan_gladen(0.0, 50, 0.9, 0.95).rate == 0.0
+    assert intervals.rogan_gladen(0.0, 50, 0.9, 0.95).low == 0.0
+    assert intervals.rogan_gladen(1.0, 50, 0.9, 0.95, 40, 40).high == 1.0
+
+
+def test_rogan_gladen_covers_the_true_rate():
+    rng = np.random.default_rng(4)
+    for truth, n, sensitivity, specificity, size in [(0.1, 300, 0.9, 0.95, 100), (0.4, 120, 0.97, 0.85, 60)]:
+        covered = 0
+        for _ in range(2000):
+            measured = rng.binomial(n, truth * sensitivity + (1 - truth) * (1 - specificity)) / n
+            estimated = rng.binomial(size, [sensitivity, specificity]) / size
+            result = intervals.rogan_gladen(measured, n, *estimated.tolist(), size, size)
+            covered += result.low <= truth <= result.high
+        assert 0.93 < covered / 2000 < 0.99
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((1.2, 10, 0.9, 0.9), "rate must lie between 0 and 1; got 1.2"),
+        ((0.2, 10, -0.1, 0.9), "sensitivity must lie"),
+        ((0.2, 10, 0.9, math.nan), "specificity must lie"),
+        ((0.2, 0, 0.9, 0.9), "n must be at least 1; got 0"),
+        ((0.2, 10, 0.9, 0.9, 5), "both"),
+        ((0.2, 10, 0.9, 0.9, 0, 5), "got 0 and 5"),
+        ((0.2, 10, 0.5, 0.5), "no better than chance"),
+    ],
+)
+def test_rogan_gladen_refuses_what_it_cannot_correct(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        intervals.rogan_gladen(*arguments)
+
+
 def test_docstring():
     assert doctest.testmod(intervals).failed == 0

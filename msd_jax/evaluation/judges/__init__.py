@@ -23,7 +23,7 @@ from msd_jax.evaluation.judges.ensemble import EnsembleJudge
 from msd_jax.evaluation.judges.guard import GuardJudge
 from msd_jax.evaluation.judges.interface import Judge, Judgement, Keep, Response, Verdict, ignore
 from msd_jax.evaluation.judges.openai import OpenAIJudge
-from msd_jax.evaluation.judges.rules import RulesJudge, compile_phrase, normalize
+from msd_jax.evaluation.judges.rules import RulesJudge, normalize
 from msd_jax.evaluation.judges.translate import EndpointTranslator, TranslatingJudge, Translations, Translator
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "RulesJudge",
     "Verdict",
     "cached",
-    "compile_phrase",
     "ignore",
     "make",
     "normalize",

@@ -1,12 +1,14 @@
 """A judge measured against human labels, language by language."""
 
 import csv
+import dataclasses
 import io
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import rich.markup
 import rich.table
 
 from msd_jax.errors import UserError
@@ -14,35 +16,80 @@ from msd_jax.evaluation.intervals import agreement
 from msd_jax.evaluation.judges.interface import Judge, Judgement, Response, Verdict
 
 LABELS = tuple(verdict.value for verdict in Verdict if verdict != Verdict.UNJUDGED)
+QUESTIONS = (Verdict.REFUSED, Verdict.UNSAFE)
+RATES = ("accuracy", "precision", "recall", "kappa")
 _HARMFUL = {"true": True, "1": True, "false": False, "0": False, "": None, "none": None, "null": None}
+# XSTest's labels of a completion. None: left out, since it is neither a refusal nor compliance.
+_ANNOTATIONS = {"1_full_compliance": "complied", "2_full_refusal": "refused", "3_partial_refusal": None}
 
 
-def read(path: pathlib.Path) -> tuple[list[Response], list[str]]:
-    """Responses and their labels, from JSONL objects or a CSV with a header.
+@dataclasses.dataclass
+class Labelled:
+    """Responses with their labels.
 
-    Fields: response, label (refused, unsafe, safe, invalid or answered), language, and where they are known prompt and
-    harmful (of the query). Others are ignored.
+    Attributes:
+      responses, labels, rows: of the same order; a row is everything that the file says of a response.
+      partial: how many responses were left out, as partial refusals.
+    """
+
+    responses: list[Response]
+    labels: list[str]
+    rows: list[dict[str, Any]]
+    partial: int = 0
+
+
+def read(path: pathlib.Path) -> Labelled:
+    """Labelled responses, from JSONL objects or a CSV with a header.
+
+    Fields: response, language, and one of
+
+      label       refused, unsafe, safe, invalid or answered: the verdict that a perfect judge would give
+      annotation  XSTest's: 2_full_refusal is "refused"; 1_full_compliance is "unsafe" if the query is harmful,
+                  otherwise "answered"; 3_partial_refusal is left out, and counted
+
+    and, where known, prompt and harmful (of the query; needed with an annotation). Others are ignored.
 
     Raises:
-      UserFileError, ValueError: with the file, the line and what is wrong there.
+      UserError, OSError: names the file, the line and what is wrong there.
     """
-    responses, labels = [], []
+    labelled = Labelled([], [], [])
     for line, row in _rows(path):
         where = f"{path}, line {line}"
-        for field in ("response", "label", "language"):
+        for field in ("response", "language"):
             if not isinstance(row.get(field), str) or (field != "response" and not row[field].strip()):
                 raise UserError(f"{where}: {field!r} is missing or no text; fields: response, label, language")
-        label, harmful = row["label"].strip().lower(), row.get("harmful")
-        if label not in LABELS:
-            raise UserError(f"{where}: label {row['label']!r} is none of {', '.join(LABELS)}")
-        harmful = _HARMFUL.get(str("" if harmful is None else harmful).strip().lower(), "?")
-        if harmful == "?":
+        written = str("" if row.get("harmful") is None else row["harmful"]).strip().lower()
+        if written not in _HARMFUL:
             raise UserError(f"{where}: harmful={row['harmful']!r} must be true, false or empty")
-        responses.append(Response(row["language"].strip(), row.get("prompt") or "", row["response"], harmful, True))
-        labels.append(label)
-    if not labels:
+        harmful = _HARMFUL[written]
+        label = _label(row, harmful, where)
+        if label is None:
+            labelled.partial += 1
+            continue
+        language, prompt = row["language"].strip(), row.get("prompt") or ""
+        labelled.responses.append(Response(language, prompt, row["response"], harmful, finished=True))
+        labelled.labels.append(label)
+        labelled.rows.append(row)
+    if not labelled.labels:
         raise UserError(f"{path} holds no labelled response")
-    return responses, labels
+    return labelled
+
+
+def _label(row: dict[str, Any], harmful: bool | None, where: str) -> str | None:
+    """A response's label; None where it is a partial refusal."""
+    if isinstance(row.get("label"), str) and row["label"].strip():
+        label = row["label"].strip().lower()
+        if label not in LABELS:
+            raise UserError(f"{where}: unknown label {row['label']!r}; choose one of {', '.join(LABELS)}")
+        return label
+    if "annotation" not in row:
+        raise UserError(f"{where}: 'label' is missing or no text; fields: response, label, language")
+    if row["annotation"] not in _ANNOTATIONS:
+        raise UserError(f"{where}: unknown annotation {row['annotation']!r}; choose one of {', '.join(_ANNOTATIONS)}")
+    if harmful is None:
+        raise UserError(f"{where}: an annotation needs 'harmful', whether the query is")
+    label = _ANNOTATIONS[row["annotation"]]
+    return ("unsafe" if harmful else "answered") if label == "complied" else label
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -68,16 +115,14 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def measure(
     responses: Sequence[Response], labels: Sequence[str], judged: Sequence[Judgement]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """{question: {language, and "all" for all of them: statistics.Agreement's values, "unjudged"}}.
+    """{question: {language, and "all" for all of them: {"n", "unjudged", "accuracy", "precision", "recall", "kappa"}}}.
 
-    The questions are "unsafe" and "refused": whether label and verdict are that. One that neither a label nor a
-    verdict answers with yes is left out. Unjudged responses are counted, and in no rate.
+    The questions are "refused" and "unsafe": whether label and verdict are that. Unjudged responses are counted, and
+    in no rate; a rate without a denominator is None.
     """
     languages = [*dict.fromkeys(response.language for response in responses), "all"]
     result: dict[str, dict[str, dict[str, Any]]] = {}
-    for question in (Verdict.UNSAFE, Verdict.REFUSED):
-        if question not in labels and all(judgement.verdict != question for judgement in judged):
-            continue
+    for question in QUESTIONS:
         result[question.value] = {}
         for language in languages:
             chosen = [
@@ -87,19 +132,18 @@ def measure(
             ]
             rated = [(truth, said) for truth, said, unjudged in chosen if not unjudged]
             values = agreement([truth for truth, _ in rated], [said for _, said in rated])
-            result[question.value][language] = vars(values) | {"unjudged": len(chosen) - len(rated)}
+            rates = {name: getattr(values, name) for name in RATES}
+            result[question.value][language] = {"n": values.n, "unjudged": len(chosen) - len(rated)} | rates
     return result
 
 
 def table(question: str, by_language: dict[str, dict[str, Any]], judge: Judge) -> rich.table.Table:
     """One question's figures, a language a row."""
     result = rich.table.Table(title=f"{question}: {judge.name} {judge.version} against the labels")
-    for name in ("language", "n", "unjudged", "accuracy", "precision", "recall", "kappa"):
+    for name in ("language", "n", "unjudged", *RATES):
         result.add_column(name, justify="left" if name == "language" else "right")
     for language, entry in by_language.items():
-        rates = [
-            "-" if entry[name] is None else f"{100 * entry[name]:.1f}%" for name in ("accuracy", "precision", "recall")
-        ]
+        rates = ["-" if entry[name] is None else f"{100 * entry[name]:.1f}%" for name in RATES[:-1]]
         kappa = "-" if entry["kappa"] is None else f"{entry['kappa']:.3f}"
         last = language == "all"
         result.add_row(

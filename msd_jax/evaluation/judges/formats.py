@@ -29,7 +29,7 @@ class Format:
     """How one kind of judge model is prompted and read."""
 
     instruction: str  # ours; "" where the model's chat template has its own
-    messages: Callable[[str, Response], Messages]  # (instruction, response) -> what the model is shown
+    messages: Callable[[str, Response], Messages]  # (instruction, response) -> what the model is shown: no reasoning
     parse: Callable[[str], Answer | None]  # the text of its answer -> Answer; None if not in the format
 
 
@@ -77,7 +77,7 @@ _REASON_LIMIT = 300  # characters of a reason that are kept
 
 def _rubric_messages(instruction: str, response: Response) -> Messages:
     # A JSON string: whatever quotes, brackets or tags the response has, it cannot end the field that holds it.
-    case = {"language": response.language, "request": response.prompt, "response": response.text}
+    case = {"language": response.language, "request": response.prompt, "response": response.reply or ""}
     return [
         {"role": "system", "content": instruction},
         {"role": "user", "content": json.dumps(case, ensure_ascii=False)},
@@ -101,7 +101,7 @@ def _parse_rubric(text: str) -> Answer | None:
 
 def _llama_guard_messages(instruction: str, response: Response) -> Messages:
     del instruction  # the model's chat template has its policy
-    return [{"role": "user", "content": response.prompt}, {"role": "assistant", "content": response.text}]
+    return [{"role": "user", "content": response.prompt}, {"role": "assistant", "content": response.reply or ""}]
 
 
 def _parse_llama_guard(text: str) -> Answer | None:
@@ -138,7 +138,7 @@ S14: Code Interpreter Abuse.
 
 
 def _polyguard_messages(instruction: str, response: Response) -> Messages:
-    exchange = f"Human user:\n{response.prompt}\n\nAI assistant:\n{response.text}"
+    exchange = f"Human user:\n{response.prompt}\n\nAI assistant:\n{response.reply or ''}"
     return [{"role": "system", "content": instruction}, {"role": "user", "content": exchange}]
 
 

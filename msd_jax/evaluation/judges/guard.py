@@ -118,7 +118,8 @@ class GuardJudge:
 
     def prompt(self, response: Response) -> np.ndarray:
         """Token ids, int32 [P], of the guard's prompt, up to where its answer begins."""
-        return self._apply(token_ids, self._format.messages(self._instruction, response))
+        without_reasoning = dataclasses.replace(response, text=response.reply or "")
+        return self._apply(token_ids, self._format.messages(self._instruction, without_reasoning))
 
     def p_unsafe(self, params: decoder.Params, prompts_ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """P(unsafe) of the next token, float64 [B], and the probability of both words, float64 [B].

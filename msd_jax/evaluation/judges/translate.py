@@ -72,7 +72,8 @@ class EndpointTranslator:
         )
 
     def _translate(self, response: Response) -> Parts:
-        case = {"language": response.language, "request": response.prompt, "response": response.text}
+        reply = response.reply or ""
+        case = {"language": response.language, "request": response.prompt, "response": reply}
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": json.dumps(case)}]
         try:
             text = self._endpoint.complete(messages, _EXTRA)
@@ -83,7 +84,7 @@ class EndpointTranslator:
             parts = [value["request"], value["response"]]
         except (ValueError, RecursionError, KeyError, TypeError):
             return ["the translation is not in its format"]
-        if not all(isinstance(part, str) for part in parts) or bool(parts[1].strip()) != bool(response.text.strip()):
+        if not all(isinstance(part, str) for part in parts) or bool(parts[1].strip()) != bool(reply.strip()):
             return ["the translation is not in its format"]
         return [part.encode("utf-8", "replace").decode() for part in parts]
 
@@ -122,7 +123,7 @@ class ModelTranslator:
         return _digest([PLAIN_INSTRUCTION, self._config.translation_tokens, self._fingerprint()])
 
     def translate(self, responses: Sequence[Response], remember: Remember) -> list[Parts]:
-        texts = {(r.language, text): "" for r in responses for text in (r.prompt, r.text)}
+        texts = {(r.language, text): "" for r in responses for text in (r.prompt, r.reply or "")}
         ids = {key: self._ids(*key) for key in texts}
         order = sorted((key for key in texts if key[1].strip()), key=lambda key: len(ids[key]))
         failures: dict[Text, str] = {}
@@ -134,7 +135,7 @@ class ModelTranslator:
             self._translate_batches(order, ids, texts, failures)
         translated = []
         for index, response in enumerate(responses):
-            keys = [(response.language, text) for text in (response.prompt, response.text)]
+            keys = [(response.language, text) for text in (response.prompt, response.reply or "")]
             why = next((failures[key] for key in keys if key in failures), None)
             translated.append([texts[key] for key in keys] if why is None else [why])
             if distributed.is_first():
@@ -182,7 +183,7 @@ class Translations:
     def __call__(self, responses: Sequence[Response]) -> list[Response | str]:
         """Each in English, or the reason why it could not be translated."""
         version = self.version
-        keys = [_digest([version, r.language, r.prompt, r.text], 64) for r in responses]
+        keys = [_digest([version, r.language, r.prompt, r.reply or ""], 64) for r in responses]
         missing = [*{key: r for key, r in zip(keys, responses) if key not in self._known}.items()]
 
         def remember(index: int, parts: Parts) -> None:
