@@ -32,13 +32,12 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Parallel queries; responses are not needed. See docs/data.md.
     config.data = ml_collections.ConfigDict()
-    config.data.path = ""  # .jsonl, .csv or .parquet (one column per language), a directory, or hf://OWNER/NAME[/PATH]
-    config.data.tfds = ""  # instead of path: a TFDS dataset, as in parallel_queries:1.0.0
-    config.data.split = "train"  # of tfds
-    config.data.data_dir = ""  # of tfds; "" for TFDS_DATA_DIR, or ~/tensorflow_datasets
+    # .jsonl, .csv or .parquet (one column per language), a directory, hf://OWNER/NAME[/PATH], or a TFDS dataset, as in
+    # tfds://parallel_queries:1.0.0/train.
+    config.data.path = ""
     config.data.harmful = "file"  # label of records without one: file (stays unknown) | true | false
-    # Several sources instead of path and tfds, each with any of the five keys above, and with a weight, its share of
-    # the stream whatever its size: {"multijail": {"path": "hf://DAMO-NLP-SG/MultiJail", "weight": 3.0}, ...}.
+    # Several sources instead of path, each with a path, perhaps harmful, and a weight, its share of the stream whatever
+    # its size: {"multijail": {"path": "hf://DAMO-NLP-SG/MultiJail", "weight": 3.0}, ...}.
     config.data.sources = ml_collections.ConfigDict()
     config.data.harmful_share = -1.0  # share of harmful queries in the stream, 0 to 1; -1 leaves it as in the data
     # Share of the queries, from 0 to below 1, that both roles see in the source language, as a user types them: there a
@@ -105,12 +104,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.name = "adamw"  # adamw | adafactor (second moments by rows and columns, no first moments)
     config.optimizer.moments_dtype = "float32"  # float32 | bfloat16
     config.optimizer.learning_rate = 1e-5  # peak
-    config.optimizer.schedule = "cosine"  # cosine (to final_fraction of the peak) | constant
+    config.optimizer.schedule = "cosine"  # cosine (to a tenth of the peak) | constant
     config.optimizer.warmup_steps = 10
-    config.optimizer.final_fraction = 0.1  # of cosine
-    config.optimizer.b1 = 0.9  # b1, b2 and eps: of adamw
-    config.optimizer.b2 = 0.95
-    config.optimizer.eps = 1e-8
+    config.optimizer.adamw = ml_collections.ConfigDict({"b1": 0.9, "b2": 0.95, "eps": 1e-8})
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # global norm of the gradient
 
@@ -149,10 +145,11 @@ def get_config() -> ml_collections.ConfigDict:
     # During training, a slice of the evaluation goes into metrics.jsonl, in the first of the passes. If the share of
     # correct answers falls below utility_floor times its value before training, training stops and returns to the last
     # checkpoint at or above that floor. Likewise if the slice's over-refusal rises above over_refusal_ceiling.
-    config.eval.every = 0  # steps between slices; 0 for none
-    config.eval.slice = 16  # prompts of each benchmark, language and label
-    config.eval.utility_floor = 0.0  # 0 never stops
-    config.eval.over_refusal_ceiling = 1.0  # 1 never stops
+    config.eval.monitor = ml_collections.ConfigDict()
+    config.eval.monitor.every = 0  # steps between slices; 0 for none
+    config.eval.monitor.slice = 16  # prompts of each benchmark, language and label
+    config.eval.monitor.utility_floor = 0.0  # 0 never stops
+    config.eval.monitor.over_refusal_ceiling = 1.0  # 1 never stops
     # Each benchmark: its file or directory, or hf://OWNER/NAME; its languages and limit if not those above.
     sources = {
         "multijail": "hf://DAMO-NLP-SG/MultiJail",

@@ -14,6 +14,7 @@ from msd_jax import settings
 from msd_jax.errors import UserError
 from msd_jax.evaluation import rates
 from msd_jax.parallel import distributed
+from msd_jax.training import former_keys
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
 
@@ -104,8 +105,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
             parents, found, rest = flag.partition(f".{key}")
             if flag.startswith("--config.") and found and rest[:1] in ("", "=", "."):
                 old = (parents + found).removeprefix("--config.")
-                if old in settings.MOVED:
-                    return f"{flag}: config.{old} is now {settings.MOVED[old]}"
+                if now := former_keys.today(old):
+                    return f"{flag}: config.{old} is now {now}"
                 hint = f"did you mean {parents.removeprefix('--')}.{near}?" if near else "see configs/default.py"
                 return f"{flag}: there is no such key; {hint}"
     return text

@@ -4,7 +4,7 @@
         [--harmful file|true|false] [--data_dir DIR]
 
 SOURCE is a .jsonl, .csv or .parquet file, a directory, or hf://OWNER/NAME. Training reads the dataset by
---config.data.tfds=parallel_queries:1.0.0 --config.data.split=train (and --config.data.data_dir=DIR).
+--config.data.path=tfds://parallel_queries:1.0.0/train (with ?data_dir=DIR at the end, if it has one).
 """
 
 import argparse

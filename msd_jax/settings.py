@@ -17,15 +17,7 @@ from msd_jax.evaluation.judges import endpoint, formats, guard
 from msd_jax.generation import responses
 from msd_jax.models import attention, decoder, lora
 from msd_jax.planning import hardware, launch
-from msd_jax.training import optimizer, train_step
-
-# Keys of earlier versions, and what each is now.
-MOVED = {
-    "train.checkpoint_every": "config.train.checkpoints.every",
-    "train.checkpoints_kept": "config.train.checkpoints.kept",
-    "train.completions_every": "config.train.completions.every",
-    "train.completions_kept": "config.train.completions.kept",
-}
+from msd_jax.training import former_keys, optimizer, train_step
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 _FREE = {
@@ -117,10 +109,9 @@ _RANGES = {
     "loss.weight_top_k": _Range(2, _MOST),
     "optimizer.learning_rate": _Range(0, 1),  # of an update whose entries are about 1
     "optimizer.warmup_steps": _COUNT_OR_NONE,
-    "optimizer.final_fraction": _SHARE,
-    "optimizer.b1": _SHARE,
-    "optimizer.b2": _SHARE,
-    "optimizer.eps": _POSITIVE,
+    "optimizer.adamw.b1": _SHARE,
+    "optimizer.adamw.b2": _SHARE,
+    "optimizer.adamw.eps": _POSITIVE,
     "optimizer.weight_decay": _AMOUNT,
     "optimizer.clip_norm": _POSITIVE,
     "train.steps": _COUNT_OR_NONE,
@@ -133,10 +124,10 @@ _RANGES = {
     "train.completions.every": _COUNT,
     "train.completions.kept": _COUNT_OR_NONE,
     "eval.limit": _COUNT_OR_NONE,
-    "eval.every": _COUNT_OR_NONE,
-    "eval.slice": _COUNT,
-    "eval.utility_floor": _SHARE,
-    "eval.over_refusal_ceiling": _SHARE,
+    "eval.monitor.every": _COUNT_OR_NONE,
+    "eval.monitor.slice": _COUNT,
+    "eval.monitor.utility_floor": _SHARE,
+    "eval.monitor.over_refusal_ceiling": _SHARE,
     "eval.prompt_limit": _COUNT_OR_NONE,
     "eval.batch_size": _COUNT,
     "eval.max_new_tokens": _COUNT,
@@ -200,8 +191,8 @@ def _structure(config: Any, reference: Any, prefix: str) -> Iterator[str]:
 
 
 def _unknown(name: str, key: str, known: Iterable[str]) -> str:
-    if key in MOVED:
-        return f"{name} is now {MOVED[key]}"
+    if now := former_keys.today(key):
+        return f"{name} is now {now}"
     return f"{name} is not a known key; known here are: {', '.join(known)}"
 
 
@@ -275,10 +266,8 @@ def _queries(config: Any) -> Iterator[str]:
     data = config.data
     if data.harmful_share != -1 and data.harmful_share not in _SHARE:
         yield f"config.data.harmful_share={data.harmful_share!r} must be from 0 to 1, or -1 for queries as they come"
-    if data.path and data.tfds:
-        yield f"config.data.tfds={data.tfds!r} and config.data.path={data.path!r}: set one of them"
-    if data.sources and (data.path or data.tfds):
-        yield f"config.data.sources beside config.data.{'path' if data.path else 'tfds'}: make that one a source too"
+    if data.sources and data.path:
+        yield "config.data.sources beside config.data.path: make that one a source too"
     for name, source in data.sources.items():
         yield from _source(f"config.data.sources.{name}", name, source)
     weights = [source.get("weight", 1.0) for source in data.sources.values() if hasattr(source, "get")]
@@ -302,8 +291,8 @@ def _source(key: str, name: str, source: Any) -> Iterator[str]:
     yield from faults
     if faults:
         return
-    if bool(source.get("path")) == bool(source.get("tfds")):
-        yield f"{key}: set either path or tfds"
+    if not source.get("path"):
+        yield f"{key}.path is empty: name the source's queries"
     yield from _other_than(f"{key}.harmful", source.get("harmful", "file"), tuple(records.LABELS))
     if (weight := source.get("weight", 1.0)) < 0:
         yield f"{key}.weight={weight!r}: a sampling weight must not be negative"
@@ -356,20 +345,24 @@ def _loss(config: Any) -> Iterator[str]:
 
 def _evaluation(config: Any) -> Iterator[str]:
     """What is wrong with what is evaluated, and when."""
-    if config.eval.utility_floor and not config.eval.every:
+    monitor = config.eval.monitor
+    if monitor.utility_floor and not monitor.every:
         yield (
-            f"config.eval.utility_floor={config.eval.utility_floor!r} with config.eval.every=0: utility is not "
-            "measured during training; set config.eval.every to a number of steps"
+            f"config.eval.monitor.utility_floor={monitor.utility_floor!r} with config.eval.monitor.every=0: utility is "
+            "not measured during training; set config.eval.monitor.every to a number of steps"
         )
-    if config.eval.over_refusal_ceiling < 1 and not config.eval.every:
+    if monitor.over_refusal_ceiling < 1 and not monitor.every:
         yield (
-            f"config.eval.over_refusal_ceiling={config.eval.over_refusal_ceiling!r} with config.eval.every=0: "
-            "over-refusal is not measured during training; set config.eval.every to a number of steps"
+            f"config.eval.monitor.over_refusal_ceiling={monitor.over_refusal_ceiling!r} with "
+            "config.eval.monitor.every=0: over-refusal is not measured during training; set config.eval.monitor.every "
+            "to a number of steps"
         )
     if config.eval.path or config.eval.benchmarks:
         return
-    if config.eval.every:
-        yield f"config.eval.every={config.eval.every!r}: set config.eval.path or config.eval.benchmarks to evaluate"
+    if monitor.every:
+        yield (
+            f"config.eval.monitor.every={monitor.every!r}: set config.eval.path or config.eval.benchmarks to evaluate"
+        )
     if not config.train.steps:
         yield "config.train.steps=0 and nothing to evaluate (config.eval.path, config.eval.benchmarks): nothing to do"
 

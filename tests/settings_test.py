@@ -7,6 +7,7 @@ import pytest
 from msd_jax.configs import default
 
 from msd_jax import cli, settings
+from msd_jax.training import former_keys
 
 
 @pytest.fixture
@@ -109,20 +110,28 @@ def test_unknown_missing_and_mistyped_keys(config):
         settings.check(config)
 
 
-def test_an_old_key_ends_in_the_new_one(config, monkeypatch):
-    monkeypatch.setattr(settings, "MOVED", {"loss.old": "config.loss.weighting", "data.from": "config.data.path"})
-    config.loss.old = "dpsw"
+def test_an_old_key_ends_in_the_new_one(config):
+    with config.unlocked():
+        config.optimizer.b1 = 0.9
     with config.data.unlocked():
-        config.data.sources = {"a": {"from": "x.csv"}}
-    with pytest.raises(ValueError, match=r"^config\.loss\.old is now config\.loss\.weighting$"):
+        config.data.sources = {"a": {"tfds": "set:1.0.0"}}
+    with pytest.raises(ValueError) as caught:
         settings.check(config)
-    del config.loss.old
-    with pytest.raises(ValueError, match=r"^config\.data\.sources\.a\.from is now config\.data\.path$"):
+    assert str(caught.value) == "config.optimizer.b1 is now config.optimizer.adamw.b1"
+    del config.optimizer.b1
+    with pytest.raises(ValueError, match=r"^config\.data\.sources\.a\.tfds is now config\.data\.path='tfds://"):
         settings.check(config)
-    flag = "--config.loss.old=dpsw"
-    assert cli._explain(AttributeError("'old' Did you mean \"beta\"?"), [flag]) == (
-        f"{flag}: config.loss.old is now config.loss.weighting"
+    flag = "--config.eval.every=2"
+    assert cli._explain(AttributeError("'every' Did you mean \"xstest\"?"), [flag]) == (
+        f"{flag}: config.eval.every is now config.eval.monitor.every"
     )
+
+
+def test_former_keys_lead_to_keys_that_exist():
+    for old, new in former_keys.RENAMED.items():
+        with pytest.raises((AttributeError, KeyError)):
+            settings._value(default.get_config(), old)
+        settings._value(default.get_config(), new)
 
 
 @pytest.mark.parametrize("members", [("rules",), ("rules", "rules"), ("rules", "gpt")])
@@ -169,17 +178,20 @@ def test_stored_responses_need_a_frozen_teacher(config, policy, kind):
 @pytest.mark.parametrize(
     "sources, message",
     [
-        ({"a": {"path": "x.csv"}, "b": {"tfds": "parallel_queries", "split": "test", "weight": 2}}, None),
-        ({"a": {"path": "x.csv", "weigth": 1.0}}, r"sources\.a\.weigth is not a known key; known here are: path, tfds"),
+        ({"a": {"path": "x.csv"}, "b": {"path": "tfds://parallel_queries:1.0.0/test", "weight": 2}}, None),
+        (
+            {"a": {"path": "x.csv", "weigth": 1.0}},
+            r"sources\.a\.weigth is not a known key; known here are: path, h",
+        ),
         ({"a": {"path": "x.csv", "weight": "1"}}, r"sources\.a\.weight='1' must be a number"),
         ({"a": {"path": "x.csv", "weight": -1.0}}, r"sources\.a\.weight=-1\.0: a sampling weight must not be negative"),
         ({"a": {"path": "x.csv", "weight": float("nan")}}, r"sources\.a\.weight=nan must be a finite number"),
         ({"a": {"path": "x.csv", "weight": 0.0}}, r"sources: at least one sampling weight must be positive"),
         ({"a": {"path": "x.csv", "harmful": "yes"}}, r"sources\.a\.harmful='yes': choose one of file, true, false"),
-        ({"a": {"path": "x.csv", "tfds": "x"}}, r"sources\.a: set either path or tfds"),
-        ({"a": {"weight": 1.0}}, r"sources\.a: set either path or tfds"),
+        ({"a": {"path": "x.csv", "split": "x"}}, r"sources\.a\.split is now the end of config\.data\.path='tfds://"),
+        ({"a": {"weight": 1.0}}, r"sources\.a\.path is empty: name the source's queries"),
         ({"a/b": {"path": "x.csv"}}, r"sources\.a/b: a source's name has letters, digits, _ and - alone"),
-        ({"a": "x.csv"}, r"sources\.a='x\.csv' must be a section with the keys path, tfds"),
+        ({"a": "x.csv"}, r"sources\.a='x\.csv' must be a section with the keys path, harmful"),
     ],
 )
 def test_sources(config, sources, message):
@@ -193,11 +205,8 @@ def test_sources(config, sources, message):
         settings.check(config)
 
 
-def test_one_source_and_a_share(config):
-    config.data.path = config.data.tfds = "x"
-    with pytest.raises(ValueError, match=r"config\.data\.tfds='x' and config\.data\.path='x': set one of them"):
-        settings.check(config)
-    config.data.tfds = ""
+def test_a_share(config):
+    config.data.path = "x"
     for share in (-1.0, 0.0, 0.5, 1.0):
         config.data.harmful_share = share
         settings.check(config)

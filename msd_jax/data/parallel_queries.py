@@ -141,25 +141,26 @@ def build(
     return Built(directory, metadata)
 
 
-def read(
-    reference: str, split: str = "train", data_dir: str = "", key: str = "config.data"
-) -> tuple[tuple[Query, ...], dict[str, Any]]:
+def read(uri: str, key: str = "config.data.path") -> tuple[tuple[Query, ...], dict[str, Any]]:
     """Reads a dataset that has been built: (records, metadata).
 
     Args:
-      reference: NAME[/CONFIG][:VERSION].
-      split: as TFDS writes it: "train", "train+test", "train[:10%]".
-      data_dir: as for `build`.
-      key: the section of the config that errors name.
+      uri: tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]. SPLIT, by default train, is as TFDS writes it: "train",
+        "train+test", "train[:10%]"; DIR as for `build`.
+      key: the setting that errors name.
 
     Raises:
       UserError: the dataset or the split does not exist, or is damaged; one message.
     """
-    directory = _directory(reference, data_dir)
+    match = _URI.fullmatch(uri)
+    if not match:
+        raise UserError(f"{key}={uri!r}: write tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]")
+    reference, split = match["reference"], match["split"] or "train"
+    directory = _directory(reference, match["data_dir"] or "")
     if not directory.is_dir():
         raise UserFileError(
-            f"{key}.tfds={reference!r}: there is no {directory}; build it by `python -m msd_jax.queries --build "
-            f"SOURCE --name {reference}`, or set {key}.data_dir to the directory that holds it"
+            f"{key}={uri!r}: there is no {directory}; build it by `python -m msd_jax.queries --build SOURCE --name "
+            f"{reference}`, or add ?data_dir=DIR with the directory that holds it"
         )
     builder = _open(directory)
     missing = {"id", "harmful", "category", "texts", "answers"} - set(builder.info.features)
@@ -169,7 +170,7 @@ def read(
         rows = builder.as_data_source(split)
         examples = rows.__getitems__(range(len(rows)))
     except ValueError as error:
-        raise UserError(f"{key}.split={split!r} of {reference}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key}={uri!r}: {str(error).splitlines()[0]}") from None
     queries = tuple(
         Query(
             id=row["id"].decode(),
@@ -185,15 +186,6 @@ def read(
 
 def is_uri(path: object) -> bool:
     return str(path).startswith("tfds://")
-
-
-def read_uri(uri: str, key: str) -> tuple[Query, ...]:
-    """Reads the records of tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]; errors name the setting `key`."""
-    match = _URI.fullmatch(uri)
-    if not match:
-        raise UserError(f"{key}={uri!r}: write tfds://NAME[/CONFIG]:VERSION[/SPLIT][?data_dir=DIR]")
-    records, _ = read(match["reference"], match["split"] or "train", match["data_dir"] or "", key.removesuffix(".path"))
-    return records
 
 
 def split_of(id: str, splits: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import ml_collections
 
 # The keys of a source, in config.data itself or in config.data.sources.NAME, where `weight` joins them.
-DEFAULTS = {"path": "", "tfds": "", "split": "train", "data_dir": "", "harmful": "file"}
+DEFAULTS = {"path": "", "harmful": "file"}
 
 
 def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.data.path") -> tuple[Query, ...]:
@@ -28,7 +28,7 @@ def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.d
       UserError: one message that says what to change.
     """
     if parallel_queries.is_uri(path):
-        return labelled(parallel_queries.read_uri(str(path), key), harmful)
+        return labelled(parallel_queries.read(str(path), key)[0], harmful)
     return files.read(path, harmful=harmful, key=key)
 
 
@@ -75,7 +75,7 @@ def weights(data: "ml_collections.ConfigDict") -> dict[str, float]:
 
 def describe(data: "ml_collections.ConfigDict") -> str:
     """The sources in a few words, for errors about their records."""
-    return ", ".join(source["tfds"] or str(source["path"]) for source in settings(data).values())
+    return ", ".join(str(source["path"]) for source in settings(data).values())
 
 
 def as_path(data: "ml_collections.ConfigDict") -> str:
@@ -87,12 +87,7 @@ def as_path(data: "ml_collections.ConfigDict") -> str:
     several = settings(data)
     if len(several) > 1:
         raise UserError(f"config.data.sources has {', '.join(several)}: name the queries in config.eval.path instead")
-    source = next(iter(several.values()))
-    if not source["tfds"]:
-        return source["path"]
-    version = "" if ":" in source["tfds"] else f":{parallel_queries.VERSION}"
-    data_dir = f"?data_dir={source['data_dir']}" if source["data_dir"] else ""
-    return f"tfds://{source['tfds']}{version}/{source['split']}{data_dir}"
+    return next(iter(several.values()))["path"]
 
 
 def qualified(name: str, query: Query) -> Query:
@@ -107,9 +102,9 @@ def source_of(id: str) -> str:
 
 def _read(source: Mapping[str, Any], key: str) -> tuple[tuple[Query, ...], str]:
     """(the records of a source, where they are from)."""
-    if not source["tfds"]:
-        return read(source["path"], harmful=source["harmful"], key=f"{key}.path"), str(source["path"])
-    queries, metadata = parallel_queries.read(source["tfds"], source["split"], source["data_dir"], key)
+    path = str(source["path"])
+    if not parallel_queries.is_uri(path):
+        return read(path, harmful=source["harmful"], key=f"{key}.path"), path
+    queries, metadata = parallel_queries.read(path, f"{key}.path")
     checksum = str(metadata.get("sha256", ""))[:12]
-    where = f"{source['tfds']}, split {source['split']}" + (f", built from sha256 {checksum}..." if checksum else "")
-    return labelled(queries, source["harmful"]), where
+    return labelled(queries, source["harmful"]), path + (f", built from sha256 {checksum}..." if checksum else "")

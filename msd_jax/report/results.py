@@ -237,8 +237,7 @@ def _settings(run: RunFiles) -> Iterator[tuple[str, str]]:
         return functools.reduce(lambda tree, name: tree.get(name, {}), path.split("."), run.config)
 
     yield "model", str(get("model.path"))
-    sources = [source.get("path") or source.get("tfds") for source in get("data.sources").values()]
-    yield "queries", ", ".join(filter(None, (get("data.path"), get("data.tfds"), *sources)))
+    yield "queries", get("data.path") or ", ".join(source["path"] for source in get("data.sources").values())
     yield "trained languages", ", ".join(code for code, weight in get("data.languages").items() if weight)
     yield "policy", f"{get('rollout.policy')}, {get('rollout.max_new_tokens')} new tokens"
     yield "teacher", f"{get('teacher.kind')}, cot {get('prompts.cot')}"

@@ -23,6 +23,7 @@ from msd_jax.errors import UserError, UserFileError
 from msd_jax.io import checksums
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed
+from msd_jax.training import former_keys
 
 # Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
 # shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
@@ -30,13 +31,13 @@ MAY_CHANGE = (
     "train.steps",
     "train.max_skipped",
     "train.stop_on_collapse",
-    "train.checkpoint",  # also as earlier releases called these keys
+    "train.checkpoints.",
     "train.log_every",
-    "train.completions",
+    "train.completions.",
     "train.export",
-    "eval.every",
-    "eval.utility_floor",
-    "eval.over_refusal_ceiling",
+    "eval.monitor.every",
+    "eval.monitor.utility_floor",
+    "eval.monitor.over_refusal_ceiling",
     "eval.batch_size",
     "preflight.",  # of another command
     "judge.guard.batch_size",
@@ -272,7 +273,8 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def config_changes(old: dict[str, Any], new: ml_collections.ConfigDict) -> list[str]:
     """A line `config.KEY: OLD -> NEW` for each key that differs and must not; `old` is `plain` of a config."""
-    before, after = (traverse_util.flatten_dict(config, sep=".") for config in (old, plain(new)))
+    before = former_keys.renamed(traverse_util.flatten_dict(old, sep="."))
+    after = traverse_util.flatten_dict(plain(new), sep=".")
     return [
         f"config.{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
         for key in sorted(before.keys() | after.keys())
@@ -283,4 +285,4 @@ def config_changes(old: dict[str, Any], new: ml_collections.ConfigDict) -> list[
 def without_paths(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Values by dotted key, without paths, which may differ between the machines of a run."""
     flat = traverse_util.flatten_dict(plain(config), sep=".")
-    return {key: value for key, value in flat.items() if not key.endswith((".path", ".data_dir"))}
+    return {key: value for key, value in flat.items() if not key.endswith(".path")}

@@ -20,7 +20,7 @@ class Monitor:
     """Answers the slice with the weights of a step, and says whether they hold the bounds.
 
     Attributes:
-      floor: the least utility that holds; 0 before `start`, and where config.eval.utility_floor is.
+      floor: the least utility that holds; 0 before `start`, and where config.eval.monitor.utility_floor is.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, evaluator: Evaluator):
@@ -29,18 +29,20 @@ class Monitor:
         Raises:
           UserError: a bound is set, and no prompt can be measured by it.
         """
-        self._config, self._evaluator, self.floor = config, evaluator, 0.0
-        self._prompts = evaluator.slice(config.eval.slice)
-        if config.eval.utility_floor and not any(prompt.query.answers.get(prompt.language) for prompt in self._prompts):
+        self._config, self._bounds, self._evaluator, self.floor = config, config.eval.monitor, evaluator, 0.0
+        self._prompts = evaluator.slice(self._bounds.slice)
+        if self._bounds.utility_floor and not any(
+            prompt.query.answers.get(prompt.language) for prompt in self._prompts
+        ):
             raise UserError(
-                f"config.eval.utility_floor={config.eval.utility_floor}: no prompt of config.eval has a reference "
-                "answer to measure utility by; add a benchmark that has them (mgsm, mmmlu), or set it to 0"
+                f"config.eval.monitor.utility_floor={self._bounds.utility_floor}: no prompt of config.eval has a "
+                "reference answer to measure utility by; add a benchmark that has them (mgsm, mmmlu), or set it to 0"
             )
-
-        if config.eval.over_refusal_ceiling < 1 and all(prompt.query.harmful is not False for prompt in self._prompts):
+        harmless = any(prompt.query.harmful is False for prompt in self._prompts)
+        if self._bounds.over_refusal_ceiling < 1 and not harmless:
             raise UserError(
-                f"config.eval.over_refusal_ceiling={config.eval.over_refusal_ceiling}: no prompt of config.eval is "
-                "harmless; add some (xstest has them), or set it to 1"
+                f"config.eval.monitor.over_refusal_ceiling={self._bounds.over_refusal_ceiling}: no prompt of "
+                "config.eval is harmless; add some (xstest has them), or set it to 1"
             )
 
     def start(self, directory: pathlib.Path) -> None:
@@ -49,15 +51,15 @@ class Monitor:
         records = RecordLog(directory / "responses.jsonl").read()
         its_records = [record for record in records if record.prompt_key in keys and record.pass_name in passes]
         utility = slice_rates(its_records, self._config).get("slice_utility", 0.0)
-        self.floor = self._config.eval.utility_floor * utility
-        if self._config.eval.utility_floor and not self.floor:
+        self.floor = self._bounds.utility_floor * utility
+        if self._bounds.utility_floor and not self.floor:
             log(
-                f"note: config.eval.utility_floor={self._config.eval.utility_floor} has no effect: {directory} "
+                f"note: config.eval.monitor.utility_floor={self._bounds.utility_floor} has no effect: {directory} "
                 "holds no right answer to a prompt of the slice"
             )
 
     def due(self, step: int) -> bool:
-        return step % self._config.eval.every == 0
+        return step % self._bounds.every == 0
 
     def look(self, params: decoder.Params) -> dict[str, float]:
         """`slice_rates` of the slice, answered with `params`, which are in the rollout layout."""
@@ -67,12 +69,10 @@ class Monitor:
         """Which bound the rates that `look` measured do not hold, in words; "" where they hold both."""
         utility, refused = seen.get("slice_utility", 0.0), seen.get("slice_over_refusal", 0.0)
         if utility < self.floor:
-            share = self._config.eval.utility_floor
-            return (
-                f"utility is {utility:.1%}, below {self.floor:.1%} (config.eval.utility_floor={share} of what it was)"
-            )
-        if refused > (ceiling := self._config.eval.over_refusal_ceiling):
-            return f"over-refusal is {refused:.1%} (config.eval.over_refusal_ceiling={ceiling})"
+            bound = f"config.eval.monitor.utility_floor={self._bounds.utility_floor}"
+            return f"utility is {utility:.1%}, below {self.floor:.1%} ({bound} of what it was)"
+        if refused > (ceiling := self._bounds.over_refusal_ceiling):
+            return f"over-refusal is {refused:.1%} (config.eval.monitor.over_refusal_ceiling={ceiling})"
         return ""
 
 

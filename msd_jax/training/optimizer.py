@@ -13,7 +13,7 @@ SCHEDULES = ("cosine", "constant")  # of config.optimizer.schedule
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up to config.learning_rate, then constant, or a cosine to final_fraction of it at `steps`.
+    """Linear warm-up to config.learning_rate, then constant, or a cosine to a tenth of it at `steps`.
 
     Args:
       config: config.optimizer.
@@ -23,7 +23,7 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
     rest = max(steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(config.learning_rate),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest, alpha=config.final_fraction),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest, alpha=0.1),
     }[config.schedule]
     # The first update already has a positive rate: step 0 is the first of the warm-up, not a wasted one.
     ramp = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
@@ -44,7 +44,7 @@ def make_optimizer(
         )
     else:
         decay = {"weight_decay": config.weight_decay, "mask": _is_matrix}
-        rule = optax.adamw(schedule, config.b1, config.b2, config.eps, **decay)
+        rule = optax.adamw(schedule, **config.adamw, **decay)
     rule = with_state_dtype(rule, jnp.dtype(config.moments_dtype))
     return optax.chain(clip_by_global_norm(config.clip_norm), rule), schedule
 

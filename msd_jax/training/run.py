@@ -131,7 +131,7 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
     _check_vocabulary(config.loss, model.config.vocab_size)
     records = sources.load(config.data, log)
     evaluation = evaluator.Evaluator(config, model, mesh) if evaluator.wanted(config) else None
-    watch = Monitor(config, evaluation) if evaluation and config.eval.every else None
+    watch = Monitor(config, evaluation) if evaluation and config.eval.monitor.every else None
     records, duplicates = _look_for_duplicates(records, config.data, evaluation)
     encoded = encode(config, model, records)
     files = fingerprint.of(model.directory, encoded)

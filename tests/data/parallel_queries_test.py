@@ -51,6 +51,10 @@ def write(path: pathlib.Path, records) -> str:
     return str(path)
 
 
+def uri(directory: pathlib.Path, split: str = "train", reference: str = "parallel_queries:1.0.0") -> str:
+    return f"tfds://{reference}/{split}?data_dir={directory}"
+
+
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", WITHOUT_TENSORFLOW + code, *arguments], cwd=REPOSITORY, capture_output=True, text=True
@@ -71,14 +75,14 @@ def test_the_command_builds_and_training_reads_where_tensorflow_cannot_be_import
     assert len(list(directory.glob("*.array_record-*"))) == 2
     code = (
         "from msd_jax.configs import default\nfrom msd_jax.data import files, sources\n"
-        "config = default.get_config(); config.data.tfds, config.data.data_dir, config.data.split = sys.argv[1:4]\n"
-        "files.write_jsonl(sys.argv[4], sources.load(config.data, print)); assert 'tensorflow' not in sys.modules"
+        "config = default.get_config(); config.data.path = sys.argv[1]\n"
+        "files.write_jsonl(sys.argv[2], sources.load(config.data, print)); assert 'tensorflow' not in sys.modules"
     )
     for split in ("train", "test"):
         out = str(tmp_path / f"{split}.jsonl")
-        read = python(code, "parallel_queries:1.0.0", str(tmp_path / "sets"), split, out)
+        read = python(code, uri(tmp_path / "sets", split), out)
         assert read.returncode == 0, read.stderr
-        assert f"split {split}, built from sha256 {checksum[:12]}" in read.stdout
+        assert f"{uri(tmp_path / 'sets', split)}, built from sha256 {checksum[:12]}" in read.stdout
         expected = [
             query
             for query in records
@@ -93,14 +97,14 @@ def test_every_record_is_in_one_split_as_it_was(tmp_path):
     source = write(tmp_path / "queries.jsonl", records)
     splits = {"train": 0.6, "validation": 0.15, "test": 0.25}
     built = parallel_queries.build(source, data_dir=str(tmp_path), splits=splits)
-    read = {split: parallel_queries.read("parallel_queries", split, str(tmp_path))[0] for split in splits}
+    read = {split: parallel_queries.read(uri(tmp_path, split))[0] for split in splits}
     assert {split: len(chosen) for split, chosen in read.items()} == built.metadata["records"]
     ids = [query.id for chosen in read.values() for query in chosen]
     assert len(ids) == len(set(ids)) == 300
     assert {query.id: query for chosen in read.values() for query in chosen} == {query.id: query for query in records}
     order = {query.id: i for i, query in enumerate(records)}
     assert all([order[q.id] for q in chosen] == sorted(order[q.id] for q in chosen) for chosen in read.values())
-    both, _ = parallel_queries.read("parallel_queries:1.0.0", "train+test", str(tmp_path))
+    both, _ = parallel_queries.read(uri(tmp_path, "train+test"))
     assert both == read["train"] + read["test"]
 
 
@@ -113,7 +117,7 @@ def test_records_that_come_and_go_move_no_other(tmp_path):
         reference = f"parallel_queries/changing:1.0.{version}"
         parallel_queries.build(write(tmp_path / f"{version}.jsonl", chosen), reference, str(tmp_path), splits)
         places.append(
-            {query.id: split for split in splits for query in parallel_queries.read(reference, split, str(tmp_path))[0]}
+            {query.id: split for split in splits for query in parallel_queries.read(uri(tmp_path, split, reference))[0]}
         )
     shared = set(places[0]) & set(places[1])
     assert len(shared) == 80 and all(places[0][id] == places[1][id] for id in shared)
@@ -143,7 +147,7 @@ def test_a_source_that_changed_needs_another_version(tmp_path):
     with pytest.raises(ValueError, match=message + ", or remove the directory"):
         parallel_queries.build(source, data_dir=str(tmp_path / "sets"))
     assert {path: path.stat().st_mtime_ns for path in first.directory.iterdir()} == files
-    assert parallel_queries.read("parallel_queries", "train+test", str(tmp_path / "sets"))[1] == first.metadata
+    assert parallel_queries.read(uri(tmp_path / "sets", "train+test"))[1] == first.metadata
     second = parallel_queries.build(source, "parallel_queries:1.0.1", str(tmp_path / "sets"))
     assert sum(second.metadata["records"].values()) == 29
     for change in ({"harmful": "true"}, {"splits": {"train": 1.0}}):
@@ -162,7 +166,7 @@ def test_a_failed_build_leaves_nothing_that_could_be_read(tmp_path, monkeypatch)
         parallel_queries.build(source, data_dir=str(tmp_path / "sets"))
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError, match="build it by"):
-        parallel_queries.read("parallel_queries", data_dir=str(tmp_path / "sets"))
+        parallel_queries.read(uri(tmp_path / "sets"))
     parallel_queries.build(source, data_dir=str(tmp_path / "sets"))
 
 
@@ -191,15 +195,15 @@ def test_bad_builds(tmp_path, arguments, message):
 
 def test_what_is_not_there_or_no_such_set(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"config\.data\.tfds='parallel_queries:2\.0\.0': there is no .*--build"
+        FileNotFoundError, match=r"config\.data\.path='tfds://parallel_queries:2\.0\.0.*': there is no .*--build"
     ):
-        parallel_queries.read("parallel_queries:2.0.0", data_dir=str(tmp_path))
+        parallel_queries.read(f"tfds://parallel_queries:2.0.0?data_dir={tmp_path}")
     parallel_queries.build(write(tmp_path / "queries.jsonl", make(50)), data_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=r"config\.data\.split='dev' of parallel_queries: Unknown split 'dev'"):
-        parallel_queries.read("parallel_queries", "dev", str(tmp_path))
+    with pytest.raises(ValueError, match=r"config\.data\.path='tfds://.*/dev\?.*': Unknown split 'dev'"):
+        parallel_queries.read(uri(tmp_path, "dev"))
     (tmp_path / "parallel_queries/1.0.0/dataset_info.json").unlink()
     with pytest.raises(ValueError, match=r"is not a complete TFDS dataset .*: remove it and build again"):
-        parallel_queries.read("parallel_queries", "train", str(tmp_path))
+        parallel_queries.read(uri(tmp_path))
     with pytest.raises(ValueError, match=r"config\.eval\.path='tfds://x': write tfds://"):
         sources.read("tfds://x", key="config.eval.path")
 

@@ -34,7 +34,7 @@ def config(model_dir, tmp_path, hub) -> ml_collections.ConfigDict:
     config.data.sources = ml_collections.ConfigDict(
         {
             "plain": {"path": str(tmp_path / "plain.jsonl"), "weight": 2.0},
-            "set": {"tfds": "parallel_queries:1.0.0", "data_dir": str(tmp_path)},
+            "set": {"path": f"tfds://parallel_queries:1.0.0?data_dir={tmp_path}"},
             "hub": {"path": f"hf://{OWNER_NAME}", "harmful": "false", "weight": 1.0},
         }
     )
@@ -58,9 +58,7 @@ def test_ids_of_sources_do_not_collide(config):
     assert len({query.id for query in read}) == 18
     assert {query.id: query.harmful for query in read}["hub/3"] is False
     assert read[5] == Query("plain/1", True, "", records("yes", 5, True)[1].texts)
-    assert len(lines) == 4 and lines[2].startswith(
-        "queries: 9 of parallel_queries:1.0.0, split train, built from sha256 "
-    )
+    assert len(lines) == 4 and lines[2].startswith(f"queries: 9 of {config.data.sources.set.path}, built from sha256 ")
     assert lines[3] == "queries: 5 harmful, 13 harmless in sw"
 
 
@@ -102,7 +100,7 @@ def test_as_path_reads_what_training_reads(config, tmp_path):
     with pytest.raises(ValueError, match=r"config\.data\.sources has hub, plain, set: .*config\.eval\.path"):
         sources.as_path(config.data)
     config.data.sources = ml_collections.ConfigDict()
-    config.data.tfds, config.data.data_dir = "parallel_queries", str(tmp_path)
+    config.data.path = f"tfds://parallel_queries:1.0.0/train?data_dir={tmp_path}"
     assert sources.read(sources.as_path(config.data)) == sources.load(config.data) == tuple(records("no", 9, False))
 
 

@@ -32,7 +32,7 @@ def computed(name, shape):
     config = importlib.import_module(f"msd_jax.configs.{name}").get_config("smoke")
     config.model.dtype, config.train.micro_batches = "float32", 2
     # So large an eps makes AdamW's update linear in the gradient: it does not blow up the rounding of small ones.
-    config.optimizer.warmup_steps, config.optimizer.learning_rate, config.optimizer.eps = 0, 1e-2, 1.0
+    config.optimizer.warmup_steps, config.optimizer.learning_rate, config.optimizer.adamw.eps = 0, 1e-2, 1.0
     config = ml_collections.FrozenConfigDict(config)
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
     options = {key: value for key, value in config.model.items() if key != "path"}

@@ -172,6 +172,8 @@ def test_facts_are_those_of_the_config(make):
 
 
 def test_all_sources_of_queries_are_named(make):
-    sources = ml_collections.ConfigDict({"a": {"path": "hf://owner/set"}, "b": {"tfds": "parallel_queries:1.0.0"}})
+    sources = ml_collections.ConfigDict(
+        {"a": {"path": "hf://owner/set"}, "b": {"path": "tfds://parallel_queries:1.0.0"}}
+    )
     run = collect.workdir(make.run(data__path="", data__sources=sources))
-    assert Results(run).facts()["queries"] == "hf://owner/set, parallel_queries:1.0.0"
+    assert Results(run).facts()["queries"] == "hf://owner/set, tfds://parallel_queries:1.0.0"

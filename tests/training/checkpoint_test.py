@@ -25,7 +25,7 @@ def changes(**values) -> list[str]:
     [
         {"train__steps": 1000},
         {"train__log_every": 5},
-        {"eval__every": 50, "eval__utility_floor": 0.5},
+        {"eval__monitor__every": 50, "eval__monitor__utility_floor": 0.5},
         {"preflight__min_flip": 0.5},
         {"judge__guard__batch_size": 1},
         {"judge__openai__timeout": 5.0, "judge__openai__retries": 9, "judge__openai__concurrency": 1},
@@ -46,7 +46,7 @@ def test_what_changes_no_number_may_change(change):
         ("train__micro_batches", 2),
         ("eval__limit", 7),
         ("eval__languages", ("en",)),
-        ("eval__slice", 3),
+        ("eval__monitor__slice", 3),
         ("eval__mgsm__path", "elsewhere"),
         ("judge__kind", "guard"),
         ("judge__openai__model", "another"),
@@ -56,6 +56,22 @@ def test_what_changes_no_number_may_change(change):
 def test_what_changes_a_number_is_named(key, value):
     (line,) = changes(**{key: value})
     assert line.startswith(f"config.{key.replace('__', '.')}: ")
+
+
+def test_a_run_of_an_earlier_release_goes_on_under_the_new_names():
+    config = default.get_config()
+    old = checkpoint.plain(config)
+    old["optimizer"] |= old["optimizer"].pop("adamw") | {"final_fraction": 0.1}
+    old["data"] |= {"tfds": "", "split": "train", "data_dir": ""}
+    old["eval"] |= old["eval"].pop("monitor")
+    saved = old["train"].pop("checkpoints")
+    old["train"] |= {"checkpoint_every": saved["every"], "checkpoints_kept": saved["kept"]}
+    assert checkpoint.config_changes(old, config) == []
+    old["optimizer"] |= {"b1": 0.8, "final_fraction": 0.0}
+    assert checkpoint.config_changes(old, config) == [
+        "config.optimizer.adamw.b1: 0.8 -> 0.9",
+        "config.optimizer.final_fraction: 0.0 -> 'absent'",
+    ]
 
 
 def test_a_key_that_only_one_release_has_is_named():
@@ -70,7 +86,7 @@ def test_a_key_that_only_one_release_has_is_named():
 
 
 def test_paths_may_differ_between_machines():
-    config = ml_collections.ConfigDict({"model": {"path": "/here", "dtype": "float32"}, "data": {"data_dir": "/there"}})
+    config = ml_collections.ConfigDict({"model": {"path": "/here", "dtype": "float32"}, "data": {"path": "/there"}})
     assert checkpoint.without_paths(config) == {"model.dtype": "float32"}
 
 

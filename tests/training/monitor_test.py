@@ -25,8 +25,8 @@ def small():
     config.eval.passes = ("greedy",)
     config.eval.limit = 48
     config.eval.batch_size = 64
-    config.eval.every = 2
-    config.eval.slice = 8
+    config.eval.monitor.every = 2
+    config.eval.monitor.slice = 8
     return config
 
 
@@ -73,7 +73,7 @@ def test_the_slice_is_measured_when_it_is_due_and_is_part_of_the_evaluation(tmp_
     seen = [{key for key in r if key.startswith("slice_")} for r in rows]
     assert [bool(keys) for keys in seen] == [False, True] * 4 and len(seen[1]) == 5
     # After the last step the slice says of its prompts what the whole evaluation says of them.
-    prompts = ready.evaluation.slice(config.eval.slice)
+    prompts = ready.evaluation.slice(config.eval.monitor.slice)
     keys = {prompt.key for prompt in prompts}
     parts = collections.Counter((prompt.language, prompt.query.harmful) for prompt in prompts)
     assert len(parts) == 3 * 2 and set(parts.values()) <= {7, 8}  # evenly spread, so not always the full number
@@ -84,7 +84,7 @@ def test_the_slice_is_measured_when_it_is_due_and_is_part_of_the_evaluation(tmp_
 
 def test_training_ends_at_the_floor_and_goes_back_to_what_held_it(tmp_path, capsys):
     config = ruinous()
-    config.eval.utility_floor = 0.9
+    config.eval.monitor.utility_floor = 0.9
     loop.train(set_up(config, tmp_path))
     rows = [r for r in jsonl.read(tmp_path / "metrics.jsonl") if "slice_utility" in r]
     floor = 0.9 * utility(tmp_path / "eval" / "0")
@@ -105,8 +105,8 @@ def test_training_ends_at_the_floor_and_goes_back_to_what_held_it(tmp_path, caps
 
 def test_where_no_checkpoint_holds_the_floor_the_initial_weights_are_left(tmp_path, capsys):
     config = ruinous()
-    config.eval.every = 4
-    config.eval.utility_floor = 1.0
+    config.eval.monitor.every = 4
+    config.eval.monitor.utility_floor = 1.0
     ready = set_up(config, tmp_path)
     state, _ = loop.initial_state(ready)
     loop.train(ready)
@@ -124,7 +124,7 @@ def utility(directory):
 
 def test_a_floor_of_nothing_is_told(tmp_path, capsys):
     config = small()
-    config.eval.utility_floor = 0.5
+    config.eval.monitor.utility_floor = 0.5
     ready = set_up(config, tmp_path / "run")
     (tmp_path / "responses.jsonl").write_text("")
     ready.monitor.start(tmp_path)
@@ -137,8 +137,8 @@ def test_a_floor_without_answers_is_refused(tmp_path):
     path = tmp_path / "queries.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     config = small()
-    config.eval.path, config.eval.languages, config.eval.utility_floor = str(path), ("en", "sw"), 0.5
-    with pytest.raises(ValueError, match=r"config\.eval\.utility_floor=0\.5: no prompt .* has a reference answer"):
+    config.eval.path, config.eval.languages, config.eval.monitor.utility_floor = str(path), ("en", "sw"), 0.5
+    with pytest.raises(ValueError, match=r"monitor\.utility_floor=0\.5: no prompt .* has a reference answer"):
         set_up(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -146,15 +146,18 @@ def test_a_floor_without_answers_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"utility_floor": 0.5, "every": 0}, r"config\.eval\.utility_floor=0\.5 with config\.eval\.every=0"),
-        ({"path": ""}, r"config\.eval\.every=2: set config\.eval\.path or config\.eval\.benchmarks"),
-        ({"utility_floor": 1.5}, r"config\.eval\.utility_floor=1\.5 must be at least 0 and at most 1"),
-        ({"slice": 0}, r"config\.eval\.slice=0 must be at least 1"),
+        (
+            {"monitor.utility_floor": 0.5, "monitor.every": 0},
+            r"monitor\.utility_floor=0\.5 with config\.eval\.monitor\.every=0",
+        ),
+        ({"path": ""}, r"config\.eval\.monitor\.every=2: set config\.eval\.path or config\.eval\.benchmarks"),
+        ({"monitor.utility_floor": 1.5}, r"config\.eval\.monitor\.utility_floor=1\.5 must be at least 0 and at most 1"),
+        ({"monitor.slice": 0}, r"config\.eval\.monitor\.slice=0 must be at least 1"),
     ],
 )
 def test_settings_that_do_not_go_together(changes, message):
     config = small()
-    config.eval.update(changes)
+    config.eval.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         settings.check(config)
 
@@ -162,11 +165,11 @@ def test_settings_that_do_not_go_together(changes, message):
 def test_over_refusal_has_a_ceiling(tmp_path):
     """A collapse into refusals breaks it, with utility as it was."""
     watch = monitor.Monitor.__new__(monitor.Monitor)
-    watch._config = ml_collections.ConfigDict({"eval": {"utility_floor": 0.0, "over_refusal_ceiling": 0.25}})
+    watch._bounds = ml_collections.ConfigDict({"utility_floor": 0.0, "over_refusal_ceiling": 0.25})
     watch.floor = 0.0
     assert watch.fault({"slice_utility": 0.5, "slice_over_refusal": 0.25}) == ""
     assert watch.fault({"slice_utility": 0.5, "slice_over_refusal": 0.5}) == (
-        "over-refusal is 50.0% (config.eval.over_refusal_ceiling=0.25)"
+        "over-refusal is 50.0% (config.eval.monitor.over_refusal_ceiling=0.25)"
     )
     watch.floor = 0.6
     assert "utility is 50.0%, below 60.0%" in watch.fault({"slice_utility": 0.5})

@@ -31,7 +31,7 @@ def test_warm_up_then_cosine_or_constant(config):
 
 
 def test_the_clip_is_by_global_norm(config):
-    config.warmup_steps, config.b1, config.b2, config.eps = 0, 0.0, 0.0, 1.0
+    config.warmup_steps, config.adamw = 0, {"b1": 0.0, "b2": 0.0, "eps": 1.0}
     optimize, _ = optimizer.make_optimizer(config, 10)
     grads = jax.tree.map(lambda p: 100 * jnp.ones_like(p), PARAMS)
     updates, _ = optimize.update(grads, optimize.init(PARAMS), PARAMS)
