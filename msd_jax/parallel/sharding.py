@@ -8,6 +8,7 @@ alone, gathered once before the first token.
 A size that its mesh axes do not divide is an error that names the parameter, with one exception: see REPLICABLE.
 """
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,10 +46,11 @@ REPLICABLE = frozenset({"kv_heads"})
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all); one size may be -1 and takes the remaining devices.
 
-    TPU slices are joined by the data-center network, which only `data` crosses.
+    Devices that share fast links form an island: a TPU slice, or the GPUs of one NVLink domain, usually a machine.
+    Axes cross the network between islands as `across_islands` says.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or `data` is not a multiple of the slices.
+      UserError: the sizes do not multiply to the number of devices, or do not divide over the islands.
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = [data, fsdp, tensor], len(devices)
@@ -61,19 +63,68 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
         raise UserError(
             f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices: the product must be {count}"
         )
-    # Not jax.make_mesh: it does not know slices, and accepts only meshes whose axes are axes of the torus.
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if sizes[0] % slices:
+    # Not jax.make_mesh: it does not know islands, and accepts only meshes whose axes are axes of the torus.
+    islands = collections.Counter(island(device) for device in devices)
+    if len(set(islands.values())) > 1:
         raise UserError(
-            f"config.mesh={asked} (data x fsdp x tensor) over {slices} slices: data must be a multiple of {slices}, "
-            "because only data crosses the network between slices"
+            f"{len(islands)} machines or slices with {sorted(islands.values())} devices: all must have the same number"
         )
-    if slices == 1:
+    across = across_islands(sizes, len(islands), tpu=devices[0].platform == "tpu")
+    if len(islands) == 1:
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
-        within = (sizes[0] // slices, *sizes[1:])
-        array = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        within = [size // outer for size, outer in zip(sizes, across)]
+        array = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def island(device: jax.Device) -> int:
+    """The TPU slice or NVLink domain that a device belongs to; JAX calls both slices."""
+    return getattr(device, "slice_index", 0)
+
+
+def across_islands(sizes: Sequence[int], islands: int, *, tpu: bool) -> tuple[int, int, int]:
+    """Into how many parts the network between islands cuts each mesh axis; their product is `islands`.
+
+    It cuts `data` as far as that goes, then `fsdp`, never `tensor`. Between TPU slices it cuts `data` alone: `fsdp`
+    gathers every layer's weights in each pass, for which that network is too slow. Between GPU machines it is the usual
+    way to spread a model that one machine cannot hold.
+
+    Args:
+      sizes: of `data`, `fsdp` and `tensor`.
+      islands: the number of slices or NVLink domains.
+      tpu: whether they are TPU slices.
+
+    Raises:
+      UserError: the axes that may be cut do not divide.
+    """
+    data, fsdp, tensor = sizes
+    outer_data = math.gcd(data, islands)
+    outer_fsdp = islands // outer_data
+    mesh = f"config.mesh={data}x{fsdp}x{tensor} (data x fsdp x tensor) over {islands}"
+    if tpu and outer_fsdp > 1:
+        raise UserError(
+            f"{mesh} slices: data must be a multiple of {islands}, because only data crosses the network between slices"
+        )
+    if fsdp % outer_fsdp:
+        raise UserError(
+            f"{mesh} machines: data x fsdp must be a multiple of {islands}, because tensor stays within a machine's "
+            f"NVLink; lower tensor"
+        )
+    return outer_data, outer_fsdp, 1
+
+
+def describe(mesh: Mesh) -> str:
+    """The mesh in a few words, such as "data 1 x fsdp 32 x tensor 1; between 4 machines: fsdp"."""
+    words = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    devices = mesh.devices
+    islands = len({island(device) for device in devices.flat})
+    if islands == 1:
+        return words
+    tpu = platform(mesh) == "tpu"
+    across = across_islands(devices.shape, islands, tpu=tpu)
+    crossing = " and ".join(axis for axis, parts in zip(AXES, across) if parts > 1)
+    return f"{words}; between {islands} {'slices' if tpu else 'machines'}: {crossing}"
 
 
 def platform(mesh: Mesh | None) -> str:

@@ -5,6 +5,7 @@ import math
 import ml_collections
 
 from msd_jax.errors import UserError
+from msd_jax.parallel import sharding
 from msd_jax.planning import hardware
 
 ACCELERATORS = ("tpu", "gpu")  # of config.launch.accelerator
@@ -49,9 +50,6 @@ def _check_mesh(config: ml_collections.ConfigDict) -> None:
             f"{mesh} does not fit the {devices} devices of config.launch: the product must be {devices}; -1 stands for "
             "what is left"
         )
-    data = config.mesh.data if config.mesh.data != -1 else devices // fixed
-    if config.launch.accelerator == "tpu" and data % config.launch.slices:
-        raise UserError(
-            f"{mesh}: data={data} does not divide over config.launch.slices={config.launch.slices}; make it a "
-            "multiple, as the other axes need the fast links within a slice"
-        )
+    filled = [devices // fixed if size == -1 else size for size in sizes]
+    tpu = config.launch.accelerator == "tpu"
+    sharding.across_islands(filled, config.launch.slices if tpu else config.launch.nodes, tpu=tpu)

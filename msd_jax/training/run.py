@@ -295,11 +295,10 @@ def describe(run: Run) -> None:
     config, model, sampling = run.config, run.model, run.generator.sampling
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract))
     trained = sum(leaf.size for leaf in jax.tree.leaves(model.split(model.abstract)[0]))
-    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     log(
         f"model: {model.directory}, {count:,} parameters"
         + (f", {trained:,} of them trained" if trained < count else "")
-        + f"; mesh: {mesh} ({jax.devices()[0].device_kind})"
+        + f"; mesh: {sharding.describe(run.mesh)} ({jax.devices()[0].device_kind})"
     )
     log(
         f"MSD: {config.rollout.policy}, {config.teacher.kind} teacher, {run.loss.divergence}, "

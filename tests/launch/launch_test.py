@@ -127,7 +127,7 @@ def test_a_missing_config_is_named(path):
         ("launch/tpu_vm.sh", "--config.launch.accelerator=gpu", "this script is for tpu"),
         ("launch/tpu_vm.sh", "--config.launch.topology=v5e:9x7", "63 chips do not fill hosts of four"),
         ("launch/tpu_vm.sh", "--config.launch.topology=tpu7x:2x2x2", "use launch/gke_jobset.sh"),
-        ("launch/gke_jobset.sh", "--config.launch.slices=3", "data=1 does not divide over config.launch.slices=3"),
+        ("launch/gke_jobset.sh", "--config.launch.slices=3", "over 3 slices: data must be a multiple of 3"),
         ("launch/gke_jobset.sh", "--config.mesh.fsdp=3", "does not fit the 64 devices of config.launch"),
         ("launch/slurm.sbatch", "--config.train.steps=3", "this script is for gpu"),
         ("launch/slurm.sbatch", "--config.train.stps=3", "there is no such key"),

@@ -1,8 +1,14 @@
-"""One step and one greedy rollout of each family's smoke model, on every kind of mesh: the numbers of one device."""
+"""One step and one greedy rollout of each family's smoke model, on every kind of mesh: the numbers of one device.
+
+Fake devices tell that they belong to several machines or slices as real ones do, by their slice_index.
+"""
 
 import dataclasses
 import functools
 import importlib
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +23,7 @@ from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import sharding
 from msd_jax.testbed import tiny
 from msd_jax.training import optimizer, train_step
+from tests.conftest import REPOSITORY
 from tests.recipes_test import RECIPES
 
 B, P, Q, R = 16, 12, 20, 6
@@ -66,6 +73,39 @@ def computed(name, shape):
 
 @pytest.mark.parametrize(("name", "shape"), [(name, shape) for name in MESHES for shape in MESHES[name]])
 def test_a_step_and_a_rollout_do_not_depend_on_the_devices(name, shape):
+    same_as_alone(name, shape)
+
+
+ON_ISLANDS = """
+import os, sys
+
+from tests.parallel import mesh_test
+
+count, islands, *shape = map(int, sys.argv[1:])
+os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={count}"  # no device was touched yet
+import jax
+
+from msd_jax.parallel import sharding
+
+type(jax.devices()[0]).slice_index = property(lambda device: device.id * islands // count)
+print(sharding.describe(sharding.make_mesh(*shape)))
+mesh_test.same_as_alone("llama3_8b", tuple(shape))
+"""
+
+
+@pytest.mark.parametrize(
+    "devices, islands, shape, crossing",
+    [(32, 4, (1, 8, 4), "fsdp"), (32, 4, (2, 4, 4), "data and fsdp"), (8, 2, (2, 4, 1), "data")],
+    ids=["4 x 8 GPUs under fsdp", "4 x 8 GPUs under both", "2 slices"],
+)
+def test_nor_on_the_machines_that_they_are_on(devices, islands, shape, crossing):
+    command = [sys.executable, "-c", ON_ISLANDS, *map(str, (devices, islands, *shape))]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"; between {islands} machines: {crossing}\n")
+
+
+def same_as_alone(name, shape):
     (state, scalars, written), (alone, alone_scalars, alone_written) = computed(name, shape), computed(name, (1, 1, 1))
     np.testing.assert_array_equal(written.response_BxR, alone_written.response_BxR)
     assert len(np.unique(alone_written.response_BxR)) > 5

@@ -84,8 +84,46 @@ def test_only_data_crosses_slices(monkeypatch):
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
     mesh = sharding.make_mesh(4, -1, 1, devices=devices)
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
-    with pytest.raises(ValueError, match=r"config.mesh=1x-1x1 .* over 2 slices: data must be a multiple of 2"):
+    with pytest.raises(ValueError, match=r"config.mesh=1x8x1 .* over 2 slices: data must be a multiple of 2"):
         sharding.make_mesh(1, -1, 1, devices=devices)
+
+
+@pytest.fixture
+def machines(monkeypatch):
+    """Gives the devices the attribute that JAX gives GPUs: the NVLink domain, here of `count` devices each."""
+
+    def force(count: int) -> None:
+        domain = property(lambda device: device.id // count)
+        monkeypatch.setattr(type(jax.devices()[0]), "slice_index", domain, raising=False)
+
+    return force
+
+
+@pytest.mark.parametrize(
+    "sizes, crossing",
+    [((1, 8, 1), "fsdp"), ((1, 4, 2), "fsdp"), ((2, 4, 1), "data and fsdp"), ((4, 1, 2), "data"), ((8, 1, 1), "data")],
+)
+def test_fsdp_crosses_machines_where_data_does_not_suffice(machines, sizes, crossing):
+    machines(2)
+    mesh = sharding.make_mesh(*sizes)
+    assert mesh.devices.shape == sizes
+    described = " x ".join(f"{axis} {size}" for axis, size in zip(sharding.AXES, sizes))
+    assert sharding.describe(mesh) == f"{described}; between 4 machines: {crossing}"
+    # A machine's devices are neighbours: a group of `tensor`, and of what is left of fsdp, stays on one.
+    assert [device.id // 2 for device in mesh.devices.flat] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_tensor_never_crosses_machines(machines):
+    machines(4)
+    with pytest.raises(ValueError, match=r"1x1x8 .* over 2 machines: data x fsdp must be a multiple of 2.* tensor"):
+        sharding.make_mesh(1, 1, 8)
+    machines(3)
+    with pytest.raises(ValueError, match=r"3 machines or slices with \[2, 3, 3\] devices: all must have the same"):
+        sharding.make_mesh()
+
+
+def test_one_island_is_not_worth_a_word():
+    assert sharding.describe(sharding.make_mesh(2, 2, 2)) == "data 2 x fsdp 2 x tensor 2"
 
 
 @pytest.mark.skipif(
