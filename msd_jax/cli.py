@@ -1,8 +1,10 @@
 """What the commands share: the --config flag, and one-line errors without a traceback for mistakes of the user."""
 
 import contextlib
+import faulthandler
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -13,6 +15,7 @@ from ml_collections import config_flags
 from msd_jax import settings
 from msd_jax.errors import UserError
 from msd_jax.evaluation import rates
+from msd_jax.io import places
 from msd_jax.parallel import distributed
 from msd_jax.training import former_keys
 
@@ -74,7 +77,10 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
         try:
             if not alone:
                 distributed.start(argv)
-            return FLAGS(argv)
+            rest = FLAGS(argv)
+            for name in strings:
+                places.require_directory(f"--{name}", FLAGS[name].value or "")
+            return rest
         except Exception as error:  # a typo in a key, a wrong type, a config that does not exist or does not load
             sys.exit(f"error: {_explain(error, argv)}")
 
@@ -86,6 +92,7 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
         except UserError as error:  # in the middle of a run; errors of JAX, Optax and Orbax keep their traceback
             distributed.end_in_error(f"error: {error}")
 
+    faulthandler.register(signal.SIGUSR1)  # what every thread does, without ending the process: kill -USR1
     with distributed.together():
         app.run(guarded, flags_parser=parse)
 

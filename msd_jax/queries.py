@@ -15,6 +15,7 @@ from msd_jax import cli
 from msd_jax.data import parallel_queries
 from msd_jax.data.records import LABELS
 from msd_jax.errors import UserError
+from msd_jax.io import places
 from msd_jax.io.console import console
 
 
@@ -38,6 +39,8 @@ def main() -> None:
     flags = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # TFDS warns about every CONFIG that it does not know
     with cli.clear_errors():
+        places.require_directory("--build", flags.build, ("hf",))
+        places.require_directory("--data_dir", flags.data_dir)
         built = parallel_queries.build(flags.build, flags.name, flags.data_dir, splits(flags.splits), flags.harmful)
     for line in (
         built.directory,

@@ -15,6 +15,7 @@ from msd_jax.errors import UserError
 from msd_jax.evaluation import answering, benchmarks, judges
 from msd_jax.evaluation.judges import endpoint, formats, guard
 from msd_jax.generation import responses
+from msd_jax.io import places
 from msd_jax.models import attention, decoder, lora
 from msd_jax.planning import hardware, launch
 from msd_jax.training import former_keys, optimizer, train_step
@@ -298,6 +299,19 @@ def _source(key: str, name: str, source: Any) -> Iterator[str]:
         yield f"{key}.weight={weight!r}: a sampling weight must not be negative"
 
 
+def _places(config: Any, prefix: str = "config") -> Iterator[str]:
+    """Addresses of object stores where a path of this machine, or of a dataset, is needed."""
+    for key, value in config.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, (dict, ml_collections.ConfigDict)):
+            yield from _places(value, name)
+        elif key in ("path", "instruction") and isinstance(value, str):
+            try:
+                places.require_directory(name, value, ("hf", "tfds"))
+            except UserError as error:
+                yield str(error)
+
+
 def _micro_batches(config: Any) -> Iterator[str]:
     size, parts = config.data.batch_size, config.train.micro_batches
     if parts and size % parts:
@@ -368,5 +382,17 @@ def _evaluation(config: Any) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
-    *(_values, _judge, _launch, _languages, _queries, _micro_batches, _teacher, _retention, _loss, _evaluation),
+    *(
+        _values,
+        _places,
+        _judge,
+        _launch,
+        _languages,
+        _queries,
+        _micro_batches,
+        _teacher,
+        _retention,
+        _loss,
+        _evaluation,
+    ),
 )

@@ -55,6 +55,27 @@ def test_impossible_values(config, key, value, message):
         settings.check(config)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model.path", "gs://bucket/model"),
+        ("data.path", "s3://bucket/queries.csv"),
+        ("eval.mgsm.path", "gs:/bucket/mgsm"),
+        ("judge.guard.path", "abfs://container/guard"),
+        ("data.sources", {"mine": {"path": "gs://bucket/x.csv"}}),
+    ],
+)
+def test_object_stores_are_refused(config, key, value):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=rf"config.{key}\S*=\S+: \w+:// is not read or written directly; mount it"):
+        settings.check(config)
+
+
+def test_datasets_of_the_hub_and_of_tfds_are_no_object_stores(config):
+    config.data.path, config.eval.path = "hf://owner/name", "tfds://parallel_queries:1.0.0/test?data_dir=/data"
+    settings.check(config)
+
+
 @pytest.mark.parametrize(("seed", "fits"), [(0, True), (2**32 - 1, True), (2**32, False), (-1, False)])
 def test_a_seed_has_32_bits(config, seed, fits):
     config.seed = seed

@@ -100,7 +100,7 @@ mesh_test.same_as_alone("llama3_8b", tuple(shape))
 )
 def test_nor_on_the_machines_that_they_are_on(devices, islands, shape, crossing):
     command = [sys.executable, "-c", ON_ISLANDS, *map(str, (devices, islands, *shape))]
-    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"; between {islands} machines: {crossing}\n")
 

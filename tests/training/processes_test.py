@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,9 +47,17 @@ def steps(workdir: pathlib.Path) -> list[int]:
     return [row["step"] for row in jsonl.read(workdir / "metrics.jsonl")]
 
 
-def test_sigterm_saves_the_step_and_the_same_command_resumes(tmp_path):
+def initialised_alone() -> tuple[str, ...]:
+    """Flags by which JAX is initialised for one process, as on a TPU slice of one host: JAX then takes SIGTERM too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return (f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--processes=1", "--process_id=0")
+
+
+@pytest.mark.parametrize("alone", [tuple, initialised_alone], ids=["no jax.distributed", "one initialised process"])
+def test_sigterm_saves_the_step_and_the_same_command_resumes(tmp_path, alone):
     workdir, log = tmp_path / "run", tmp_path / "log"
-    with started(workdir, log, *STEPS_ONLY, *ENDLESS, "--config.train.checkpoints.every=100000") as process:
+    with started(workdir, log, *STEPS_ONLY, *ENDLESS, *alone(), "--config.train.checkpoints.every=100000") as process:
         wait_for(lambda: len(steps(workdir)) > 3, process, log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 143

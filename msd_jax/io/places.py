@@ -1,0 +1,28 @@
+"""Where a run may read and write: directories of this machine, among them mounted buckets."""
+
+import re
+from collections.abc import Iterable
+
+from msd_jax.errors import UserError
+
+
+def require_directory(name: str, place: str, schemes: Iterable[str] = ()) -> None:
+    """Refuses the address of an object store, which would otherwise become a local directory called `gs:`.
+
+    Args:
+      name: the flag or key that `place` is the value of.
+      place: one path, or several with commas between them.
+      schemes: those that are read, such as "hf".
+
+    Raises:
+      UserError: `place` begins with another scheme; the message says what to do instead.
+    """
+    for part in place.split(","):
+        scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/", part)
+        if not scheme or scheme[1] in schemes:
+            continue
+        mount = {"gs": "with gcsfuse", "s3": "with mount-s3"}.get(scheme[1], "as a file system")
+        raise UserError(
+            f"{name}={place}: {scheme[1]}:// is not read or written directly; mount it {mount} and give the path below "
+            "the mount point (launch/tpu_vm.sh and launch/gke_jobset.sh mount BUCKET at /mnt/runs: /mnt/runs/NAME)"
+        )
