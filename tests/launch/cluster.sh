@@ -41,7 +41,7 @@ SlurmctldHost=$(hostname)(127.0.0.1)
 SlurmctldPort=$PORT
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$DIR/munge.socket
+AuthInfo=socket=$DIR/munge.socket,cred_expire=5
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool/%n
 SlurmctldPidFile=$DIR/slurmctld.pid

@@ -78,14 +78,45 @@ def test_two_tasks_run_the_quickstart(environment, tmp_path):
     assert len(re.findall(r"(?m)^ sw +│ trained .* 100.0 -> 0.0% \[", table)) == 1
 
 
-def test_a_terminated_job_saves_its_step(environment, tmp_path):
+def test_a_terminated_job_saves_its_step_and_goes_on_by_itself(environment, tmp_path):
     run, config = tmp_path / "run", str(REPOSITORY / "configs/quickstart.py")
     script = str(REPOSITORY / "launch/slurm.sbatch")
     flags = [f"--workdir={run}", "--config.train.steps=100000", "--config.eval.path="]
-    job = submit(environment, tmp_path, "sbatch", "--nodes=2", script, config, *flags)
+    job = submit(environment | {"PREFLIGHT": "1"}, tmp_path, "sbatch", "--nodes=2", script, config, *flags)
     wait(environment, job, lambda state: ended(state) or len(jsonl.read(run / "metrics.jsonl")) > 3)
+    log = tmp_path / f"slurm-{job}.log"
+    assert re.search(r"all-reduce over 2 devices \(cpu\) on 2 machines: \d+\.\d GB/s per device", log.read_text())
     subprocess.run(["scancel", "--signal=TERM", str(job)], env=environment, check=True)
-    assert wait(environment, job, ended, 60) == "FAILED"
-    log = (tmp_path / f"slurm-{job}.log").read_text()
-    saved = re.search(r"preempted: step (\d+) is saved", log)
-    assert saved and (run / f"checkpoints/{saved[1]}/_CHECKPOINT_METADATA").exists(), log
+    try:
+        wait(environment, job, lambda _: "resumed from step" in log.read_text())
+    finally:
+        subprocess.run(["scancel", str(job)], env=environment, check=True)
+    assert wait(environment, job, ended, 60) == "CANCELLED"  # and not requeued, as the user asked for its end
+    saved = re.search(r"preempted: step (\d+) is saved", log.read_text())
+    assert saved and f"resumed from step {saved[1]}" in log.read_text()
+
+
+def test_an_error_of_the_user_ends_the_job(environment, tmp_path):
+    script, config = str(REPOSITORY / "launch/slurm.sbatch"), str(REPOSITORY / "configs/quickstart.py")
+    flags = (f"--workdir={tmp_path / 'run'}", "--config.data.path=nothing.csv")
+    job = submit(environment, tmp_path, "sbatch", "--nodes=2", script, config, *flags)
+    assert wait(environment, job, ended) == "FAILED"
+    assert "error: " in (log := (tmp_path / f"slurm-{job}.log").read_text()) and "requeued" not in log
+
+
+def test_flags_reach_srun(environment, tmp_path):
+    """Those for pyxis, which is not part of Slurm, too; a stand-in for srun shows its command."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$XLA_PYTHON_CLIENT_MEM_FRACTION $JAX_OPTIMIZATION_LEVEL: $*"\n')
+    (tmp_path / "srun").chmod(0o755)
+    given = {"SLURM_JOB_ID": "1", "SLURM_GPUS_ON_NODE": "8", "CONTAINER": "registry#image", "MOUNTS": "/shared:/shared"}
+    given |= {"SRUN_FLAGS": "--mpi=none --overlap", "JAX_OPTIMIZATION_LEVEL": "O2", "PYTHON": "python"}
+    done = subprocess.run(
+        [REPOSITORY / "launch/slurm.sbatch", "configs/NAME.py", "--workdir=/shared/a b"],
+        env=environment | given | {"PATH": f"{tmp_path}:{environment['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    container = "--container-image=registry#image --no-container-mount-home --container-mounts=/shared:/shared"
+    start = f"0.9 O2: --ntasks-per-node=8 --kill-on-bad-exit=1 {container} --mpi=none --overlap python -u -m msd_jax."
+    assert done.stdout.splitlines() == [f"{start}check", f"{start}main --config=configs/NAME.py --workdir=/shared/a b"]
