@@ -27,9 +27,10 @@ def facts(config: ml_collections.ConfigDict) -> dict[str, str | int]:
     launch = config.launch
     _check_mesh(config)
     if launch.accelerator == "gpu":
-        return {"NODES": launch.nodes, "GPUS_PER_NODE": launch.gpus_per_node}
+        return {"ACCELERATOR": "gpu", "NODES": launch.nodes, "GPUS_PER_NODE": launch.gpus_per_node}
     slice_ = hardware.parse_slice(launch.topology)
     return {
+        "ACCELERATOR": "tpu",
         "SLICES": launch.slices,
         "HOSTS": slice_.hosts,  # per slice
         "CHIPS_PER_HOST": slice_.chips_per_host,

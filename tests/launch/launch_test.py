@@ -128,6 +128,16 @@ def test_a_missing_config_is_named(path):
         ("launch/tpu_vm.sh", "--config.launch.topology=v5e:9x7", "63 chips do not fill hosts of four"),
         ("launch/tpu_vm.sh", "--config.launch.topology=tpu7x:2x2x2", "use launch/gke_jobset.sh"),
         ("launch/gke_jobset.sh", "--config.launch.slices=3", "over 3 slices: data must be a multiple of 3"),
+        (
+            "launch/gke_jobset.sh",
+            "--config.launch.topology=v5e:2x4 --config.launch.slices=8 --config.mesh.data=8 --config.mesh.tensor=1",
+            "8 slices of one host: GKE joins only larger slices",
+        ),
+        (
+            "launch/gke_jobset.sh",
+            "--config.launch.accelerator=gpu --config.launch.nodes=3 --config.mesh.tensor=16",
+            "does not fit the 24 devices of config.launch",
+        ),
         ("launch/gke_jobset.sh", "--config.mesh.fsdp=3", "does not fit the 64 devices of config.launch"),
         ("launch/slurm.sbatch", "--config.train.steps=3", "this script is for gpu"),
         ("launch/slurm.sbatch", "--config.train.stps=3", "there is no such key"),
@@ -135,7 +145,7 @@ def test_a_missing_config_is_named(path):
 )
 def test_a_conflict_between_script_and_config_ends_before_anything_is_billed(path, flag, message):
     variables = {"TPU": "t", "ZONE": "z", "BUCKET": "b", "NAME": "n", "IMAGE": "i", "DRY_RUN": "1"}
-    done = script(path, "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", flag, **variables)
+    done = script(path, "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", *flag.split(), **variables)
     assert done.returncode == 1 and not done.stdout
     assert message in done.stderr.strip().splitlines()[-1]
 
@@ -248,51 +258,153 @@ def manifest(*flags: str, **variables: str) -> dict:
     return yaml.safe_load(done.stdout)
 
 
-def only(value: dict, *allowed: str) -> dict:
-    assert set(value) <= set(allowed), set(value) - set(allowed)
-    return value
+# The part of the CRD of jobset.x-k8s.io/v1alpha2, and of batch/v1 and core/v1 in it, that the manifests use: names,
+# types and nesting. A list has one kind of entry, a type stands for a value, and ANY for keys of the user.
+ANY = {str: str}
+RESOURCES = {"requests": {str: int}, "limits": {str: int}}
+VARIABLE = {"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": str}}}
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "args": [str],
+    "env": [VARIABLE],
+    "envFrom": [{"secretRef": {"name": str, "optional": bool}}],
+    "ports": [{"containerPort": int}],
+    "resources": RESOURCES,
+    "volumeMounts": [{"name": str, "mountPath": str}],
+}
+VOLUME = {"name": str, "emptyDir": {"medium": str}, "csi": {"driver": str, "volumeAttributes": ANY}}
+POD = {
+    "restartPolicy": str,
+    "terminationGracePeriodSeconds": int,
+    "priorityClassName": str,
+    "serviceAccountName": str,
+    "hostNetwork": bool,
+    "dnsPolicy": str,
+    "nodeSelector": ANY,
+    "tolerations": [{"key": str, "operator": str, "effect": str}],
+    "containers": [CONTAINER],
+    "volumes": [VOLUME],
+}
+EXIT_CODES = {"containerName": str, "operator": str, "values": [int]}
+JOB = {
+    "completionMode": str,
+    "parallelism": int,
+    "completions": int,
+    "backoffLimit": int,
+    "podFailurePolicy": {"rules": [{"action": str, "onExitCodes": EXIT_CODES}]},
+    "template": {"metadata": {"annotations": ANY}, "spec": POD},
+}
+JOBSET = {
+    "apiVersion": str,
+    "kind": str,
+    "metadata": {"name": str, "labels": ANY, "annotations": ANY},
+    "spec": {
+        "failurePolicy": {"maxRestarts": int, "rules": [{"name": str, "action": str, "onJobFailureReasons": [str]}]},
+        "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
+    },
+}
 
 
-def test_the_jobset_field_by_field():
-    """Field names, types and nesting as in the CRD of jobset.x-k8s.io/v1alpha2 and in batch/v1 and core/v1."""
-    flags = ("--workdir=/mnt/runs/x", '--config.data.path=/mnt/runs/a "b": $c.csv')
-    jobset = only(manifest(*flags), "apiVersion", "kind", "metadata", "spec")
+def conforms(value, schema, path: str = "jobset") -> None:
+    if isinstance(schema, list):
+        assert isinstance(value, list), path
+        for i, entry in enumerate(value):
+            conforms(entry, schema[0], f"{path}[{i}]")
+    elif isinstance(schema, dict):
+        assert isinstance(value, dict), path
+        for key, entry in value.items():
+            assert key in schema or str in schema, f"{path}.{key}"
+            conforms(entry, schema.get(key, schema.get(str)), f"{path}.{key}")
+    else:
+        assert type(value) is schema, path
+
+
+def job_of(jobset: dict) -> tuple[dict, dict, dict]:
+    """The job of a replica, its pod and the pod's container."""
+    conforms(jobset, JOBSET)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert only(jobset["metadata"], "name", "annotations")["name"] == "my-run"
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    return job, pod, pod["containers"][0]
+
+
+def test_the_jobset_of_a_slice():
+    flags = ("--workdir=/mnt/runs/x", '--config.data.path=/mnt/runs/a "b": $c.csv')
+    jobset = manifest(*flags)
+    job, pod, container = job_of(jobset)
+    assert jobset["metadata"]["name"] == "my-run" and not jobset["metadata"]["labels"]
     assert jobset["metadata"]["annotations"] == {
         "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
     }
-    assert only(jobset["spec"], "failurePolicy", "replicatedJobs")["failurePolicy"] == {"maxRestarts": 100}
-    (slices,) = jobset["spec"]["replicatedJobs"]
-    assert only(slices, "name", "replicas", "template") and (slices["name"], slices["replicas"]) == ("slice", 1)
-    job = only(slices["template"], "spec")["spec"]
-    only(job, "completionMode", "parallelism", "completions", "backoffLimit", "template")
-    assert (job["completionMode"], job["parallelism"], job["completions"], job["backoffLimit"]) == (
-        "Indexed",
-        16,
-        16,
-        0,
-    )
-    pod = only(job["template"], "metadata", "spec")["spec"]
-    assert job["template"]["metadata"] == {"annotations": {"gke-gcsfuse/volumes": "true"}}
-    assert pod["restartPolicy"] == "Never" and pod["hostNetwork"] is True
-    assert pod["dnsPolicy"] == "ClusterFirstWithHostNet" and pod["terminationGracePeriodSeconds"] == 300
+    assert jobset["spec"]["replicatedJobs"][0]["replicas"] == 1
+    assert (job["completionMode"], job["parallelism"], job["completions"]) == ("Indexed", 16, 16)
+    # With hostNetwork, gcsfuse takes the pod's account only when asked, and its sidecar has small limits by default.
+    assert pod["hostNetwork"] is True and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["hostNetworkPodKSA"] == "true"
+    limits = {f"gke-gcsfuse/{name}-limit": "0" for name in ("cpu", "memory", "ephemeral-storage")}
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"} | limits
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "8x8",
     }
     assert pod["tolerations"] == [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}]
-    (container,) = pod["containers"]
-    only(container, "name", "image", "args", "env", "ports", "resources", "volumeMounts")
-    assert container["image"] == "registry/msd_jax:tpu"
     assert container["args"] == ["--config=configs/qwen2_5_7b.py", *flags]
     assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
     assert {port["containerPort"] for port in container["ports"]} == {8471, 8482, 8080}
-    assert all(isinstance(variable.get("value", ""), str) for variable in container["env"])
-    assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/mnt/runs"}]
-    (volume,) = pod["volumes"]
-    assert volume["name"] == "runs" and volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
-    assert volume["csi"]["volumeAttributes"]["bucketName"] == "b"
+
+
+def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it():
+    """Exit codes 1, 2 and 3 fail a job for the reason PodFailurePolicy, others for BackoffLimitExceeded."""
+    jobset = manifest("--workdir=/mnt/runs/x", RESTARTS="7")
+    job, pod, container = job_of(jobset)
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["containerName"] == container["name"]
+    assert (rule["onExitCodes"]["operator"], rule["onExitCodes"]["values"]) == ("In", [1, 2, 3])
+    assert not {143, 42, 137} & set(rule["onExitCodes"]["values"])
+    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"  # which podFailurePolicy requires
+    assert jobset["spec"]["failurePolicy"] == {
+        "maxRestarts": 7,
+        "rules": [{"name": "user_error", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
+
+
+@pytest.mark.parametrize(
+    "capacity, label, value",
+    [
+        ("spot", "cloud.google.com/gke-spot", "true"),
+        ("flex-start", "cloud.google.com/gke-flex-start", "true"),
+        ("queued", "cloud.google.com/gke-queued", "true"),
+        ("reservation=ours", "cloud.google.com/reservation-name", "ours"),
+    ],
+)
+def test_queue_priority_and_capacity(capacity, label, value):
+    given = {"QUEUE": "team", "PRIORITY": "high", "CAPACITY": capacity, "NODE_LABELS": "a/b=c d=e", "GRACE": "15"}
+    jobset = manifest("--workdir=/mnt/runs/x", **given)
+    _, pod, _ = job_of(jobset)
+    assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+    assert pod["priorityClassName"] == "high" and pod["terminationGracePeriodSeconds"] == 15
+    assert pod["nodeSelector"].items() >= {label: value, "a/b": "c", "d": "e"}.items()
+    assert {entry["key"] for entry in pod["tolerations"]} >= ({label} if capacity in ("spot", "queued") else set())
+
+
+def test_an_unknown_capacity_is_refused():
+    variables = {"NAME": "n", "IMAGE": "i", "BUCKET": "b", "DRY_RUN": "1", "CAPACITY": "cheap"}
+    done = script("launch/gke_jobset.sh", "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", **variables)
+    assert done.returncode == 1 and "CAPACITY=cheap: choose spot, flex-start" in done.stderr
+
+
+def test_the_jobset_of_gpus():
+    flags = ("--workdir=/mnt/runs/x", "--config.launch.accelerator=gpu", "--config.launch.nodes=4")
+    job, pod, container = job_of(manifest(*flags, "--config.mesh.tensor=1"))
+    assert (job["parallelism"], job["completions"]) == (4, 4)
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    variables = {variable["name"]: variable for variable in container["env"]}
+    assert variables["JAX_COORDINATOR_ADDRESS"]["value"] == "my-run-node-0-0.my-run:8476"
+    assert variables["JAX_NUM_PROCESSES"]["value"] == "4" and "valueFrom" in variables["JAX_PROCESS_ID"]
 
 
 def test_a_jobset_of_several_slices_and_of_one_host():
@@ -303,6 +415,9 @@ def test_a_jobset_of_several_slices_and_of_one_host():
     assert job["parallelism"] == 1
     assert job["template"]["spec"]["containers"][0]["resources"]["limits"] == {"google.com/tpu": 8}
     assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v6e-slice"
+    # The same chips may be two machines of four.
+    job, _, container = job_of(manifest(*flags, CHIPS_PER_NODE="4"))
+    assert (job["parallelism"], container["resources"]["limits"]) == (2, {"google.com/tpu": 4})
 
 
 def test_the_image_holds_the_recipes_and_starts_the_command():
