@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Runs on one or more Cloud TPU slices: creates the slices of config.launch unless they exist, copies this repository to
-# every worker, installs it, runs it on all of them and fetches their logs.
+# every worker, installs it, starts the run on all of them, follows it and fetches the logs.
 #
 #   TPU=my-run ZONE=us-west4-a BUCKET=my-bucket \
 #     launch/tpu_vm.sh configs/NAME.py --workdir=/mnt/runs/my-run [flags of msd_jax.main]
 #
-# DRY_RUN=1 prints the commands instead. After a preemption, run the same command again: it recreates the slices and
-# resumes from the last checkpoint. When the run ends the slices remain; the script prints the command to delete them.
+# DRY_RUN=1 prints the commands instead. The run goes on when this script or its machine ends; the same command follows
+# it again. After a preemption the same command recreates the slices and resumes from the last checkpoint. When the run
+# ends the slices remain; the script prints the command to delete them. Its exit code is that of the run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,31 +15,53 @@ CONFIG=${1:?the config file comes first: launch/tpu_vm.sh configs/NAME.py --work
 TPU=${TPU:?set TPU to a name for the slice}
 ZONE=${ZONE:?set ZONE to the zone of your quota, such as us-west4-a}
 BUCKET=${BUCKET:-}          # Cloud Storage bucket, mounted at /mnt/runs on every worker; required for several hosts
-CREATE=${CREATE:-}          # further flags of `queued-resources create`, such as "--spot" or "--reserved"
+CAPACITY=${CAPACITY:-}      # spot, reserved, reservation=NAME or flex-start=DURATION, such as flex-start=4h
+CREATE=${CREATE:-}          # further flags of `queued-resources create`
+SSH_FLAGS=${SSH_FLAGS:-}    # of `tpu-vm ssh` and `scp`, such as "--tunnel-through-iap --ssh-key-file=KEY"
+ENV_FILE=${ENV_FILE:-}      # NAME=VALUE lines for the run (HF_TOKEN, a judge's key, LIBTPU_INIT_ARGS); mode 600
 LOGS=${LOGS:-runs/$TPU}     # where the workers' logs are copied to
 PYTHON=${PYTHON:-python}    # on this machine, with msd_jax installed
+# Before anything else on a worker. The TPU runtime of v5e and newer starts faster with huge pages.
+PREPARE=${PREPARE:-'echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null'}
 # How a worker installs the copied repository. The images' own Python may be older than 3.11.
 INSTALL=${INSTALL:-'python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --clear --python 3.12 .venv &&
   ~/.local/bin/uv pip install -q --python .venv/bin/python -e ".[tpu]"'}
-# How a worker mounts BUCKET. Checkpoints and models are directories that are renamed once complete.
-MOUNT=${MOUNT:-"mountpoint -q /mnt/runs || { sudo apt-get install -qy gcsfuse && sudo mkdir -p /mnt/runs &&
-  sudo chown \$USER /mnt/runs && gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET /mnt/runs; }"}
+# How a worker mounts BUCKET. gcsfuse has a repository of its own; a fresh machine is still updating itself, so that
+# apt-get waits for the lock. Checkpoints and models are directories that are renamed once complete.
+MOUNT=${MOUNT:-"mountpoint -q /mnt/runs || {
+  key=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt apt='sudo apt-get -qy -o
+    DPkg::Lock::Timeout=600'
+  command -v gcsfuse >/dev/null || { curl -fsS \$packages/doc/apt-key.gpg | sudo tee \$key >/dev/null &&
+    echo deb [signed-by=\$key] \$packages gcsfuse-\$(lsb_release -cs) main |
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && \$apt update && \$apt install gcsfuse; } &&
+  sudo mkdir -p /mnt/runs && sudo chown \$USER /mnt/runs &&
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET /mnt/runs; }"}
 shift
 
-if [[ ! -f ${CONFIG%%:*} || $CONFIG == /* ]]; then
-  echo "error: $CONFIG: give a path inside this repository, which is what the workers get" >&2
+fail() {
+  echo "error: $1" >&2
   exit 1
-fi
+}
+
+[[ -f ${CONFIG%%:*} && $CONFIG != /* ]] ||
+  fail "$CONFIG: give a path inside this repository, which is what the workers get"
 facts=$("$PYTHON" -m msd_jax.topology --want=tpu --config="$CONFIG" "$@")
 eval "$facts" # SLICES, HOSTS, ACCELERATOR_TYPE, RUNTIME_VERSION
-if [[ -z $ACCELERATOR_TYPE ]]; then
-  echo "error: $CONFIG: gcloud offers no TPU VMs of this generation; use launch/gke_jobset.sh" >&2
-  exit 1
-fi
-if [[ -z $BUCKET ]] && ((HOSTS * SLICES > 1)); then
-  echo "error: set BUCKET: $((HOSTS * SLICES)) hosts need a shared --workdir" >&2
-  exit 1
-fi
+[[ -n $ACCELERATOR_TYPE ]] ||
+  fail "$CONFIG: TPUs of this generation are Compute Engine instances, not TPU VMs; use launch/gke_jobset.sh"
+[[ -n $BUCKET ]] || ((HOSTS * SLICES == 1)) || fail "set BUCKET: $((HOSTS * SLICES)) hosts need a shared --workdir"
+[[ -z $ENV_FILE || $(stat --format=%a "$ENV_FILE") == 600 ]] ||
+  fail "ENV_FILE=$ENV_FILE: it holds secrets, so that nobody else may read it: chmod 600 $ENV_FILE"
+tpus=(gcloud compute tpus)
+case $CAPACITY in
+  "") capacity=() ;;
+  spot | reserved) capacity=("--$CAPACITY") ;;
+  reservation=?*) tpus=(gcloud alpha compute tpus) capacity=("--$CAPACITY") ;;
+  flex-start=?*)
+    tpus=(gcloud alpha compute tpus) capacity=(--provisioning-model=flex-start "--max-run-duration=${CAPACITY#*=}")
+    ;;
+  *) fail "CAPACITY=$CAPACITY: choose spot, reserved, reservation=NAME or flex-start=DURATION, or leave it empty" ;;
+esac
 
 run() {
   if [[ -n ${DRY_RUN:-} ]]; then
@@ -68,19 +91,21 @@ if [[ $found =~ ^(SUSPEND|FAIL) ]]; then # the state after a preemption
 fi
 if [[ $found == ABSENT ]]; then
   # shellcheck disable=SC2086  # CREATE is several flags
-  run gcloud compute tpus queued-resources create "$TPU" "${names[@]}" --zone="$ZONE" \
-    --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" $CREATE
+  run "${tpus[@]}" queued-resources create "$TPU" "${names[@]}" --zone="$ZONE" \
+    --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" "${capacity[@]}" $CREATE
 fi
 until [[ -n ${DRY_RUN:-} || $(state) == ACTIVE ]]; do
-  [[ ! $(state) =~ ^(SUSPEND|FAIL) ]] || { echo "error: the queued resource $TPU is in state $(state)" >&2; exit 1; }
+  [[ ! $(state) =~ ^(SUSPEND|FAIL) ]] || fail "the queued resource $TPU is in state $(state)"
   echo "waiting for $TPU: $(state)" >&2
   sleep "${SECONDS_BETWEEN_LOOKS:-30}"
 done
 
+# shellcheck disable=SC2206  # SSH_FLAGS is several flags
+connection=(--zone="$ZONE" $SSH_FLAGS)
 on_all() { # runs a command on all workers of all slices at once
   local pids=() status=0
   for node in "${nodes[@]}"; do
-    run gcloud compute tpus tpu-vm ssh "$node" --zone="$ZONE" --worker=all --command="$1" &
+    run gcloud compute tpus tpu-vm ssh "$node" "${connection[@]}" --worker=all --command="$1" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do
@@ -88,27 +113,60 @@ on_all() { # runs a command on all workers of all slices at once
   done
   return "$status"
 }
+to_all() { # copies a file into the home of every worker
+  for node in "${nodes[@]}"; do
+    run gcloud compute tpus tpu-vm scp "$1" "$node:$2" "${connection[@]}" --worker=all
+  done
+}
+on_first() { # runs a command on the worker with process 0
+  gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${connection[@]}" --worker=0 --command="$1"
+}
 
-archive=$(mktemp --suffix=.tgz)
-trap 'rm -f "$archive"' EXIT
-run tar -czf "$archive" --exclude-vcs --exclude=./runs --exclude=.venv --exclude=__pycache__ .
-for node in "${nodes[@]}"; do
-  run gcloud compute tpus tpu-vm scp "$archive" "$node:msd_jax.tgz" --zone="$ZONE" --worker=all
-done
-on_all "mkdir -p msd_jax && tar -xzf msd_jax.tgz -C msd_jax && cd msd_jax && $INSTALL"
-[[ -z $BUCKET ]] || on_all "$MOUNT"
+# The lock is held as long as a run is on the chips; run.status then has its exit code.
+is_running='if [ -e msd_jax/run.lock ] && ! flock --nonblock msd_jax/run.lock true; then echo running; fi'
+if [[ -z ${DRY_RUN:-} && $(on_first "$is_running") == *running* ]]; then
+  echo "a run is in progress on $TPU: following it" >&2
+else
+  archive=$(mktemp --suffix=.tgz)
+  trap 'rm -f "$archive"' EXIT
+  run tar -czf "$archive" --exclude-vcs --exclude=./runs --exclude=.venv --exclude=__pycache__ .
+  to_all "$archive" msd_jax.tgz
+  [[ -z $ENV_FILE ]] || to_all "$ENV_FILE" msd_jax.env # sourced below, never shown
+  on_all "$PREPARE"
+  on_all "mkdir -p msd_jax && tar -xzf msd_jax.tgz -C msd_jax && cd msd_jax && $INSTALL"
+  [[ -z $BUCKET ]] || on_all "$MOUNT"
+  main="{ [ ! -e ../msd_jax.env ] || { chmod 600 ../msd_jax.env && set -a && . ../msd_jax.env && set +a; }; } &&
+    ${BUCKET:+export JAX_COMPILATION_CACHE_DIR=/mnt/runs/.jax-cache &&}
+    .venv/bin/python -u -m msd_jax.main --config=${CONFIG@Q} ${*@Q}"
+  # In a session of its own, it survives the end of this connection. JAX finds the other workers by the pod's metadata.
+  detached="exec 9>run.lock && flock --timeout 30 9 || { echo 75 >run.status; exit; }; $main; echo \$? >run.status"
+  on_all "cd msd_jax && rm -f run.status && { setsid --fork bash -c ${detached@Q} </dev/null >run.log 2>&1; }"
+fi
 
-# The lock prevents a second run on the same chips. JAX finds the other workers by the pod's metadata.
-status=0
-on_all "cd msd_jax && set -o pipefail && flock --nonblock --conflict-exit-code 75 run.lock \
-.venv/bin/python -u -m msd_jax.main --config=${CONFIG@Q} ${*@Q} 2>&1 | tee run.log" || status=$?
+# shellcheck disable=SC2016  # expanded on the worker
+ended='for _ in $(seq 120); do [ ! -e msd_jax/run.status ] || exit 0; sleep 1; done; exit 1'
+if [[ -z ${DRY_RUN:-} ]]; then
+  lines=+1 status=
+  until [[ $status =~ ^[0-9]+$ ]]; do
+    # Until the run ends, or the connection.
+    on_first "tail --lines=$lines --follow msd_jax/run.log & flock msd_jax/run.lock sleep 1; kill \$!" || true
+    status=$(on_first "cat msd_jax/run.status" 2>/dev/null | tr -dc '[:digit:]' || true)
+    lines=0
+    if [[ -z $status && $(state) != ACTIVE ]]; then
+      echo "error: $TPU is in state $(state): run the same command again to resume" >&2
+      exit 42 # as if a process of the run were lost
+    fi
+    [[ -n $status ]] || sleep "${SECONDS_BETWEEN_LOOKS:-30}"
+  done
+fi
+on_all "$ended" || echo "a worker has not ended within two minutes of the first" >&2
 
 mkdir -p "$LOGS"
 for node in "${nodes[@]}"; do
   for ((worker = 0; worker < HOSTS; worker++)); do
-    run gcloud compute tpus tpu-vm scp "$node:msd_jax/run.log" "$LOGS/$node-$worker.log" --zone="$ZONE" \
+    run gcloud compute tpus tpu-vm scp "$node:msd_jax/run.log" "$LOGS/$node-$worker.log" "${connection[@]}" \
       --worker="$worker" || echo "no log from $node, worker $worker" >&2
   done
 done
 echo "logs: $LOGS; to delete the slice: gcloud compute tpus queued-resources delete $TPU --zone=$ZONE --force" >&2
-exit "$status"
+exit "${status:-0}"

@@ -8,9 +8,11 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -163,7 +165,7 @@ def test_a_dry_run_of_tpu_vm_prints_its_commands(tmp_path):
     commands = done.stdout.splitlines()
     assert sum("queued-resources' 'create" in line and "'--spot'" in line for line in commands) == 1
     assert sum("msd_jax/run.log' " in line for line in commands) == 16  # a log per host
-    assert "a b.csv" in done.stdout and "--config='\\''configs/qwen2_5_7b.py" in done.stdout
+    assert "a b.csv" in done.stdout and "configs/qwen2_5_7b.py" in done.stdout
 
     flags += ("--config.launch.slices=4", "--config.mesh.data=4")
     done = script("launch/tpu_vm.sh", "configs/qwen2_5_7b.py:lora", *flags, **variables)
@@ -210,6 +212,8 @@ def test_tpu_vm_runs_on_two_slices_and_resumes_after_a_preemption(tmp_path):
         "ZONE": "here-a",
         "BUCKET": "bucket",
         "MOUNT": "touch mounted",
+        "PREPARE": "true",
+        "SECONDS_BETWEEN_LOOKS": "1",
         "INSTALL": install,
         "LOGS": str(tmp_path / "logs"),
     }
@@ -240,9 +244,98 @@ def test_tpu_vm_runs_on_two_slices_and_resumes_after_a_preemption(tmp_path):
     failed = script(
         "launch/tpu_vm.sh", "configs/quickstart.py", *flags, "--config.seed=7", **variables | {"PORT": free_port()}
     )
-    assert failed.returncode != 0
+    assert failed.returncode == 1
     assert "holds a run with another config" in (tmp_path / "logs/pod-1-0.log").read_text()
     assert (cloud / "calls").read_text().count("queued-resources create") == 2
+
+
+FACTS = """#!/bin/sh
+echo ACCELERATOR=tpu SLICES=1 HOSTS=2 ACCELERATOR_TYPE=v4-16 RUNTIME_VERSION=r
+"""
+RUN = """#!/bin/sh
+echo "${#HF_TOKEN} characters; $*"
+while [ ! -e ../end ]; do sleep 0.1; done
+exit 5
+"""
+
+
+@pytest.fixture
+def two_hosts(tmp_path) -> dict[str, str]:
+    """The environment of launch/tpu_vm.sh on a slice of two hosts, whose runs last until there is a file `end`."""
+    cloud = tmp_path / "cloud"
+    cloud.mkdir()
+    programs = {"gcloud": f"#!{sys.executable}\n{GCLOUD}", "facts": FACTS, "run": RUN}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "secrets").write_text("HF_TOKEN='hf_secret $HOME'\n")
+    (tmp_path / "secrets").chmod(0o600)
+    return {
+        **{"CLOUD": str(cloud), "HOSTS": "2", "PROCESSES": "2", "PORT": "1", "LOGS": str(tmp_path / "logs")},
+        **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "facts"), "TPU": "pod"},
+        **{"ZONE": "here-a", "BUCKET": "bucket", "MOUNT": "true", "PREPARE": "true", "SECONDS_BETWEEN_LOOKS": "0.1"},
+        "INSTALL": f"mkdir -p .venv/bin && cp {tmp_path / 'run'} .venv/bin/python",
+        "ENV_FILE": str(tmp_path / "secrets"),
+    }
+
+
+def test_tpu_vm_leaves_the_run_alone_and_follows_it_again(tmp_path, two_hosts):
+    command = ["launch/tpu_vm.sh", "configs/quickstart.py", "--workdir=/mnt/runs/a b"]
+    logs = [tmp_path / f"cloud/pod-{worker}/msd_jax/run.log" for worker in range(2)]
+
+    def start(output: pathlib.Path) -> subprocess.Popen:
+        with output.open("w") as file:
+            options = {"stdout": file, "stderr": file, "start_new_session": True}
+            return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | two_hosts, **options)
+
+    def wait_for(condition, launcher: subprocess.Popen, output: pathlib.Path) -> None:
+        deadline = time.monotonic() + 100
+        while not condition():
+            assert launcher.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.1)
+
+    first = start(tmp_path / "first.log")
+    wait_for(lambda: all(log.exists() and log.read_text() for log in logs), first, tmp_path / "first.log")
+    os.killpg(first.pid, signal.SIGKILL)  # the laptop is closed
+    arguments = "-u -m msd_jax.main --config=configs/quickstart.py --workdir=/mnt/runs/a b"
+    assert logs[0].read_text() == f"{len('hf_secret $HOME')} characters; {arguments}\n"
+    again, output = start(tmp_path / "again.log"), tmp_path / "again.log"
+    following = "a run is in progress on pod: following it"
+    wait_for(lambda: following in output.read_text() and arguments in output.read_text(), again, output)
+    for worker in range(2):
+        (tmp_path / f"cloud/pod-{worker}/end").touch()
+    assert again.wait(timeout=100) == 5, output.read_text()  # that of the run
+    assert "characters" in (tmp_path / "logs/pod-1.log").read_text()
+    # Secrets are on the workers alone, for their user alone; no command shows them.
+    for shown in ("first.log", "again.log", "cloud/calls"):
+        assert "hf_secret" not in (tmp_path / shown).read_text()
+    assert (tmp_path / "cloud/pod-1/msd_jax.env").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_of_secrets_that_others_may_read_is_refused(tmp_path, two_hosts):
+    (tmp_path / "secrets").chmod(0o644)
+    done = script("launch/tpu_vm.sh", "configs/quickstart.py", "--workdir=/mnt/runs/x", **two_hosts)
+    assert done.returncode == 1 and "nobody else may read it: chmod 600" in done.stderr
+    assert not (tmp_path / "cloud/calls").exists()
+
+
+@pytest.mark.parametrize(
+    "capacity, command",
+    [
+        ("spot", "compute tpus queued-resources create .* --spot"),
+        ("reserved", "compute tpus queued-resources create .* --reserved"),
+        ("reservation=ours", "alpha compute tpus queued-resources create .* --reservation=ours"),
+        ("flex-start=4h", "alpha .* --provisioning-model=flex-start --max-run-duration=4h"),
+        ("cheap", "choose spot, reserved"),
+    ],
+)
+def test_capacity_and_the_way_to_the_workers(two_hosts, capacity, command):
+    given = two_hosts | {"CAPACITY": capacity, "SSH_FLAGS": "--tunnel-through-iap --quiet", "DRY_RUN": "1"}
+    done = script("launch/tpu_vm.sh", "configs/quickstart.py", "--workdir=/mnt/runs/x", **given)
+    lines = (done.stdout + done.stderr).replace("'", "").splitlines()
+    assert any(re.search(command, line) for line in lines), lines
+    for line in lines:
+        assert (" tpu-vm " in line) == ("--tunnel-through-iap --quiet" in line)
 
 
 def free_port() -> str:
