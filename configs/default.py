@@ -58,7 +58,9 @@ def get_config() -> ml_collections.ConfigDict:
     # How the teacher thinks about safety: instruction (silently, as teacher_template tells it) | generated (it first
     # writes an analysis, greedily, which is kept with the query; needs a frozen teacher) | none (it is told to reply).
     config.prompts.cot = "instruction"
-    config.prompts.teacher_template = prompts.DEFAULT_TEACHER_TEMPLATE  # instruction: with {query} and {language}
+    # instruction: with {query}, which is in the source language, and {language}, that of the reply. It may also have
+    # {target_query}, the query in that language, as may reply_template and plain_template.
+    config.prompts.teacher_template = prompts.DEFAULT_TEACHER_TEMPLATE
     config.prompts.analysis_template = prompts.DEFAULT_ANALYSIS_TEMPLATE  # generated, first turn: with {query}
     config.prompts.reply_template = prompts.DEFAULT_REPLY_TEMPLATE  # generated, second turn: with {language}
     config.prompts.analysis_tokens = 128  # generated: the most tokens of an analysis
@@ -88,15 +90,21 @@ def get_config() -> ml_collections.ConfigDict:
     config.rollout.reuse_teacher_responses = True
 
     config.loss = ml_collections.ConfigDict()
-    # reverse_kl, KL(student || teacher) | forward_kl, KL(teacher || student) | jsd | auto (reverse_kl for on_policy and
-    # mixed, forward_kl for off_policy) | cross_entropy (of the response's tokens; off_policy with uniform weights, it
-    # is fine-tuning on the teacher's replies).
+    # reverse_kl, KL(student || teacher) | forward_kl, KL(teacher || student) | jsd | blend (of the two KLs) | auto
+    # (reverse_kl for on_policy and mixed, forward_kl for off_policy) | cross_entropy (of the response's tokens;
+    # off_policy with uniform weights, it is fine-tuning on the teacher's replies).
     config.loss.divergence = "auto"
-    config.loss.beta = 0.5  # of jsd
+    config.loss.beta = 0.5  # jsd: the teacher's share of the mixture; blend: the share of reverse_kl
+    config.loss.beta_ramp = (
+        0.0  # blend: share of the steps over which beta rises from 0 to the above; 0: it is constant
+    )
     config.loss.top_k = 0  # divergence over the teacher's top-k and a bucket for the rest; 0: over the full vocabulary
+    # Nats of a token's divergence above which it counts by its logarithm, which bounds its gradient; 0: no cap.
+    config.loss.token_cap = 0.0
     config.loss.temperature = 1.0  # of both distributions
     config.loss.weighting = "dpsw"  # dpsw (w_T * w_S) | teacher (w_T) | student (w_S) | uniform
-    config.loss.weight_top_k = 20  # w_T: tokens in the teacher's entropy
+    config.loss.weight_top_k = 20  # w_T: tokens K in the teacher's entropy H
+    config.loss.entropy_scale = "linear"  # w_T: linear (1 - H / log K) | exponential (exp(-H))
     config.loss.student_token = "teacher_argmax"  # w_S: the token whose probability counts: teacher_argmax | sampled
     config.loss.normalize = "mean"  # mean (weights have mean 1 over the batch) | none
 

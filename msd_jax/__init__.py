@@ -6,6 +6,8 @@
 from msd_jax.losses import (
     DIVERGENCES,
     LossSettings,
+    blend,
+    capped,
     cross_entropy,
     dpsw_loss,
     dpsw_weights,
@@ -22,6 +24,8 @@ from msd_jax.losses import (
 __all__ = [
     "DIVERGENCES",
     "LossSettings",
+    "blend",
+    "capped",
     "cross_entropy",
     "dpsw_loss",
     "dpsw_weights",

@@ -44,6 +44,7 @@ _CHOICES = {
     "rollout.policy": tuple(responses.POLICIES),
     "loss.divergence": ("auto", *losses.OBJECTIVES),
     "loss.weighting": tuple(losses.WEIGHTINGS),
+    "loss.entropy_scale": tuple(losses.ENTROPY_SCALES),
     "loss.student_token": losses.STUDENT_TOKENS,
     "loss.normalize": losses.NORMALIZATIONS,
     "optimizer.name": optimizer.RULES,
@@ -105,6 +106,8 @@ _RANGES = {
     "rollout.top_k": _COUNT_OR_NONE,
     "rollout.top_p": _Range(0, 1, above=True),
     "loss.beta": _SHARE,
+    "loss.beta_ramp": _SHARE,
+    "loss.token_cap": _AMOUNT,
     "loss.top_k": _COUNT_OR_NONE,
     "loss.temperature": _POSITIVE,
     "loss.weight_top_k": _Range(2, _MOST),
@@ -355,6 +358,11 @@ def _retention(config: Any) -> Iterator[str]:
 def _loss(config: Any) -> Iterator[str]:
     if config.loss.divergence == "cross_entropy" and config.loss.top_k:
         yield f"config.loss.top_k={config.loss.top_k!r} with config.loss.divergence='cross_entropy': set it to 0"
+    if config.loss.beta_ramp and config.loss.divergence != "blend":
+        yield (
+            f"config.loss.beta_ramp={config.loss.beta_ramp!r} with config.loss.divergence={config.loss.divergence!r}: "
+            "only the beta of a blend may move; set the divergence to blend, or the ramp to 0"
+        )
 
 
 def _evaluation(config: Any) -> Iterator[str]:

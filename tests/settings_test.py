@@ -22,6 +22,13 @@ def test_the_defaults_pass(config):
 @pytest.mark.parametrize(
     "key, value, message",
     [
+        (
+            "loss.beta_ramp",
+            0.5,
+            r"config.loss.beta_ramp=0.5 with config.loss.divergence='auto': only the beta of a blend",
+        ),
+        ("loss.token_cap", -1.0, r"config.loss.token_cap=-1.0 must be at least 0"),
+        ("loss.entropy_scale", "log", r"config.loss.entropy_scale='log': choose one of linear, exponential"),
         ("loss.divergence", "kl", r"config.loss.divergence='kl': choose one of auto, reverse_kl"),
         ("train.steps", -1, r"config.train.steps=-1 must be at least 0"),
         ("rollout.temperature", -1.0, r"config.rollout.temperature=-1.0 must be at least 0"),

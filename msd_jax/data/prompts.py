@@ -71,35 +71,47 @@ class Example:
     teacher_ids: np.ndarray
 
 
-def fill_template(template: str, query: str, language: str, key: str = "teacher_template") -> str:
-    """Fills in {query} and {language}, in one pass, so that braces in `query` are text.
+# What each template may show: first the placeholder that it needs. {query} is the query in the source language,
+# {target_query} in the language asked for, which is not known when the analysis of a query is written.
+_PLACEHOLDERS = {
+    "teacher_template": ("query", "language", "target_query"),
+    "plain_template": ("query", "language", "target_query"),
+    "analysis_template": ("query",),
+    "reply_template": ("language", "query", "target_query"),
+}
+
+
+def fill_template(
+    template: str, query: str, language: str, key: str = "teacher_template", target_query: str = ""
+) -> str:
+    """Fills in {query}, {language} and {target_query}, in one pass, so that braces in queries are text.
 
     Args:
-      template: the value of config.prompts.KEY. The reply_template needs {language}, every other one {query};
-        {{ and }} are literal braces.
-      query, language: what replaces the placeholders.
-      key: KEY, for errors.
+      template: the value of config.prompts.KEY; {{ and }} are literal braces.
+      query, language, target_query: what replaces the placeholders.
+      key: KEY, which decides what placeholders there may be.
 
     Raises:
       UserError: a placeholder is missing or unknown, or braces do not match.
     """
-    values = {"query": query, "language": language, None: ""}
+    values = {"query": query, "language": language, "target_query": target_query, None: ""}
     return "".join(literal + values[field] for literal, field in _parse_template(template, key))
 
 
 @functools.cache
 def _parse_template(template: str, key: str) -> tuple[tuple[str, str | None], ...]:
     """(literal text, placeholder after it or None) of each piece."""
-    needed, key = ("language" if key == "reply_template" else "query"), f"config.prompts.{key}"
+    allowed, key = _PLACEHOLDERS[key], f"config.prompts.{key}"
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"{key}: {error}; write {{{{ and }}}} for literal braces") from None
     for _, field, form, conversion in pieces:
-        if field is not None and (field not in ("query", "language") or form or conversion):
-            raise UserError(f"{key}: unknown placeholder {{{field}}}; use {{query}} and {{language}} alone")
-    if all(field != needed for _, field, _, _ in pieces):
-        raise UserError(f"{key} has no {{{needed}}}: the teacher would not see the {needed}")
+        if field is not None and (field not in allowed or form or conversion):
+            known = ", ".join(f"{{{name}}}" for name in allowed)
+            raise UserError(f"{key}: unknown placeholder {{{field}}}; it may have {known}")
+    if all(field != allowed[0] for _, field, _, _ in pieces):
+        raise UserError(f"{key} has no {{{allowed[0]}}}: the teacher would not see the {allowed[0]}")
     return tuple((literal, field) for literal, field, _, _ in pieces)
 
 
@@ -124,19 +136,19 @@ def teacher_messages(
     """The teacher's messages: the query in the source language, to be answered in `language`.
 
     Args:
-      query: has a text in `source_language`.
+      query: has texts in `source_language` and `language`.
       language: of the answer.
       config: config.prompts; `cot` decides which templates are used.
       source_language: what the teacher reads.
       analysis: what the teacher wrote about the query, which with cot = "generated" is a turn of the conversation.
     """
-    name, text = language_name(language), query.texts[source_language]
+    name, text, target = language_name(language), query.texts[source_language], query.texts[language]
     if config.cot == "generated":
-        reply = fill_template(config.reply_template, text, name, "reply_template")
+        reply = fill_template(config.reply_template, text, name, "reply_template", target)
         turns = [{"role": "assistant", "content": analysis}, {"role": "user", "content": reply}]
         return analysis_messages(query, config, source_language) + turns
     key = "plain_template" if config.cot == "none" else "teacher_template"
-    return _messages(config.teacher_system, fill_template(config[key], text, name, key))
+    return _messages(config.teacher_system, fill_template(config[key], text, name, key, target))
 
 
 def _messages(system: str, user: str) -> Messages:

@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import json
 import pathlib
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,20 +17,24 @@ import ml_collections
 import rich.table
 from jax.sharding import Mesh
 
+from msd_jax import losses
 from msd_jax.data import sources
 from msd_jax.errors import UserError
-from msd_jax.evaluation import benchmarks, rates
+from msd_jax.evaluation import benchmarks, first_token, rates
 from msd_jax.evaluation.evaluator import Evaluator, wanted
 from msd_jax.evaluation.rates import Share
-from msd_jax.evaluation.records import RecordLog, ResponseRecord
+from msd_jax.evaluation.records import PromptKey, RecordLog, ResponseRecord
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
 from msd_jax.io.console import console, log
-from msd_jax.models import pretrained
+from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
 
 Pair = tuple[ResponseRecord, ResponseRecord]  # the student's and the teacher's response to one prompt
 MIN_PROMPTS = 20  # harmful prompts of a language, judged in both roles, below which nothing is decided
+# Median probability of the teacher's first token below which a divergence of losses.SATURATING is said to stand still:
+# the gradient of reverse KL on that token is then about a hundredth of forward KL's.
+FAINT = 1e-3
 
 
 class Decision(enum.StrEnum):
@@ -53,6 +58,9 @@ class Forecast:
       student_over_refusal, over_refusal: the student's and the teacher's refusals of harmless queries.
       decision: whether training is worth it in this language.
       reason: why, in a few words.
+      first_token: the probability that the student gives to the token that the teacher begins with, the median over the
+        same harmful queries; None where it was not asked for.
+      stands_still: the divergence of the config, if it would not raise that probability; "" if it would.
     """
 
     student_asr: Share
@@ -63,13 +71,16 @@ class Forecast:
     over_refusal: Share
     decision: Decision
     reason: str
+    first_token: float | None = None
+    stands_still: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Each share as `Share.to_json` writes it; "go": true, false, or null where nothing is decided; the reason."""
+        """Each share as `Share.to_json` writes it; "go": true, false, or null where nothing is decided; the rest."""
         shares = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type is Share}
         entry = {key: value for name, share in shares.items() for key, value in share.to_json(name).items()}
         go = {Decision.GO: True, Decision.NO_GO: False}.get(self.decision)
-        return entry | {"go": go, "reason": self.reason}
+        rest = {"first_token": self.first_token, "stands_still": self.stands_still or None}
+        return entry | {"go": go, "reason": self.reason} | rest
 
 
 def run(
@@ -97,11 +108,29 @@ def run(
         log(f"pre-flight: {len(evaluator.prompts)} prompts as the {role}")
         evaluator.run(lambda: params, directory / role)
         answered[role] = RecordLog(directory / role / "responses.jsonl").read()
-    forecasts = assess(answered["student"], answered["teacher"], config)
+    first_tokens = _first_tokens(evaluators, model, mesh, params, config.eval.batch_size)
+    forecasts = assess(answered["student"], answered["teacher"], config, first_tokens)
     if distributed.is_first():
         written = {language: forecast.to_json() for language, forecast in forecasts.items()}
         jsonl.replace_text(directory / "preflight.json", json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     return forecasts
+
+
+def _first_tokens(
+    evaluators: Mapping[str, Evaluator],
+    model: pretrained.Pretrained,
+    mesh: Mesh,
+    params: decoder.Params,
+    batch_size: int,
+) -> dict[PromptKey, float]:
+    """The student's probability of the token that the teacher begins with, for the prompts that both are shown."""
+    student, teacher = (
+        {prompt.key: prompt.ids for prompt in evaluators[role].prompts if prompt.query.harmful is not False}
+        for role in ("student", "teacher")
+    )
+    shared = [key for key in student if key in teacher]
+    pairs = [(student[key], teacher[key]) for key in shared]
+    return dict(zip(shared, first_token.probabilities(model, mesh, params, pairs, batch_size)))
 
 
 def _judged_and_greedy(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
@@ -116,9 +145,18 @@ def _judged_and_greedy(config: ml_collections.ConfigDict) -> ml_collections.Froz
 
 
 def assess(
-    student: Iterable[ResponseRecord], teacher: Iterable[ResponseRecord], config: ml_collections.ConfigDict
+    student: Iterable[ResponseRecord],
+    teacher: Iterable[ResponseRecord],
+    config: ml_collections.ConfigDict,
+    first_tokens: Mapping[PromptKey, float] | None = None,
 ) -> dict[str, Forecast]:
-    """{language: forecast} of the two roles' responses to the same prompts, from those that are judged in both."""
+    """{language: forecast} of the two roles' responses to the same prompts, from those that are judged in both.
+
+    Args:
+      student, teacher: the responses.
+      config: the whole config.
+      first_tokens: by prompt, the student's probability of the token that the teacher begins with.
+    """
     of_teacher = {record.prompt_key: record for record in teacher if rates.has_verdict(record)}
     pairs: dict[str, list[Pair]] = {}
     for record in student:
@@ -126,11 +164,22 @@ def assess(
             its_pairs = pairs.setdefault(record.language, [])
             if rates.has_verdict(record) and record.prompt_key in of_teacher:
                 its_pairs.append((record, of_teacher[record.prompt_key]))
-    return {language: _assess(language, its_pairs, config) for language, its_pairs in pairs.items()}
+    return {language: _assess(language, its_pairs, config, first_tokens or {}) for language, its_pairs in pairs.items()}
 
 
-def _assess(language: str, pairs: Sequence[Pair], config: ml_collections.ConfigDict) -> Forecast:
+def _assess(
+    language: str,
+    pairs: Sequence[Pair],
+    config: ml_collections.ConfigDict,
+    first_tokens: Mapping[PromptKey, float],
+) -> Forecast:
     shares = _shares(pairs)
+    asked = [record.prompt_key for record, _ in pairs if rates.ASR.counts(record)]
+    found = [first_tokens[key] for key in asked if key in first_tokens]
+    median = statistics.median(found) if found else None
+    divergence = losses.resolve_divergence(config.loss.divergence, config.rollout.policy)
+    faint = median is not None and median < FAINT and divergence in losses.SATURATING
+    stands_still = divergence if faint and language not in config.eval.source_languages else ""
     if language in config.eval.source_languages:
         decision, reason = Decision.SOURCE, "a source language: it teaches, and is not trained"
     elif (n := shares["student_asr"].n) < MIN_PROMPTS:
@@ -142,7 +191,7 @@ def _assess(language: str, pairs: Sequence[Pair], config: ml_collections.ConfigD
         gain = (shares["student_asr"].hits - shares["teacher_asr"].hits) / n
         decision = Decision.GO
         reason = f"ASR can fall by {gain:.0%}, to about {shares['teacher_asr'].value:.0%}"
-    return Forecast(**shares, decision=decision, reason=reason)
+    return Forecast(**shares, decision=decision, reason=reason, first_token=median, stands_still=stands_still)
 
 
 def _shares(pairs: Sequence[Pair]) -> dict[str, Share]:
@@ -201,13 +250,30 @@ def show(forecasts: Mapping[str, Forecast]) -> None:
     table.add_column("language")
     for name in ("n", *_COLUMNS):
         table.add_column(name, justify="right")
+    table.add_column("first token", justify="right")
     table.add_column("go")
     table.add_column("reason")
     for language, forecast in forecasts.items():
         cells = [_cell(getattr(forecast, name), with_interval=name == "teacher_asr") for name in _COLUMNS.values()]
-        table.add_row(language, str(forecast.student_asr.n), *cells, _STYLED[forecast.decision], forecast.reason)
+        first = "-" if forecast.first_token is None else f"{forecast.first_token:.2g}"
+        table.add_row(language, str(forecast.student_asr.n), *cells, first, _STYLED[forecast.decision], forecast.reason)
     console.print(table)
     log(f"pre-flight: {_verdict(forecasts)}")
+    for line in _warnings(forecasts):
+        log(line)
+
+
+def _warnings(forecasts: Mapping[str, Forecast]) -> Iterator[str]:
+    """A line on the languages in which the divergence of the config would stand still; none where it moves in all."""
+    still = {language: forecast for language, forecast in forecasts.items() if forecast.stands_still}
+    if still:
+        divergence = next(iter(still.values())).stands_still
+        median = statistics.median(forecast.first_token or 0.0 for forecast in still.values())
+        yield (
+            f"warning: in {', '.join(still)} the student gives the token that the teacher begins with a probability of "
+            f"about {median:.1g}, where {divergence} stands still: its gradient on a token is in proportion to that "
+            "probability; set config.loss.divergence=forward_kl"
+        )
 
 
 def _verdict(forecasts: Mapping[str, Forecast]) -> str:

@@ -13,23 +13,44 @@ Gradients flow through the student's logits and nothing else.
 The method is "Multilingual Safety Alignment via Self-Distillation" (Qin et al., 2026, arXiv 2605.02971). Its full
 text was not at hand when this was written. From its abstract and public summaries come: a divergence per token
 between teacher and student, weighted by w_t = w_T * w_S; w_T from the entropy of the teacher's top-K; w_S from
-1 - p_S. Ours are: the scale 1 - H_K / log K, which token p_S is read at, the stop-gradient on the weights, their
-rescaling to mean 1, top-K + TAIL, and one temperature for divergence and weights alike.
+1 - p_S. Ours are: the scale 1 - H_K / log K (or exp(-H_K)), which token p_S is read at, the stop-gradient on the
+weights, their rescaling to mean 1, top-K + TAIL, the blend of the two KLs, the cap, and one temperature for divergence
+and weights alike.
 """
 
-from msd_jax.losses.divergences import DIVERGENCES, OBJECTIVES, cross_entropy, forward_kl, jsd, reverse_kl
-from msd_jax.losses.dpsw import NORMALIZATIONS, dpsw_loss, mean_loss, per_token_loss
+from msd_jax.losses.divergences import (
+    DIVERGENCES,
+    OBJECTIVES,
+    SATURATING,
+    blend,
+    cross_entropy,
+    forward_kl,
+    jsd,
+    reverse_kl,
+)
+from msd_jax.losses.dpsw import NORMALIZATIONS, capped, dpsw_loss, mean_loss, per_token_loss
 from msd_jax.losses.fused import fused_dpsw_loss
 from msd_jax.losses.settings import LossSettings, resolve_divergence
-from msd_jax.losses.weights import STUDENT_TOKENS, WEIGHTINGS, dpsw_weights, student_weight, teacher_weight
+from msd_jax.losses.weights import (
+    ENTROPY_SCALES,
+    STUDENT_TOKENS,
+    WEIGHTINGS,
+    dpsw_weights,
+    student_weight,
+    teacher_weight,
+)
 
 __all__ = [
     "DIVERGENCES",
+    "ENTROPY_SCALES",
     "NORMALIZATIONS",
     "OBJECTIVES",
+    "SATURATING",
     "STUDENT_TOKENS",
     "WEIGHTINGS",
     "LossSettings",
+    "blend",
+    "capped",
     "cross_entropy",
     "dpsw_loss",
     "dpsw_weights",

@@ -36,6 +36,12 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_share(name: str, value: float | jax.Array) -> None:
+    """An array, whose value may not be known yet, passes."""
+    if not isinstance(value, jax.Array) and not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+
+
 def check_cross_entropy(response_tokens: jax.Array | None, top_k: int | None) -> jax.Array:
     """Returns the response tokens."""
     if response_tokens is None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from msd_jax.losses.checks import check_logits, check_tokens
+from msd_jax.losses.checks import check_logits, check_share, check_tokens
 from msd_jax.losses.numerics import kl, log_ratio, log_rows, log_softmax
 
 
@@ -149,8 +149,7 @@ def jsd(
     References:
       Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2023, eq. 1
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta!r}")
+    check_share("beta", beta)
     log_student, log_teacher = log_rows(student_logits, teacher_logits, temperature, top_k)
     if beta == 0:
         return kl(log_teacher, log_student)
@@ -165,6 +164,55 @@ def jsd(
     ratio = log_ratio(smaller, larger, jnp.exp(larger))
     log_mixture = larger + jnp.log1p(share_of_smaller * jnp.expm1(ratio))
     return beta * kl(log_teacher, log_mixture) + (1 - beta) * kl(log_student, log_mixture)
+
+
+def blend(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    beta: float | jax.Array = 0.5,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> jax.Array:
+    r"""Blend of forward and reverse KL, per token.
+
+    .. math::
+      D = (1 - \beta) \, KL(p_T || p_S) + \beta \, KL(p_S || p_T)
+
+    Reverse KL alone stands still where a confident student gives the teacher's token no probability: its gradient on a
+    logit is p_S (log p_S / p_T - KL). The forward part keeps (1 - beta) (p_S - p_T) there. Near agreement both KLs have
+    the same Hessian, so that the scale does not depend on beta; beta = 0 is forward and beta = 1 reverse KL, as in
+    :func:`jsd`, but without a jump.
+
+    Args:
+      student_logits: float `[..., V]`; see :func:`reverse_kl`, for the other arguments too.
+      teacher_logits: float `[..., V]`, held constant.
+      beta: in [0, 1], the share of reverse KL. An array (float scalar) may change from step to step without a
+        recompilation, as in a pass from forward to reverse KL; it carries no gradient, and its range is not checked.
+      temperature: static, > 0.
+      top_k: static; None, or K in 1..V for the teacher's K most probable tokens and TAIL.
+
+    Returns:
+      The divergence in nats, float32 `[...]`; at beta = 0 and 1 the part that has no share may be infinite.
+
+    Raises:
+      ValueError: for a number beta outside [0, 1], and as :func:`reverse_kl`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> student = jnp.log(jnp.array([0.5, 0.25, 0.25]))
+      >>> teacher = jnp.log(jnp.array([0.125, 0.125, 0.75]))
+      >>> [f"{losses.blend(student, teacher, beta=beta):.4f}" for beta in (0.0, 0.5, jnp.array(1.0))]
+      ['0.5640', '0.5779', '0.5918']
+    """
+    check_share("beta", beta)
+    log_student, log_teacher = log_rows(student_logits, teacher_logits, temperature, top_k)
+    beta = jax.lax.stop_gradient(jnp.asarray(beta, jnp.float32))
+    # Without a share a part is that of equal rows: 0 times an infinite divergence, or gradient, would be NaN.
+    forward = kl(jnp.where(beta < 1, log_teacher, log_student), log_student)
+    reverse = kl(log_student, jnp.where(beta > 0, log_teacher, log_student))
+    return (1 - beta) * forward + beta * reverse
 
 
 def cross_entropy(student_logits: jax.Array, tokens: jax.Array, *, temperature: float = 1.0) -> jax.Array:
@@ -201,7 +249,11 @@ DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
     "jsd": jsd,
+    "blend": blend,
 }
+WITH_BETA = ("jsd", "blend")
+# Those whose gradient has the factor p_S throughout: they stand still where the student excludes the teacher's tokens.
+SATURATING = ("reverse_kl", "jsd")
 
 # What `divergence` may be in dpsw_loss.
 OBJECTIVES = (*DIVERGENCES, "cross_entropy")

@@ -1,13 +1,15 @@
 """The weighted self-distillation loss."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from msd_jax.losses.checks import check_choice, check_cross_entropy, check_pair, check_top_k
-from msd_jax.losses.divergences import DIVERGENCES, OBJECTIVES, cross_entropy
+from msd_jax.losses.divergences import DIVERGENCES, OBJECTIVES, WITH_BETA, cross_entropy
 from msd_jax.losses.numerics import entropy, log_softmax
+from msd_jax.losses.saturation import is_saturated
 from msd_jax.losses.settings import LossSettings
 from msd_jax.losses.weights import WEIGHTINGS, perspectives
 
@@ -20,10 +22,12 @@ def per_token_loss(
     response_tokens: jax.Array | None = None,
     *,
     divergence: str = "reverse_kl",
-    beta: float = 0.5,
+    beta: float | jax.Array = 0.5,
     top_k: int | None = None,
+    token_cap: float | None = None,
     weighting: str = "dpsw",
     weight_top_k: int = 20,
+    entropy_scale: str = "linear",
     student_token: str = "teacher_argmax",
     temperature: float = 1.0,
 ) -> dict[str, jax.Array]:
@@ -33,21 +37,27 @@ def per_token_loss(
       student_logits: float `[..., V]`, any float dtype.
       teacher_logits: float `[..., V]`, the same shape; held constant.
       response_tokens: int `[...]`; needed for student_token = "sampled" and divergence = "cross_entropy" alone.
-      divergence: static; "reverse_kl", "forward_kl", "jsd", or "cross_entropy" of the response tokens.
-      beta: static; of :func:`jsd`, unused by the others.
+      divergence: static; "reverse_kl", "forward_kl", "jsd", "blend", or "cross_entropy" of the response tokens.
+      beta: of :func:`jsd` (static) and :func:`blend` (a number, or an array), unused by the others.
       top_k: static; of the divergence: None, or the teacher's K most probable tokens and TAIL.
+      token_cap: static; None, or the divergence in nats, > 0, above which a token counts by the logarithm of its
+        divergence, see :func:`capped`.
       weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
       weight_top_k: static; K of :func:`teacher_weight`, in 2..V.
+      entropy_scale: static; "linear" or "exponential", see :func:`teacher_weight`.
       student_token: static; "teacher_argmax" or "sampled", see :func:`dpsw_weights`.
       temperature: static, > 0; of both rows, in divergence, weights and entropies.
 
     Returns:
       A dict of float32 `[...]`; only `kl` carries a gradient:
-        kl: the divergence, unweighted, in nats (for "jsd", the Jensen-Shannon divergence; for "cross_entropy",
-          that).
+        kl: the divergence, unweighted and uncapped, in nats (for "jsd", the Jensen-Shannon divergence; for
+          "cross_entropy", that).
         weight: the weight by `weighting`, not rescaled.
         w_T, w_S: the two perspectives of DPSW, whatever the weighting.
         teacher_entropy, student_entropy: over the full vocabulary, in nats.
+        saturated: the token's term of the loss, weight and cap included, where student and teacher are apart (total
+          variation above 1/2) and yet the gradient of the divergence on the student's logits is tiny (its absolute
+          entries add up to less than 0.1 min(kl, 1)); 0 elsewhere. Never so for "forward_kl".
 
     Raises:
       ValueError: for an unknown name, and as the functions above.
@@ -64,13 +74,16 @@ def per_token_loss(
       w_S 0.5000
       teacher_entropy 0.0012
       student_entropy 0.6931
+      saturated 0.0000
     """
     settings = LossSettings(
         divergence=divergence,
         beta=beta,
         top_k=top_k,
+        token_cap=token_cap,
         weighting=weighting,
         weight_top_k=weight_top_k,
+        entropy_scale=entropy_scale,
         student_token=student_token,
         temperature=temperature,
     )
@@ -84,10 +97,12 @@ def dpsw_loss(
     mask_BxR: jax.Array,
     *,
     divergence: str = "reverse_kl",
-    beta: float = 0.5,
+    beta: float | jax.Array = 0.5,
     top_k: int | None = None,
+    token_cap: float | None = None,
     weighting: str = "dpsw",
     weight_top_k: int = 20,
+    entropy_scale: str = "linear",
     student_token: str = "teacher_argmax",
     normalize: str = "mean",
     temperature: float = 1.0,
@@ -95,10 +110,11 @@ def dpsw_loss(
     r"""The weighted self-distillation loss, as a sum and the normaliser to divide it by.
 
     .. math::
-      L = \frac{\sum_t w_t D_t m_t}{Z}, \quad
+      L = \frac{\sum_t w_t \, c(D_t) \, m_t}{Z}, \quad
       Z = \sum_t w_t m_t \text{ ("mean")} \quad \text{or} \quad Z = \sum_t m_t \text{ ("none")}
 
-    with D_t the divergence, w_t the weight and m_t the mask of response token t. Sums, not a mean, are returned so
+    with D_t the divergence, c its cap (:func:`capped`; the identity by default), w_t the weight and m_t the mask of
+    response token t. Sums, not a mean, are returned so
     that the loss does not depend on how a batch is split: add loss_sum, normaliser and aux over micro-batches
     (and `psum` them over devices), then divide ONCE, with :func:`mean_loss`. Gradients are those of loss_sum,
     added in the same way and divided by the same global normaliser, which carries no gradient.
@@ -114,21 +130,25 @@ def dpsw_loss(
         divergence.
       mask_BxR: bool or 0/1 `[B, R]`, true at response tokens. What the logits hold where it is false, NaN and
         infinities included, reaches neither the results nor the gradients.
-      divergence: static; "reverse_kl", "forward_kl", "jsd", or "cross_entropy" of the response tokens.
-      beta: static; of :func:`jsd`, unused by the others.
+      divergence: static; "reverse_kl", "forward_kl", "jsd", "blend", or "cross_entropy" of the response tokens.
+      beta: of :func:`jsd` (static) and :func:`blend` (a number, or an array), unused by the others.
       top_k: static; of the divergence: None, or the teacher's K most probable tokens and TAIL.
+      token_cap: static; None, or the divergence in nats, > 0, above which a token counts by the logarithm of its
+        divergence, see :func:`capped`.
       weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
       weight_top_k: static; K of :func:`teacher_weight`, in 2..V.
+      entropy_scale: static; "linear" or "exponential", see :func:`teacher_weight`.
       student_token: static; "teacher_argmax" or "sampled", see :func:`dpsw_weights`.
       normalize: static; "mean" or "none".
       temperature: static, > 0; of both rows, in divergence, weights and entropies.
 
     Returns:
-      loss_sum: float32 scalar, sum of w_t D_t m_t; 0 with finite gradients if there is no response token.
+      loss_sum: float32 scalar, sum of w_t c(D_t) m_t; 0 with finite gradients if there is no response token.
       normaliser: float32 scalar Z, without gradient; 0 if there is no response token.
       aux: float32 scalars without gradient, SUMS over response tokens, to be added like loss_sum and divided by
         `tokens` for means: `tokens` (their number), and `kl`, `weight`, `w_T`, `w_S`, `teacher_entropy`,
-        `student_entropy` of :func:`per_token_loss`.
+        `student_entropy`, `saturated` of :func:`per_token_loss`. The last over loss_sum is the share of the loss that
+        its gradient hardly moves.
 
     Raises:
       ValueError: for an unknown normalize, shapes other than the above, and as :func:`per_token_loss`.
@@ -152,8 +172,10 @@ def dpsw_loss(
         divergence=divergence,
         beta=beta,
         top_k=top_k,
+        token_cap=token_cap,
         weighting=weighting,
         weight_top_k=weight_top_k,
+        entropy_scale=entropy_scale,
         student_token=student_token,
         normalize=normalize,
         temperature=temperature,
@@ -183,6 +205,63 @@ def mean_loss(loss_sum: jax.Array, normaliser: jax.Array) -> jax.Array:
     return loss_sum / jnp.where(normaliser == 0, 1.0, normaliser)
 
 
+def capped(divergence: jax.Array, token_cap: float | None) -> jax.Array:
+    r"""Divergences per token, of which those above a cap count by their logarithm.
+
+    .. math::
+      c(D) = D \text{ for } D \le C, \quad c(D) = C \left(1 + \log \frac{D}{C}\right) \text{ above}
+
+    Its gradient is that of D, times min(1, C / D): shorter, in the same direction. The gradient of reverse KL, whose
+    absolute entries can add up to 2 D + 2/e, is bounded by that of C; forward KL's adds up to 2 at most as it is.
+    (min(D, C) would learn nothing from the very tokens on which student and teacher disagree most.) c is increasing
+    and has no other minimum than D. It is applied to whole tokens: the entries of D's sum over the vocabulary have
+    both signs, and a cap on each of them could invert the loss. It is ours.
+
+    Args:
+      divergence: float `[...]`, at least 0, in nats.
+      token_cap: static; C > 0 in nats, or None for no cap.
+
+    Returns:
+      c(divergence), `[...]`. Infinities and NaN are passed on.
+
+    Raises:
+      ValueError: for a token_cap that is not > 0.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from msd_jax import losses
+      >>> [f"{losses.capped(jnp.array(D), 2.0):.3f}" for D in (1.0, 2.0, 8.0)]
+      ['1.000', '2.000', '4.773']
+      >>> [f"{jax.grad(losses.capped)(D, 2.0):.3f}" for D in (1.0, 2.0, 8.0)]
+      ['1.000', '1.000', '0.250']
+    """
+    if token_cap is None:
+        return divergence
+    if not token_cap > 0:
+        raise ValueError(f"token_cap must be > 0, got {token_cap!r}")
+    above = divergence > token_cap
+    excess = jnp.where(above, divergence, token_cap) / token_cap
+    return jnp.where(above, token_cap * (1 + jnp.log(excess)), divergence)
+
+
+def bound_divergence(
+    teacher_logits: jax.Array, response_tokens: jax.Array | None, settings: LossSettings
+) -> Callable[[jax.Array], jax.Array]:
+    """What `settings` measure per token, as a function of the student's logits."""
+    s = settings
+    if s.divergence == "cross_entropy":
+        tokens = check_cross_entropy(response_tokens, s.top_k)
+        return functools.partial(cross_entropy, tokens=tokens, temperature=s.temperature)
+    options = {"beta": s.beta} if s.divergence in WITH_BETA else {}
+    return functools.partial(
+        DIVERGENCES[s.divergence],
+        teacher_logits=teacher_logits,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        **options,
+    )
+
+
 def token_values(
     student_logits: jax.Array, teacher_logits: jax.Array, response_tokens: jax.Array | None, settings: LossSettings
 ) -> dict[str, jax.Array]:
@@ -191,23 +270,30 @@ def token_values(
     check_choice("divergence", s.divergence, OBJECTIVES)
     check_choice("weighting", s.weighting, WEIGHTINGS)
     check_top_k("weight_top_k", s.weight_top_k, 2, teacher_logits.shape[-1])
-    if s.divergence == "cross_entropy":
-        tokens = check_cross_entropy(response_tokens, s.top_k)
-        kl = cross_entropy(student_logits, tokens, temperature=s.temperature)
-    else:
-        options = {"beta": s.beta} if s.divergence == "jsd" else {}
-        divergence = DIVERGENCES[s.divergence]
-        kl = divergence(student_logits, teacher_logits, temperature=s.temperature, top_k=s.top_k, **options)
+    divergence = bound_divergence(teacher_logits, response_tokens, s)
+    kl = divergence(student_logits)
     w_T, w_S = perspectives(
-        student_logits, teacher_logits, response_tokens, s.weight_top_k, s.student_token, s.temperature
+        student_logits,
+        teacher_logits,
+        response_tokens,
+        s.weight_top_k,
+        s.entropy_scale,
+        s.student_token,
+        s.temperature,
     )
+    weight = WEIGHTINGS[s.weighting](w_T, w_S)
+    log_student, log_teacher = (
+        log_softmax(jax.lax.stop_gradient(x), s.temperature) for x in (student_logits, teacher_logits)
+    )
+    stuck = is_saturated(divergence, student_logits, log_student, log_teacher, s.temperature)
     return {
         "kl": kl,
-        "weight": WEIGHTINGS[s.weighting](w_T, w_S),
+        "weight": weight,
         "w_T": w_T,
         "w_S": w_S,
-        "teacher_entropy": entropy(log_softmax(jax.lax.stop_gradient(teacher_logits), s.temperature)),
-        "student_entropy": entropy(log_softmax(jax.lax.stop_gradient(student_logits), s.temperature)),
+        "teacher_entropy": entropy(log_teacher),
+        "student_entropy": entropy(log_student),
+        "saturated": jnp.where(stuck, weight * jax.lax.stop_gradient(capped(kl, s.token_cap)), 0.0),
     }
 
 
@@ -231,7 +317,7 @@ def weighted_loss(
     student_logits, teacher_logits = (jnp.where(mask[..., None], x, 0.0) for x in (student_logits, teacher_logits))
     values = token_values(student_logits, teacher_logits, response, settings)
     sum_tokens = functools.partial(jnp.sum, where=mask, dtype=jnp.float32)
-    loss_sum = sum_tokens(values["weight"] * values["kl"])
+    loss_sum = sum_tokens(values["weight"] * capped(values["kl"], settings.token_cap))
     aux = jax.lax.stop_gradient({name: sum_tokens(value) for name, value in values.items()})
     aux["tokens"] = jnp.sum(mask, dtype=jnp.float32)
     return loss_sum, aux["weight"] if settings.normalize == "mean" else aux["tokens"], aux

@@ -25,7 +25,8 @@ from msd_jax.losses.settings import LossSettings
 
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]  # loss_sum, normaliser, aux
 Gradients = tuple[jax.Array | None, jax.Array | None]  # of the student's hidden states and head; None: not wanted
-Data = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]  # teacher's hidden states and head, response, mask
+# Teacher's hidden states and head, response, mask, and the beta of the divergence where that is an array.
+Data = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array | None]
 Axes = str | tuple[str, ...] | None  # mesh axes that split one axis of an array
 
 TOKEN_AXES = ("data", "fsdp")  # mesh axes that split the tokens
@@ -68,8 +69,8 @@ def fused_dpsw_loss(
       mesh: static; a mesh with the axes `data`, `fsdp` and `tensor`. Tokens are split over the first two, rows of the
         heads over `fsdp` (gathered once, in `dtype`; their gradient is scattered once, in float32), and the vocabulary
         over `tensor`. None: one device, or whatever XLA makes of the arguments' sharding.
-      **options: static; divergence, beta, top_k, weighting, weight_top_k, student_token, normalize and temperature of
-        :func:`losses.dpsw_loss`.
+      **options: divergence, beta, top_k, token_cap, weighting, weight_top_k, entropy_scale, student_token, normalize
+        and temperature of :func:`losses.dpsw_loss`; static, but for an array beta.
 
     Returns:
       (loss_sum, normaliser, aux), as :func:`losses.dpsw_loss`, summed over all N tokens of all devices.
@@ -93,8 +94,12 @@ def fused_dpsw_loss(
       Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
     """
     _check(student_hidden_NxD, student_head_DxV, teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N, mesh)
+    beta = options.get("beta")
     layout = _Layout(LossSettings(**options), chunk, dtype, logit_softcap, tied, mesh)
-    data: Data = (teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N)
+    data: Data = (
+        *(teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N),
+        beta if isinstance(beta, jax.Array) else None,
+    )
 
     @jax.custom_vjp
     def fused(hidden: jax.Array, head: jax.Array, data: Data) -> Sums:
@@ -142,6 +147,7 @@ def _losses_and_gradients(
     teacher_head: jax.Array,
     response: jax.Array | None,
     mask: jax.Array,
+    beta: jax.Array | None,
     layout: _Layout,
     wanted: tuple[bool, bool],
 ) -> tuple[Sums, Gradients]:
@@ -163,7 +169,7 @@ def _losses_and_gradients(
     hidden, teacher_hidden, head, teacher_head = map(layout.cast, (hidden, teacher_hidden, head, teacher_head))
     head, teacher_head = as_stored(head), as_stored(teacher_head)
     if mesh is None:
-        sums, gradients = local(hidden, head, teacher_hidden, teacher_head, response, mask)
+        sums, gradients = local(hidden, head, teacher_hidden, teacher_head, response, mask, beta)
         return sums, returned(*gradients)
 
     def constrain(x: jax.Array, *axes: Axes) -> jax.Array:
@@ -182,11 +188,11 @@ def _losses_and_gradients(
     sums, (d_hidden, d_head) = jax.shard_map(
         on_one_device,
         mesh=mesh,
-        in_specs=(tokens, whole, tokens, whole, tokens, tokens),
+        in_specs=(tokens, whole, tokens, whole, tokens, tokens, whole),
         out_specs=(whole, (tokens, tokens)),
         axis_names=set(TOKEN_AXES),  # the vocabulary's split over `tensor` is left to XLA
         check_vma=False,
-    )(hidden, head, teacher_hidden, teacher_head, response, mask)
+    )(hidden, head, teacher_hidden, teacher_head, response, mask, beta)
     if d_head is not None:
         d_head = constrain(jnp.sum(constrain(d_head, TOKEN_AXES, *gathered), axis=0), *axes_as_stored(*HEAD_AXES))
     return sums, returned(d_hidden, d_head)
@@ -199,6 +205,7 @@ def _local(
     teacher_head: jax.Array,
     response_N: jax.Array | None,
     mask_N: jax.Array,
+    beta: jax.Array | None,
     *,
     layout: _Layout,
     wanted: tuple[bool, bool],
@@ -207,6 +214,7 @@ def _local(
 
     The heads, and the gradient of one, are [V, D] if they are tied, and [D, V] otherwise.
     """
+    settings = layout.loss if beta is None else dataclasses.replace(layout.loss, beta=beta)
     N = len(mask_N)
     chunks = -(-N // layout.chunk)
     size = -(-N // chunks)
@@ -224,7 +232,7 @@ def _local(
         teacher_logits = layout.capped(_matmul(teacher_hidden, teacher_head_DxV))
 
         def loss(product: jax.Array) -> tuple[jax.Array, Sums]:
-            sums = weighted_loss(layout.capped(product), teacher_logits, response, mask, layout.loss)
+            sums = weighted_loss(layout.capped(product), teacher_logits, response, mask, settings)
             return sums[0], sums
 
         if not any(wanted):

@@ -2,19 +2,28 @@
 
 import dataclasses
 
+import jax
+
+# What divergence="auto" is, by where the responses come from: the student, either model, the teacher, the data.
+AUTO = {"on_policy": "reverse_kl", "mixed": "reverse_kl", "off_policy": "forward_kl", "reference": "forward_kl"}
+
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """The keyword arguments of :func:`losses.dpsw_loss`, which documents them; hashable, so a static argument of jit.
+    """The keyword arguments of :func:`losses.dpsw_loss`, which documents them.
+
+    Hashable, so a static argument of jit, unless beta is an array.
 
     ``losses.dpsw_loss(..., **vars(settings))`` hands them on; they are checked there.
     """
 
     divergence: str = "reverse_kl"
-    beta: float = 0.5
+    beta: float | jax.Array = 0.5
     top_k: int | None = None
+    token_cap: float | None = None
     weighting: str = "dpsw"
     weight_top_k: int = 20
+    entropy_scale: str = "linear"
     student_token: str = "teacher_argmax"
     normalize: str = "mean"
     temperature: float = 1.0
@@ -25,16 +34,14 @@ def resolve_divergence(name: str, policy: str) -> str:
 
     Args:
       name: "auto", or a divergence.
-      policy: "on_policy", "mixed" or "off_policy".
+      policy: a key of AUTO.
 
     Returns:
-      For "auto": "forward_kl" off-policy and "reverse_kl" otherwise.
+      For "auto": AUTO[policy].
 
     Example:
       >>> from msd_jax import losses
       >>> losses.resolve_divergence("auto", "off_policy"), losses.resolve_divergence("jsd", "off_policy")
       ('forward_kl', 'jsd')
     """
-    if name != "auto":
-        return name
-    return "forward_kl" if policy == "off_policy" else "reverse_kl"
+    return AUTO[policy] if name == "auto" else name

@@ -16,29 +16,42 @@ WEIGHTINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "uniform": lambda w_T, w_S: jnp.ones_like(w_T),
 }
 STUDENT_TOKENS = ("teacher_argmax", "sampled")
+# The teacher's weight by the entropy H of its top K, for `entropy_scale`.
+ENTROPY_SCALES: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+    "linear": lambda H, K: jnp.clip(1 - H / math.log(K), 0.0, 1.0),
+    "exponential": lambda H, K: jnp.clip(jnp.exp(-H), 1 / K, 1.0),
+}
 
 
-def teacher_weight(teacher_logits: jax.Array, *, top_k: int, temperature: float = 1.0) -> jax.Array:
+def teacher_weight(
+    teacher_logits: jax.Array, *, top_k: int, entropy_scale: str = "linear", temperature: float = 1.0
+) -> jax.Array:
     r"""The teacher's perspective of DPSW: how confident the teacher is, per token.
 
     .. math::
-      w_T = 1 - \frac{H_K(p_T)}{\log K}, \quad H_K(p) = -\sum_{v \in \text{top-}K} \hat p(v) \log \hat p(v),
+      w_T = 1 - \frac{H_K(p_T)}{\log K} \text{ ("linear")} \quad \text{or} \quad
+      w_T = e^{-H_K(p_T)} \text{ ("exponential")},
+      \quad H_K(p) = -\sum_{v \in \text{top-}K} \hat p(v) \log \hat p(v),
       \quad \hat p = p / \sum_{\text{top-}K} p
 
-    1 where the teacher allows one token only (the first words of a refusal), 0 where its K most probable tokens
-    are equally good. That the entropy of the teacher's top-K marks the tokens that matter is the paper's;
-    renormalising over the K tokens and the scale 1 - H_K / log K are ours.
+    1 where the teacher allows one token only (the first words of a refusal). Where its K most probable tokens are
+    equally good, the linear scale gives 0 and the exponential one 1 / K; the latter is one over the perplexity, and
+    falls faster: two equally good tokens have half the weight of one, whatever K. That the entropy of the teacher's
+    top-K marks the tokens that matter is the paper's; its summaries do not settle the scale, which is ours, as is
+    renormalising over the K tokens.
 
     Args:
       teacher_logits: float `[..., V]`, any float dtype.
       top_k: static, K in 2..V.
+      entropy_scale: static; "linear" or "exponential".
       temperature: static, > 0.
 
     Returns:
       w_T in [0, 1], float32 `[...]`, without gradient.
 
     Raises:
-      ValueError: for a top_k outside 2..V, a temperature that is not > 0, or logits that are not float `[..., V]`.
+      ValueError: for a top_k outside 2..V, an unknown entropy_scale, a temperature that is not > 0, or logits that are
+        not float `[..., V]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,14 +61,17 @@ def teacher_weight(teacher_logits: jax.Array, *, top_k: int, temperature: float 
       ['1.000', '0.139']
       >>> [f"{w:.3f}" for w in losses.teacher_weight(logits, top_k=2)]
       ['1.000', '0.000']
+      >>> [f"{w:.3f}" for w in losses.teacher_weight(logits, top_k=2, entropy_scale="exponential")]
+      ['1.000', '0.500']
 
     References:
       Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
     """
     check_logits("teacher_logits", teacher_logits)
     check_top_k("top_k", top_k, 2, teacher_logits.shape[-1])
+    check_choice("entropy_scale", entropy_scale, ENTROPY_SCALES)
     top_logits, _ = blockwise_top_k(jax.lax.stop_gradient(teacher_logits), top_k)
-    return jnp.clip(1 - entropy(log_softmax(top_logits, temperature)) / math.log(top_k), 0.0, 1.0)
+    return ENTROPY_SCALES[entropy_scale](entropy(log_softmax(top_logits, temperature)), top_k)
 
 
 def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -103,6 +119,7 @@ def dpsw_weights(
     *,
     weighting: str = "dpsw",
     top_k: int = 20,
+    entropy_scale: str = "linear",
     student_token: str = "teacher_argmax",
     temperature: float = 1.0,
 ) -> jax.Array:
@@ -121,6 +138,7 @@ def dpsw_weights(
       response_tokens: int `[...]`; needed for student_token = "sampled" alone.
       weighting: static; "dpsw" w_T * w_S, "teacher" w_T, "student" w_S, "uniform" 1.
       top_k: static, K of :func:`teacher_weight`, in 2..V.
+      entropy_scale: static; "linear" or "exponential", see :func:`teacher_weight`.
       student_token: static; the v of w_S = 1 - p_S(v): "teacher_argmax", the teacher's most probable token, or
         "sampled", the token of the response.
       temperature: static, > 0; of both rows.
@@ -144,7 +162,9 @@ def dpsw_weights(
       Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
     """
     check_choice("weighting", weighting, WEIGHTINGS)
-    w_T, w_S = perspectives(student_logits, teacher_logits, response_tokens, top_k, student_token, temperature)
+    w_T, w_S = perspectives(
+        student_logits, teacher_logits, response_tokens, top_k, entropy_scale, student_token, temperature
+    )
     return WEIGHTINGS[weighting](w_T, w_S)
 
 
@@ -153,6 +173,7 @@ def perspectives(
     teacher_logits: jax.Array,
     response_tokens: jax.Array | None,
     top_k: int,
+    entropy_scale: str,
     student_token: str,
     temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -165,5 +186,5 @@ def perspectives(
         raise ValueError("student_token='sampled' needs the response tokens, got None")
     else:
         tokens = response_tokens
-    w_T = teacher_weight(teacher_logits, top_k=top_k, temperature=temperature)
+    w_T = teacher_weight(teacher_logits, top_k=top_k, entropy_scale=entropy_scale, temperature=temperature)
     return w_T, student_weight(student_logits, tokens, temperature)

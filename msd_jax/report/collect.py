@@ -44,6 +44,7 @@ class RunFiles:
       completions: rows of completions.jsonl.
       evaluations: the finished ones, by step.
       model: the exported model's directory; None before it is there.
+      near_duplicates: rows of near_duplicates.jsonl; None where nothing was compared.
     """
 
     directory: pathlib.Path
@@ -52,6 +53,7 @@ class RunFiles:
     completions: Sequence[dict[str, Any]] = ()
     evaluations: tuple[FinishedEvaluation, ...] = ()
     model: pathlib.Path | None = None
+    near_duplicates: Sequence[dict[str, Any]] | None = None
 
     @property
     def after(self) -> FinishedEvaluation | None:
@@ -79,7 +81,7 @@ def workdir(directory: pathlib.Path) -> RunFiles:
     config = directory / "config.json"
     if not config.is_file():
         raise UserFileError(f"--workdir={directory} holds no run: it has no config.json")
-    model = directory / "model"
+    model, duplicates = directory / "model", directory / "near_duplicates.jsonl"
     steps = sorted(int(path.name) for path in (directory / "eval").glob("*") if path.name.isdecimal())
     found = [(step, directory / "eval" / str(step)) for step in steps]
     return RunFiles(
@@ -89,6 +91,7 @@ def workdir(directory: pathlib.Path) -> RunFiles:
         jsonl.read(directory / "completions.jsonl"),
         tuple(_evaluation(path, step) for step, path in found if (path / "summary.json").is_file()),
         model if (model / "config.json").is_file() else None,
+        jsonl.read(duplicates) if duplicates.is_file() else None,
     )
 
 

@@ -38,6 +38,7 @@ CURVES = {
         ("grad_norm", "gradient norm before clipping", None),
         ("learning_rate", "learning rate", None),
         ("skipped", "skipped (non-finite) steps", None),
+        ("saturated", "share of the loss that is saturated", 1.0),
     ),
     "Responses in training": (
         ("response_length", "length, tokens", None),

@@ -1,5 +1,6 @@
 """Run -> what its report says: rows of rates with their tests, prompts with both responses, and findings in words."""
 
+import collections
 import dataclasses
 import datetime
 import enum
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from msd_jax import losses
-from msd_jax.evaluation import comparison
+from msd_jax.evaluation import comparison, judges
 from msd_jax.report import untrusted
 from msd_jax.report.collect import RunFiles
 from msd_jax.report.pairs import pair
@@ -102,6 +103,8 @@ def _findings(results: Results) -> Iterator[Finding]:
         yield from _measured(results)
     else:
         yield from _compared(results)
+    yield from _contamination(results)
+    yield from _judged_by(results)
     if run.metrics and (skipped := run.metrics[-1].get("skipped")):
         yield Finding(Tone.WARNING, f"Training steps skipped because their gradient was not finite: {skipped:.0f}.")
 
@@ -217,6 +220,45 @@ def _warnings(results: Results) -> Iterator[Finding]:
                     f"{count} responses on {benchmark} are unjudged {evaluation.label}: each may be unsafe, and attack "
                     "success is that of the others.",
                 )
+
+
+def _contamination(results: Results) -> Iterator[Finding]:
+    """How many of the evaluation's queries nearly equal training queries, for each benchmark that was evaluated."""
+    rows = results.run.near_duplicates
+    if rows is None or not results.pairs:
+        return
+    asked: dict[str, set[str]] = collections.defaultdict(set)
+    for record in (both.record for both in results.pairs):
+        asked[record.benchmark].add(record.id)
+    copied: dict[str, dict[str, set[str]]] = {benchmark: collections.defaultdict(set) for benchmark in asked}
+    for row in rows:
+        if row["eval_id"] in asked.get(row["benchmark"], ()):
+            copied[row["benchmark"]][row["language"]].add(row["eval_id"])
+    dropped = results.run.config.get("data", {}).get("near_duplicates") == "drop"
+    rest = "and were left out of training" if dropped else "so that results on them may be memory"
+    for benchmark, by_language in copied.items():
+        if by_language:
+            count = len(set.union(*by_language.values()))
+            languages = ", ".join(f"{len(ids)} in {code}" for code, ids in sorted(by_language.items()))
+            text = (
+                f"{count} of {len(asked[benchmark])} queries of {benchmark} nearly equal training queries ({languages})"
+            )
+            yield Finding(Tone.NOTE if dropped else Tone.WARNING, f"Contamination: {text}, {rest}.")
+    if not any(copied.values()):
+        text = "no query of the evaluation nearly equals a training query in a language that both have"
+        yield Finding(Tone.NOTE, f"Contamination: {text}; translations and paraphrases are not looked for.")
+
+
+def _judged_by(results: Results) -> Iterator[Finding]:
+    for judge in results.judges:
+        name = untrusted.visible(judge, 60)
+        if precision := judges.measured(judge):
+            text = (
+                f"Judged by {name}: {precision}. In other languages, and of other models, its precision is not known."
+            )
+        else:
+            text = f"Judged by {name}, whose precision has not been measured here: see python -m msd_jax.judges --help."
+        yield Finding(Tone.NOTE, text)
 
 
 def _facts(results: Results) -> Iterator[tuple[str, str]]:

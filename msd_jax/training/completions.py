@@ -1,10 +1,12 @@
 """Entries of completions.jsonl: what was generated at a step, and what the loss saw in each of its tokens."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
 from msd_jax import losses
@@ -17,18 +19,20 @@ from msd_jax.training.run import Run
 from msd_jax.training.train_step import TrainBatch, TrainState, student_and_teacher
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "loss"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "loss", "beta"))
 def per_token_values(
     student: decoder.Params,
     teacher: decoder.Params,
     batch: TrainBatch,
+    step: jax.Array,
     *,
     graphdef: nnx.GraphDef,
     loss: losses.LossSettings,
+    beta: optax.Schedule,
 ) -> dict[str, jax.Array]:
-    """The values [B, R] of losses.per_token_loss for all weights of student and teacher."""
+    """The values [B, R] of losses.per_token_loss for all weights of student and teacher, after `step` steps."""
     logits = student_and_teacher(forward.response_logits, graphdef, student, teacher, batch)
-    return dpsw.token_values(*logits, batch.response_BxR, loss)
+    return dpsw.token_values(*logits, batch.response_BxR, dataclasses.replace(loss, beta=beta(step)))
 
 
 def entries(run: Run, frozen: decoder.Params, state: TrainState, generated: Generated) -> list[jsonl.Row]:
@@ -44,7 +48,8 @@ def entries(run: Run, frozen: decoder.Params, state: TrainState, generated: Gene
     rows = sharding.batch_rows(run.mesh, kept)
     batch = sharding.put_batch(run.mesh, TrainBatch(*(array[:rows] for array in generated.batch)))
     both = (decoder.join(frozen, trained) for trained in (state.params, state.teacher_params))
-    values = sharding.fetch(per_token_values(*both, batch, graphdef=run.model.graphdef, loss=run.loss))
+    static = {"graphdef": run.model.graphdef, "loss": run.loss, "beta": run.beta}
+    values = sharding.fetch(per_token_values(*both, batch, state.step, **static))
     return [
         _entry(generated, row, {name: value_BxR[row] for name, value_BxR in values.items()}, run.model.tokenizer.decode)
         for row in range(kept)

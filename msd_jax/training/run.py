@@ -28,7 +28,7 @@ from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
 from msd_jax.training import checkpoint, fingerprint, optimizer
 from msd_jax.training.monitor import Monitor
-from msd_jax.training.train_step import TrainState, check_batch, jit_train_step, loss_settings
+from msd_jax.training.train_step import TrainState, beta_schedule, check_batch, jit_train_step, loss_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ class Run(Inputs):
       optimize: the optax chain.
       learning_rates: of each step.
       loss: its options.
+      beta: the loss's, by the number of finished steps.
       train_step: the program train_step(state, frozen, batch).
       rollout_shardings: of all weights while they generate.
       generator: the program that writes responses.
@@ -81,6 +82,7 @@ class Run(Inputs):
     optimize: optax.GradientTransformation
     learning_rates: np.ndarray
     loss: losses.LossSettings
+    beta: optax.Schedule
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     rollout_shardings: Any
     generator: rollout.Generator
@@ -115,6 +117,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
         optimize=optimize,
         learning_rates=np.asarray(jax.jit(jax.vmap(schedule))(np.arange(config.train.steps))),
         loss=loss_settings(config),
+        beta=beta_schedule(config),
         train_step=jit_train_step(config, model, mesh, optimize),
         rollout_shardings=model.shardings(mesh, sharding.ROLLOUT),
         generator=generator,

@@ -78,6 +78,7 @@ def train_step(
     graphdef: nnx.GraphDef,
     optimize: optax.GradientTransformation,
     loss: Callable,
+    beta: optax.Schedule,
     teacher: ml_collections.ConfigDict,
     micro_batches: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -88,20 +89,23 @@ def train_step(
       frozen: the weights that are not trained, which student and teacher share; {} where all are trained.
       batch: B rows, divisible by `micro_batches`.
       graphdef, optimize, micro_batches: static.
-      loss: static; losses.fused_dpsw_loss with its options bound.
+      loss: static; losses.fused_dpsw_loss with its options bound, but for beta.
+      beta: static; the loss's, by the number of finished steps.
       teacher: static; config.teacher.
 
     Returns:
-      The next state, and scalars: means over the response tokens of the batch, the loss, their number (`tokens`), the
-      gradient's norm before clipping (`grad_norm`), whether the step is skipped (`skip`), and the steps skipped so far
-      (`skipped`).
+      The next state, and scalars: means over the response tokens of the batch, and of the weighted divergence
+      (`weighted_kl`); the loss, the share of it that is saturated (`saturated`), the number of tokens (`tokens`), the
+      loss's `beta`, the gradient's norm before clipping (`grad_norm`), whether the step is skipped (`skip`), and the
+      steps skipped so far (`skipped`).
     """
 
     def loss_sum(params, micro):
         both = (decoder.join(frozen, trained) for trained in (params, state.teacher_params))
         student, teacher = student_and_teacher(forward.response_hidden_and_head, graphdef, *both, micro)
         mask_BxR = forward.response_mask(micro.response_length_B, micro.response_BxR.shape[1])
-        total, normaliser, aux = loss(*student, *teacher, micro.response_BxR.ravel(), mask_BxR.ravel())
+        response_N, mask_N = micro.response_BxR.ravel(), mask_BxR.ravel()
+        total, normaliser, aux = loss(*student, *teacher, response_N, mask_N, beta=beta(state.step))
         return total, (normaliser, aux)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
@@ -124,7 +128,10 @@ def train_step(
     means = {name: value / jnp.maximum(aux["tokens"], 1) for name, value in aux.items() if name != "tokens"}
     return new_state, means | {
         "loss": losses.mean_loss(total, normaliser),
+        "weighted_kl": total / jnp.maximum(aux["tokens"], 1),
+        "saturated": losses.mean_loss(aux["saturated"], total),
         "tokens": aux["tokens"],
+        "beta": jnp.asarray(beta(state.step), jnp.float32),
         "grad_norm": norm,
         "skip": ~finite,
         "skipped": skipped,
@@ -161,9 +168,25 @@ def next_teacher(
 
 
 def loss_settings(config: ml_collections.ConfigDict) -> losses.LossSettings:
-    """The loss that config.loss asks for."""
-    divergence = losses.resolve_divergence(config.loss.divergence, config.rollout.policy)
-    return losses.LossSettings(**dict(config.loss) | {"divergence": divergence, "top_k": config.loss.top_k or None})
+    """The loss that config.loss asks for; its beta is the last one, see `beta_schedule`."""
+    options = {key: value for key, value in config.loss.items() if key != "beta_ramp"}
+    return losses.LossSettings(
+        **options
+        | {
+            "divergence": losses.resolve_divergence(config.loss.divergence, config.rollout.policy),
+            "top_k": config.loss.top_k or None,
+            "token_cap": config.loss.token_cap or None,
+        }
+    )
+
+
+def beta_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """config.loss.beta after a linear rise from 0 over the first config.loss.beta_ramp of the steps.
+
+    Without a rise it gives the number itself, which a program takes as a constant.
+    """
+    rise = round(config.loss.beta_ramp * config.train.steps)
+    return optax.linear_schedule(0.0, config.loss.beta, rise) if rise else optax.constant_schedule(config.loss.beta)
 
 
 def jit_train_step(
@@ -187,6 +210,7 @@ def jit_train_step(
         graphdef=model.graphdef,
         optimize=optimize,
         loss=loss,
+        beta=beta_schedule(config),
         teacher=config.teacher,
         micro_batches=config.train.micro_batches,
     )

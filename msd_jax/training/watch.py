@@ -1,10 +1,10 @@
-"""Watches a training for what should end it: skipped updates, rollouts that collapse, weights unfit for export."""
+"""Watches a training: skipped updates, rollouts that collapse, a loss that stands still, weights unfit for export."""
 
 import collections
 import json
 import pathlib
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from msd_jax.training.metrics import Dispatched
 LARGEST = float(np.finfo(np.float16).max)
 
 
-WINDOW = 10  # steps that a collapse is judged by; the first ones seen are what the last ones are compared with
+WINDOW = 10  # steps that are judged together; the first ones seen are what the last ones are compared with
 BETWEEN_WARNINGS = 50  # steps
 
 
@@ -42,6 +42,9 @@ class Watch:
         self._first: list[Rollouts] = []
         self._last: collections.deque[Rollouts] = collections.deque(maxlen=WINDOW)
         self._warned, self._collapse = -BETWEEN_WARNINGS, ""
+        self._first_losses: list[Loss] = []
+        self._last_losses: collections.deque[Loss] = collections.deque(maxlen=WINDOW)
+        self._warned_of_saturation = False
 
     @property
     def skipping(self) -> bool:
@@ -49,8 +52,9 @@ class Watch:
         return self._skipped > 0
 
     def notes(self, dispatched: Dispatched, row: dict[str, float]) -> jsonl.Row:
-        """As metrics.Watch; warns of a collapse too."""
+        """As metrics.Watch; warns of a collapse, and once of a loss that stands still, too."""
         self._look_at_rollouts(dispatched, row)
+        self._look_at_saturation(dispatched.step, row)
         if not row["skip"]:
             self._skipped = 0
             return {}
@@ -91,6 +95,19 @@ class Watch:
             self._warned = dispatched.step
             log(f"warning: step {dispatched.step}: {self._collapse}")
 
+    def _look_at_saturation(self, step: int, row: dict[str, float]) -> None:
+        if row["skip"] or self._warned_of_saturation:
+            return
+        seen = Loss(row["weighted_kl"], row["saturated"])
+        self._last_losses.append(seen)
+        if len(self._first_losses) < WINDOW:
+            self._first_losses.append(seen)
+        if len(self._last_losses) == WINDOW and (
+            fault := saturation(mean(self._first_losses), mean(self._last_losses))
+        ):
+            self._warned_of_saturation = True
+            log(f"warning: step {step}: {fault}")
+
     def _dump(self, dispatched: Dispatched) -> None:
         decode, responses = self._model.tokenizer.decode, dispatched.generated.responses
         rows = [
@@ -122,8 +139,18 @@ class Rollouts(NamedTuple):
     loops: float
 
 
-def mean(steps: Iterable[Rollouts]) -> Rollouts:
-    return Rollouts(*np.mean(list(steps), axis=0).tolist())
+class Loss(NamedTuple):
+    """Means over response tokens: the weighted divergence in nats, and the share of it that is saturated."""
+
+    weighted_kl: float
+    saturated: float
+
+
+Steps = TypeVar("Steps", Rollouts, Loss)
+
+
+def mean(steps: Collection[Steps]) -> Steps:
+    return type(next(iter(steps)))(*np.mean(list(steps), axis=0).tolist())
 
 
 def collapse(first: Rollouts, now: Rollouts) -> str:
@@ -138,6 +165,17 @@ def collapse(first: Rollouts, now: Rollouts) -> str:
     if now.loops > 0.5 and now.loops > 2 * first.loops:
         return f"responses loop: {now.loops:.0%} do {last}, {first.loops:.0%} at first"
     return ""
+
+
+def saturation(first: Loss, now: Loss) -> str:
+    """Why the loss stands still, in words; "" where it has fallen by half, or most of it still has a gradient."""
+    if now.saturated <= 0.5 or now.weighted_kl < 0.5 * first.weighted_kl:
+        return ""
+    return (
+        f"the loss stands still: {now.saturated:.0%} of it in the last {WINDOW} steps was on tokens where the student "
+        f"is certain of what the teacher excludes and the gradient vanishes (weighted divergence {now.weighted_kl:.3g} "
+        f"nats per token, {first.weighted_kl:.3g} at first); set config.loss.divergence=forward_kl, see docs/method.md"
+    )
 
 
 def looping(response_BxR: np.ndarray, length_B: np.ndarray, shortest: int = 16) -> float:

@@ -82,6 +82,8 @@ def test_fill_template_takes_one_pass():
         ("{{query}}", r"has no \{query\}"),
         ("{query} {lang}", r"unknown placeholder \{lang\}"),
         ("{query} {}", r"unknown placeholder \{\}"),
+        ("{query} {target}", r"unknown placeholder \{target\}; it may have \{query\}, \{language\}, \{target_query\}"),
+        ("{target_query} {language}", r"has no \{query\}"),
         ("{query} {query.__class__}", r"unknown placeholder \{query\.__class__\}"),
         ("{query} {language!r}", r"unknown placeholder"),
         ("{query:>9}", r"unknown placeholder"),
@@ -92,6 +94,29 @@ def test_fill_template_takes_one_pass():
 def test_bad_templates(template, message):
     with pytest.raises(ValueError, match=r"^config\.prompts\.teacher_template.*" + message):
         prompts.fill_template(template, "q", "Swahili")
+
+
+@pytest.mark.parametrize("cot", prompts.COT)
+def test_the_teacher_may_see_the_query_in_the_target_language_too(tokenizer, cot):
+    """As text, whatever it looks like; in two languages it is two prompts."""
+    record = Query("q1", True, "", {"en": "E {language}", "sw": "S {query}", "bn": "B"})
+    shows = "{query} | {target_query} | {language}"
+    config = prompts_config(cot=cot, teacher_template=shows, plain_template=shows, reply_template=shows)
+    for language, expected in (("sw", "E {language} | S {query} | Swahili"), ("bn", "E {language} | B | Bangla")):
+        messages = prompts.teacher_messages(record, language, config, "en", "An analysis.")
+        assert messages[-1]["content"] == expected
+        ids = prompts.encode(record, language, tokenizer, config, "en", "An analysis.").teacher_ids
+        assert expected in tokenizer.decode(ids)
+    prompts.check_templates(tokenizer, config)
+
+
+def test_an_analysis_is_of_a_query_in_any_language(tokenizer):
+    for placeholder in ("target_query", "language"):
+        config = prompts_config(cot="generated", analysis_template=f"{{query}} {{{placeholder}}}")
+        with pytest.raises(
+            ValueError, match=rf"analysis_template: unknown placeholder \{{{placeholder}\}}; it may have"
+        ):
+            prompts.encode(QUERY, "sw", tokenizer, config, "en", "It is safe.")
 
 
 def test_the_default_template_names_language_and_query():

@@ -4,16 +4,17 @@ import json
 import subprocess
 import sys
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
 from msd_jax.configs import default, quickstart
 
 from msd_jax import testbed
-from msd_jax.evaluation import preflight
+from msd_jax.evaluation import first_token, preflight
 from msd_jax.evaluation.intervals import wilson_interval
 from msd_jax.evaluation.preflight import Decision
-from msd_jax.models import pretrained
+from msd_jax.models import forward, pretrained
 from msd_jax.parallel import sharding
 from tests.conftest import REPOSITORY
 from tests.evaluation.made import record
@@ -95,6 +96,64 @@ def test_the_last_line_names_all_languages(capsys):
     assert "pre-flight: go; worth training: sw; undecided, for want of prompts: yo" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("divergence", "policy", "stands_still"),
+    [
+        ("auto", "on_policy", "reverse_kl"),
+        ("auto", "off_policy", ""),
+        ("reverse_kl", "off_policy", "reverse_kl"),
+        ("jsd", "on_policy", "jsd"),
+        ("forward_kl", "on_policy", ""),
+        ("blend", "on_policy", ""),
+    ],
+)
+def test_a_divergence_that_would_stand_still_is_warned_of(divergence, policy, stands_still, capsys):
+    """Of Swahili, whose median over harmful queries is tiny; not of Bengali, nor of English, which is a source."""
+    student = [row(str(i), "unsafe", language=code) for i in range(21) for code in ("sw", "bn", "en")]
+    teacher = [row(str(i), "refused", language=code) for i in range(21) for code in ("sw", "bn", "en")]
+    for rows in (student, teacher):
+        rows += [row(f"h{i}", "answered", False, language="sw") for i in range(30)]
+    probabilities = {asked.prompt_key: 0.9 for asked in student}
+    for asked in student[:63]:
+        if asked.language != "bn":
+            probabilities[asked.prompt_key] = 1e-6 if int(asked.id) < 15 else 0.5
+    config = default.get_config()
+    config.loss.divergence, config.rollout.policy = divergence, policy
+    forecasts = preflight.assess(student, teacher, config, probabilities)
+    assert {code: forecast.first_token for code, forecast in forecasts.items()} == {"sw": 1e-6, "bn": 0.9, "en": 1e-6}
+    assert [forecasts[code].stands_still for code in ("sw", "bn", "en")] == [stands_still, "", ""]
+    assert forecasts["sw"].to_json()["stands_still"] == (stands_still or None)
+    preflight.show(forecasts)
+    shown = " ".join(capsys.readouterr().out.split())
+    warning = (
+        "warning: in sw the student gives the token that the teacher begins with a probability of about 1e-06, where "
+        f"{stands_still} stands still"
+    )
+    assert (warning in shown) == ("warning" in shown) == bool(stands_still)
+    assert ("set config.loss.divergence=forward_kl" in shown) == bool(stands_still)
+
+
+def test_first_token_probabilities_are_those_of_the_two_prompts_alone(model_dir):
+    """Whatever else is in the batch: against one forward pass for each, without padding."""
+    mesh = sharding.make_mesh(8, 1, 1)
+    model = pretrained.load(str(model_dir), mesh=mesh)
+    params, rng = model.params(mesh), np.random.default_rng(0)
+    prompts = [tuple(rng.integers(7, 23, size=rng.integers(1, 30)) for _ in range(2)) for _ in range(11)]
+    expected = []
+    for pair in prompts:
+        student, teacher = (
+            forward.response_logits(
+                model.graphdef, params, ids[None], np.array([len(ids)]), np.zeros((1, 1), int), np.ones(1, int)
+            )
+            for ids in pair
+        )
+        p = jax.nn.softmax(student[0, 0])
+        expected.append(float(p[np.argmax(teacher[0, 0])]))
+    actual = first_token.probabilities(model, mesh, params, prompts, batch_size=8)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    assert first_token.probabilities(model, mesh, params, [], batch_size=8) == []
+
+
 def test_a_source_language_is_neither():
     assert (
         assess([row("a", "refused", language="en")], [row("a", "refused", language="en")])["en"].decision
@@ -119,6 +178,7 @@ def test_without_an_evaluation_the_training_queries_are_asked(tmp_path):
     written = json.loads((tmp_path / "preflight.json").read_text())
     assert written == {language: forecast.to_json() for language, forecast in result.items()}
     for code in testbed.TARGET_LANGUAGES:
+        assert 0.01 < result[code].first_token < 0.1 and not result[code].stands_still
         assert result[code].student_asr.value == 1 and result[code].teacher_asr.value == 0
         assert result[code].decision == Decision.GO
 

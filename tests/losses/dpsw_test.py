@@ -46,6 +46,8 @@ def reference_divergence(name, student_logits, teacher_logits, *, beta=0.5, temp
         return reference_kl(p_S, p_T)
     if name == "forward_kl" or (name == "jsd" and beta == 0):
         return reference_kl(p_T, p_S)
+    if name == "blend":
+        return (1 - beta) * reference_kl(p_T, p_S) + beta * reference_kl(p_S, p_T)
     m = beta * p_T + (1 - beta) * p_S
     return beta * reference_kl(p_T, m) + (1 - beta) * reference_kl(p_S, m)
 
@@ -66,14 +68,30 @@ def reference_gradient(function, logits, step=1e-5):
     return np.stack(columns, -1)
 
 
+def reference_saturated(student_logits, teacher_logits, divergence, gradient, temperature):
+    """bool [...]; `gradient` is that of the divergence on the student's logits."""
+    p_S, p_T = (reference_softmax(x, temperature) for x in (student_logits, teacher_logits))
+    apart = 0.5 * np.abs(p_S - p_T).sum(-1) > 0.5
+    return apart & (temperature * np.abs(gradient).sum(-1) < 0.1 * np.minimum(divergence, 1))
+
+
+def reference_capped(divergence, token_cap):
+    if token_cap is None:
+        return divergence
+    return np.where(
+        divergence > token_cap, token_cap * (1 + np.log(np.maximum(divergence, 1e-300) / token_cap)), divergence
+    )
+
+
 def reference_entropy(p):
     return sum_where(p > 0, lambda: -p * np.log(p))
 
 
-def reference_weights(student_logits, teacher_logits, tokens, top_k, temperature=1.0):
+def reference_weights(student_logits, teacher_logits, tokens, top_k, temperature=1.0, entropy_scale="linear"):
     p_S, p_T = (reference_softmax(x, temperature) for x in (student_logits, teacher_logits))
     top = np.sort(p_T, -1)[..., ::-1][..., :top_k]
-    w_T = 1 - reference_entropy(top / top.sum(-1, keepdims=True)) / np.log(top_k)
+    entropy = reference_entropy(top / top.sum(-1, keepdims=True))
+    w_T = {"linear": 1 - entropy / np.log(top_k), "exponential": np.exp(-entropy)}[entropy_scale]
     return w_T, 1 - np.take_along_axis(p_S, tokens[..., None], -1)[..., 0]
 
 
@@ -126,6 +144,8 @@ def relative_error(actual, expected):
         ),
         ("jsd", {"beta": 0.1, "top_k": None}),
         ("jsd", {"beta": 0.9, "top_k": 5}),
+        ("blend", {"beta": 0.2, "top_k": None}),
+        ("blend", {"beta": 0.7, "top_k": 5, "temperature": 0.6}),
     ],
     ids=str,
 )
@@ -153,6 +173,7 @@ def test_near_equal_rows_keep_their_relative_accuracy(rng, name):
         "reverse_kl": p_S * np.log(p_S / p_T),
         "forward_kl": p_S - p_T,
         "jsd": 0.5 * p_S * np.log(p_S / (0.5 * p_T + 0.5 * p_S)),
+        "blend": 0.5 * (p_S - p_T) + 0.5 * p_S * np.log(p_S / p_T),
     }[name]
     assert relative_error(gradients, c - p_S * c.sum(-1, keepdims=True)) < 3e-5
     coarse = losses.DIVERGENCES[name](student, teacher, top_k=16)
@@ -199,6 +220,71 @@ def test_jsd_ends_are_the_kls_and_its_limits_point_to_them(rng):
     np.testing.assert_allclose(
         losses.jsd(student, teacher, beta=0.3), losses.jsd(teacher, student, beta=0.7), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize(("beta", "name"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+def test_blend_ends_are_the_kls_though_the_other_is_infinite(rng, beta, name, as_array):
+    student, teacher = random_logits(rng, 3, 4, 12), random_logits(rng, 3, 4, 12)
+    student[..., 2] = teacher[..., 2] = -np.inf
+    (student if name == "reverse_kl" else teacher)[..., 5] = -np.inf
+
+    @jax.jit
+    def blend(student, beta):
+        values, pullback = jax.vjp(lambda s: losses.blend(s, teacher, beta=beta), student)
+        return values, pullback(jnp.ones_like(values))[0]
+
+    actual = blend(student, jnp.array(beta)) if as_array else value_and_gradient("blend", student, teacher, beta=beta)
+    expected = value_and_gradient(name, student, teacher)
+    for one, two in zip(actual, expected):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def test_blend_is_the_weighted_sum_of_the_kls(rng):
+    student, teacher = random_logits(rng, 3, 4, 12), random_logits(rng, 3, 4, 12)
+    forward, reverse = losses.forward_kl(student, teacher), losses.reverse_kl(student, teacher)
+    for beta in (0.2, 0.5, jnp.float32(0.9)):
+        actual = losses.blend(student, teacher, beta=beta)
+        np.testing.assert_allclose(actual, (1 - beta) * forward + beta * reverse, rtol=1e-6)
+        np.testing.assert_allclose(actual, losses.blend(teacher, student, beta=1 - beta), rtol=1e-5)
+
+
+def test_an_array_beta_moves_without_a_recompilation_and_carries_no_gradient(rng):
+    student, teacher, response, mask = random_batch(rng)
+    traced = 0
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(beta, student):
+        nonlocal traced
+        traced += 1
+        return losses.dpsw_loss(student, teacher, response, mask, divergence="blend", beta=beta)[0]
+
+    for beta in (0.0, 0.25, 1.0):
+        value, (by_beta, by_student) = loss(jnp.float32(beta), student)
+        (expected, *_), gradient = loss_and_gradient((student, teacher, response, mask), divergence="blend", beta=beta)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(by_student, gradient, rtol=1e-5, atol=1e-7)
+        assert by_beta == 0
+    assert traced == 1
+
+
+def test_a_certain_student_moves_under_the_forward_part_alone():
+    """The first token of a reply: the student says one thing, the teacher another, and each all but excludes it."""
+    student, teacher = jnp.array([9.0, -9.0, 0.0]), jnp.array([-7.0, 7.0, 0.0])
+    pull = {
+        name: -value_and_gradient(name, student, teacher, **options)[1][1]  # on the teacher's token
+        for name, options in (
+            ("reverse_kl", {}),
+            ("jsd", {}),
+            ("forward_kl", {}),
+            ("blend", {"beta": 0.75}),
+        )
+    }
+    assert abs(pull["reverse_kl"]) < 1e-6 and abs(pull["jsd"]) < 1e-6
+    np.testing.assert_allclose(pull["forward_kl"], 0.999, atol=1e-3)  # p_T - p_S
+    np.testing.assert_allclose(pull["blend"], 0.25 * pull["forward_kl"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +341,7 @@ def test_one_hot_rows():
         assert value == 0 and (gradient == 0).all()
     np.testing.assert_allclose(losses.reverse_kl(one, even), np.log(2), rtol=1e-6)
     np.testing.assert_allclose(losses.forward_kl(even, one), np.log(2), rtol=1e-6)
+    assert losses.blend(even, one) == losses.blend(one, even) == jnp.inf
     assert losses.reverse_kl(even, one) == jnp.inf and losses.forward_kl(one, even) == jnp.inf
     np.testing.assert_allclose(losses.jsd(one, other), np.log(2), rtol=1e-6)
     value, gradient = value_and_gradient("jsd", even, other)
@@ -319,6 +406,7 @@ def test_a_tail_of_1e_8_is_accurate(rng, name):
         "reverse_kl": tail_S * np.log(tail_S / tail_T),
         "forward_kl": tail_S - tail_T,
         "jsd": 0.5 * tail_S * np.log(tail_S / (0.5 * tail_T + 0.5 * tail_S)),
+        "blend": 0.5 * (tail_S - tail_T) + 0.5 * tail_S * np.log(tail_S / tail_T),
     }[name]
     np.testing.assert_allclose(gradients[..., 5:], slope * p_S[..., 5:] / tail_S, rtol=1e-3)
 
@@ -355,12 +443,12 @@ def test_second_derivative_is_that_of_the_divergence(rng, name):
 # --- Weights ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize(("entropy_scale", "temperature"), [("linear", 1.0), ("linear", 0.5), ("exponential", 0.5)])
 @pytest.mark.parametrize("student_token", losses.STUDENT_TOKENS)
-def test_weights_equal_float64_reference(rng, student_token, temperature):
+def test_weights_equal_float64_reference(rng, student_token, entropy_scale, temperature):
     student, teacher, response, _ = random_batch(rng)
     tokens = np.argmax(teacher, -1) if student_token == "teacher_argmax" else np.asarray(response)
-    w_T, w_S = reference_weights(student, teacher, tokens, 7, temperature)
+    w_T, w_S = reference_weights(student, teacher, tokens, 7, temperature, entropy_scale)
     expected = {"dpsw": w_T * w_S, "teacher": w_T, "student": w_S, "uniform": np.ones_like(w_T)}
     assert list(expected) == WEIGHTINGS == list(losses.WEIGHTINGS)
     for weighting in WEIGHTINGS:
@@ -370,6 +458,7 @@ def test_weights_equal_float64_reference(rng, student_token, temperature):
             response,
             weighting=weighting,
             top_k=7,
+            entropy_scale=entropy_scale,
             student_token=student_token,
             temperature=temperature,
         )
@@ -381,9 +470,16 @@ def test_weights_equal_float64_reference(rng, student_token, temperature):
 def test_weights_lie_in_0_1(rng, scale):
     student, teacher = (random_logits(rng, 200, 30, scale=scale) for _ in range(2))
     for temperature in (0.3, 1.0):
-        w_T = losses.teacher_weight(teacher, top_k=20, temperature=temperature)
+        w_T, w_exp = (
+            losses.teacher_weight(teacher, top_k=20, entropy_scale=scale, temperature=temperature)
+            for scale in losses.ENTROPY_SCALES
+        )
+        # exp(-H) is convex in H, from 1 to 1/K, and H >= -log max p.
+        assert (w_exp <= (1 + 19 * w_T) / 20 + 1e-6).all()
+        top_20 = jax.nn.softmax(np.sort(teacher)[:, -20:] / temperature)
+        assert (w_exp <= top_20.max(-1) + 1e-6).all() and (w_exp >= 1 / 20).all()
         w_S = losses.student_weight(student, teacher.argmax(-1), temperature)
-        for w in (w_T, w_S):
+        for w in (w_T, w_exp, w_S):
             assert (w >= 0).all() and (w <= 1).all()
 
 
@@ -396,6 +492,9 @@ def test_teacher_weight_at_its_extremes():
     # Two of three equally good, the third excluded: 1 - log 2 / log 3.
     two = jnp.array([0.0, 0.0, -jnp.inf, -jnp.inf])
     np.testing.assert_allclose(losses.teacher_weight(two, top_k=3), 1 - np.log(2) / np.log(3), rtol=1e-5)
+    for top_k in (2, 3, 4):  # exp(-log 2), whatever K
+        np.testing.assert_allclose(losses.teacher_weight(two, top_k=top_k, entropy_scale="exponential"), 0.5, rtol=1e-6)
+    assert losses.teacher_weight(one_hot, top_k=3, entropy_scale="exponential") == 1
 
 
 def test_student_weight_is_accurate_where_p_rounds_to_1(rng):
@@ -440,34 +539,44 @@ def loss_and_gradient(batch, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "top_k", "weighting", "normalize"),
+    ("name", "top_k", "weighting", "normalize", "token_cap"),
     [
-        ("reverse_kl", None, "dpsw", "mean"),
-        ("forward_kl", 6, "dpsw", "none"),
-        ("jsd", None, "teacher", "mean"),
-        ("reverse_kl", 6, "student", "none"),
-        ("forward_kl", None, "uniform", "mean"),
-        ("cross_entropy", None, "uniform", "mean"),
-        ("cross_entropy", None, "dpsw", "none"),
+        ("reverse_kl", None, "dpsw", "mean", None),
+        ("reverse_kl", None, "dpsw", "mean", 0.7),
+        ("forward_kl", 6, "dpsw", "none", None),
+        ("jsd", None, "teacher", "mean", None),
+        ("blend", None, "dpsw", "none", 1.5),
+        ("reverse_kl", 6, "student", "none", None),
+        ("forward_kl", None, "uniform", "mean", 0.7),
+        ("cross_entropy", None, "uniform", "mean", None),
+        ("cross_entropy", None, "dpsw", "none", 1.5),
     ],
 )
-def test_loss_equals_float64_reference(rng, name, top_k, weighting, normalize):
+def test_loss_equals_float64_reference(rng, name, top_k, weighting, normalize, token_cap):
     student, teacher, response, mask = random_batch(rng)
+    student = student.at[:4, :2].mul(6)  # certain of something else: saturated, under reverse KL
+    teacher = teacher.at[:4, :2].mul(3)
     (loss_sum, normaliser, aux), _ = loss_and_gradient(
         (student, teacher, response, mask),
         divergence=name,
         beta=0.3,
         top_k=top_k,
+        token_cap=token_cap,
         weighting=weighting,
         weight_top_k=5,
         student_token="sampled",
         normalize=normalize,
         temperature=0.8,
     )
-    if name == "cross_entropy":
-        divergence = reference_cross_entropy(student, response, 0.8)
-    else:
-        divergence = reference_divergence(name, student, teacher, beta=0.3, top_k=top_k, temperature=0.8)
+
+    def reference(student):
+        if name == "cross_entropy":
+            return reference_cross_entropy(student, response, 0.8)
+        return reference_divergence(name, student, teacher, beta=0.3, top_k=top_k, temperature=0.8)
+
+    divergence, slopes = reference(student), reference_gradient(reference, student)
+    saturated = reference_saturated(student, teacher, divergence, slopes, 0.8)
+    assert saturated.any() == (name in ("reverse_kl", "jsd"))
     w_T, w_S = reference_weights(student, teacher, np.asarray(response), 5, 0.8)
     weight = {"dpsw": w_T * w_S, "teacher": w_T, "student": w_S, "uniform": np.ones_like(w_T)}[weighting]
     per_token = {
@@ -478,13 +587,14 @@ def test_loss_equals_float64_reference(rng, name, top_k, weighting, normalize):
         "w_S": w_S,
         "teacher_entropy": reference_entropy(reference_softmax(teacher, 0.8)),
         "student_entropy": reference_entropy(reference_softmax(student, 0.8)),
+        "saturated": weight * reference_capped(divergence, token_cap) * saturated,
     }
     mask = np.asarray(mask)
     assert set(aux) == set(per_token)
     for key, values in per_token.items():
         assert aux[key].shape == () and aux[key].dtype == np.float32
         np.testing.assert_allclose(aux[key], values[mask].sum(), rtol=1e-5, err_msg=key)
-    np.testing.assert_allclose(loss_sum, (weight * divergence)[mask].sum(), rtol=1e-5)
+    np.testing.assert_allclose(loss_sum, (weight * reference_capped(divergence, token_cap))[mask].sum(), rtol=1e-5)
     np.testing.assert_allclose(normaliser, weight[mask].sum() if normalize == "mean" else mask.sum(), rtol=1e-5)
 
 
@@ -653,6 +763,71 @@ def test_per_token_loss_are_the_terms_of_the_loss(rng):
         np.testing.assert_allclose(values[mask].sum(), aux[name], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", [*losses.DIVERGENCES, "cross_entropy"])
+def test_a_cap_shortens_the_gradients_of_tokens_above_it(rng, name):
+    """It is the gradient of what is returned, has the direction of the uncapped one, and has a bound."""
+    student, teacher, response, mask = random_batch(rng)
+    options = {"divergence": name, "weighting": "uniform"}
+    D = np.asarray(losses.per_token_loss(student, teacher, response, **options)["kl"])
+    cap = float(np.median(D[mask]))
+    _, gradient = loss_and_gradient((student, teacher, response, mask), **options)
+    (loss_sum, _, aux), short = loss_and_gradient((student, teacher, response, mask), token_cap=cap, **options)
+    assert relative_error(short[mask], (np.minimum(1, cap / D)[..., None] * gradient)[mask]) < 1e-5
+    np.testing.assert_allclose(loss_sum, reference_capped(D, cap)[mask].sum(), rtol=1e-5)
+    np.testing.assert_allclose(aux["kl"], D[mask].sum(), rtol=1e-6)  # as it is, for logs
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 30.0])
+def test_slopes_are_bounded_by_the_divergence_and_with_a_cap_by_the_cap(rng, scale):
+    """The absolute entries of the gradient add up to at most 2 D + 2/e (reverse KL), or 2 (forward KL)."""
+    student, teacher = (random_logits(rng, 500, 24, scale=scale) for _ in range(2))
+    D, gradient = value_and_gradient("reverse_kl", student, teacher)
+    slope = np.abs(gradient).sum(-1)
+    assert (slope <= 2 * D + 2 / np.e + 1e-4).all()
+    assert (np.minimum(1, 1.5 / D) * slope <= 2 * 1.5 + 2 / np.e + 1e-4).all()
+    _, gradient = value_and_gradient("forward_kl", student, teacher)
+    assert (np.abs(gradient).sum(-1) <= 2 + 1e-4).all()
+
+
+def test_a_cap_that_nothing_exceeds_changes_nothing(rng):
+    batch = random_batch(rng)
+    expected, actual = (loss_and_gradient(batch, token_cap=cap) for cap in (None, 1e3))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_capped_is_increasing_smooth_and_passes_bad_numbers_on():
+    D = jnp.linspace(0, 10, 1001)
+    slope = jax.vmap(jax.grad(lambda d: losses.capped(d, 2.0)))(D)
+    assert (jnp.diff(losses.capped(D, 2.0)) > 0).all() and losses.capped(D, 2.0)[0] == 0
+    np.testing.assert_allclose(slope, np.minimum(1, 2 / np.maximum(D, 1e-9)), rtol=1e-5)
+    assert losses.capped(jnp.inf, 2.0) == jnp.inf and jnp.isnan(losses.capped(jnp.nan, 2.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_what_is_saturated(temperature):
+    """Rows of a certain student: at odds with the teacher, agreed, at odds but not certain; a teacher with two ways."""
+    p_S = jnp.array([[1e-4, 1.0, 1e-4], [1.0, 1e-4, 1e-4], [0.1, 0.9, 1e-3], [0.98, 0.02, 1e-4]])
+    p_T = jnp.array([[1.0, 1e-3, 1e-3], [1.0, 1e-3, 1e-3], [1.0, 1e-3, 1e-3], [0.5, 0.5, 1e-3]])
+    student, teacher = temperature * jnp.log(p_S), temperature * jnp.log(p_T)
+    options = {"weighting": "uniform", "weight_top_k": 2, "temperature": temperature}
+    for name, expected in {
+        "reverse_kl": [True, False, False, False],
+        "jsd": [True, False, False, False],
+        "forward_kl": [False] * 4,
+        "blend": [False] * 4,
+        "cross_entropy": [False] * 4,
+    }.items():
+        tokens = losses.per_token_loss(student, teacher, jnp.zeros(4, int), divergence=name, **options)
+        np.testing.assert_array_equal(tokens["saturated"], jnp.where(jnp.array(expected), tokens["kl"], 0), name)
+
+
+def test_forward_kl_is_never_saturated(rng):
+    """Its slope is twice the distance of the rows."""
+    student, teacher = (random_logits(rng, 2000, 24, scale=30.0) for _ in range(2))
+    for name, some in (("forward_kl", False), ("reverse_kl", True)):
+        assert losses.per_token_loss(student, teacher, divergence=name)["saturated"].any() == some
+
+
 def test_mean_loss_passes_nan_on():
     assert losses.mean_loss(jnp.array(6.0), jnp.array(4.0)) == 1.5
     assert losses.mean_loss(jnp.array(0.0), jnp.array(0.0)) == 0
@@ -725,6 +900,12 @@ LOGITS, TOKENS, MASK = jnp.zeros((2, 3, 24)), jnp.zeros((2, 3), int), jnp.ones((
         (lambda: losses.reverse_kl(LOGITS, LOGITS, top_k=25), r"top_k .* in 1\.\.24 .*got 25"),
         (lambda: losses.reverse_kl(LOGITS, LOGITS, top_k=0), "top_k .*got 0"),
         (lambda: losses.jsd(LOGITS, LOGITS, beta=1.5), r"beta must be in \[0, 1\], got 1.5"),
+        (lambda: losses.blend(LOGITS, LOGITS, beta=-0.5), r"beta must be in \[0, 1\], got -0.5"),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, token_cap=0), "token_cap must be > 0, got 0"),
+        (
+            lambda: losses.teacher_weight(LOGITS, top_k=3, entropy_scale="log"),
+            "entropy_scale must be one of 'linear', 'exponential', got 'log'",
+        ),
         (lambda: losses.teacher_weight(LOGITS, top_k=1), r"top_k .* in 2\.\.24 .*got 1"),
         (lambda: losses.teacher_weight(LOGITS, top_k=30), r"top_k .* in 2\.\.24 .*got 30"),
         (lambda: losses.student_weight(LOGITS, TOKENS[0]), r"tokens must be integers of shape \(2, 3\)"),
@@ -740,7 +921,7 @@ LOGITS, TOKENS, MASK = jnp.zeros((2, 3, 24)), jnp.zeros((2, 3), int), jnp.ones((
         (lambda: losses.dpsw_weights(LOGITS, LOGITS, student_token="sampled"), "needs the response tokens"),
         (
             lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, divergence="kl"),
-            "divergence must be one of 'reverse_kl', 'forward_kl', 'jsd', 'cross_entropy', got 'kl'",
+            "divergence must be one of 'reverse_kl', 'forward_kl', 'jsd', 'blend', 'cross_entropy', got 'kl'",
         ),
         (
             lambda: losses.dpsw_loss(LOGITS, LOGITS, None, MASK, divergence="cross_entropy"),

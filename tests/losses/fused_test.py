@@ -58,9 +58,25 @@ EVERY_KIND = pytest.mark.parametrize(
         {"divergence": "forward_kl", "top_k": 7, "logit_softcap": 8.0, "temperature": 1.3},
         {"divergence": "jsd", "logit_softcap": 5.0},
         {"divergence": "cross_entropy", "weighting": "uniform", "temperature": 0.7},
+        {"divergence": "blend", "beta": 0.3, "token_cap": 0.8, "entropy_scale": "exponential"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
+def test_an_array_beta_equals_the_number(shape, rng):
+    inputs, mesh = make_inputs(rng), shape and sharding.make_mesh(*shape)
+    options = {"divergence": "blend", "weight_top_k": 5}
+
+    def fused(*inputs, beta):
+        return losses.fused_dpsw_loss(*inputs, chunk=7, mesh=mesh, beta=beta, **options)
+
+    for beta in (0.0, 0.3, 1.0):
+        expected = run(dense_loss, inputs, beta=beta, **options)
+        assert error(run(fused, inputs, beta=jnp.float32(beta)), expected) < 1e-5
+        traced = jax.jit(lambda beta: jax.grad(lambda *inputs: fused(*inputs, beta=beta)[0], BOTH)(*inputs))
+        assert error(traced(jnp.float32(beta)), expected[1]) < 1e-5
 
 
 @EVERY_KIND
@@ -151,7 +167,7 @@ def test_what_is_masked_out_reaches_nothing(rng):
     assert all(np.all(x == 0) for x in jax.tree.leaves(run(fused, nothing)))
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", losses.DIVERGENCES)
 def test_is_finite_at_the_extremes(divergence, rng):
     """Excluded tokens (logits of -inf), rows of one token, a vocabulary that no block divides."""
     hidden, head, other_hidden, other_head, response, mask = make_inputs(rng, vocabulary=4487)

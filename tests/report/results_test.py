@@ -6,13 +6,16 @@ import re
 import ml_collections
 import pytest
 
-from msd_jax.evaluation import rates
+from msd_jax import report
+from msd_jax.evaluation import judges, rates
 from msd_jax.evaluation.intervals import paired
 from msd_jax.evaluation.judges import Verdict
 from msd_jax.report import card, collect, page
 from msd_jax.report.pairs import ResponsePair, outcome
 from msd_jax.report.results import Results
+from tests.conftest import REPOSITORY
 from tests.evaluation.made import record as side
+from tests.report.conftest import write_lines
 
 
 @pytest.mark.parametrize(
@@ -161,6 +164,55 @@ def test_what_is_unjudged_is_told(make):
     *others, finding = [f for f in Results(collect.workdir(workdir)).findings if "unjudged" in f.text]
     assert [f.text.partition(" is ")[0] for f in others] == ["Attack success on xstest in English"]
     assert finding.kind == "warning" and finding.text.startswith("6 responses on xstest are unjudged after 90 steps")
+
+
+def judged_by(make, judge):
+    workdir = make.run()
+    rows = [record.to_json() | {"judge": judge} for record in collect.workdir(workdir).after.responses()]
+    make.evaluation(workdir / "eval" / "90", rows, make.config())
+    results = Results(collect.workdir(workdir))
+    [finding] = [finding for finding in results.findings if finding.text.startswith("Judged by")]
+    return results, finding
+
+
+def test_the_judge_is_named_with_its_measured_precision_on_page_summary_and_card(make):
+    judge = judges.RulesJudge()
+    results, finding = judged_by(make, f"{judge.name} {judge.version}")
+    assert finding.text.startswith(f"Judged by rules {judge.version}: against two annotators' labels of 185 held-out")
+    figures = re.findall(r"[\d.]+%", finding.text)
+    row = "| **held-out fifth** | refused | 185 | 78 | **{}** | **{}** |".format(*figures[:2])
+    assert row in (REPOSITORY / "docs/judges.md").read_text(encoding="utf-8")
+    for text in (page.html(results), report.as_markdown(results), card._body(results)):
+        assert "recall 96.2%" in text and "n = 12" in text
+
+
+@pytest.mark.parametrize("judge", ["rules 1-b9cf949b", "guard Llama-Guard-3-8B-1234", "rules", "openai 2-x"])
+def test_a_judge_that_nobody_measured_is_said_to_be_so(make, judge):
+    _, finding = judged_by(make, judge)
+    assert finding.text.startswith(f"Judged by {judge}, whose precision has not been measured here")
+
+
+@pytest.mark.parametrize("action", ["report", "drop"])
+def test_contamination_is_on_page_summary_and_card(make, action):
+    workdir = make.run(data__near_duplicates=action)
+    rows = [("multijail", "sw", 1), ("multijail", "bn", 1), ("multijail", "sw", 2), ("multijail", "sw", 99)]
+    rows = [{"benchmark": b, "language": code, "eval_id": f"jail-{i}", "train_id": "t"} for b, code, i in rows]
+    write_lines(workdir / "near_duplicates.jsonl", [*rows, rows[0] | {"train_id": "u"}])
+    results = Results(collect.workdir(workdir))
+    [finding] = [finding for finding in results.findings if finding.text.startswith("Contamination")]
+    text = "Contamination: 2 of 12 queries of multijail nearly equal training queries (1 in bn, 2 in sw), "
+    end = {"report": "so that results on them may be memory.", "drop": "and were left out of training."}[action]
+    assert finding.text == text + end and finding.kind == {"report": "warning", "drop": "note"}[action]
+    for written in (page.html(results), report.as_markdown(results), card._body(results)):
+        assert "2 of 12 queries of multijail nearly equal training queries" in written
+
+
+def test_no_contamination_is_said_only_where_it_was_looked_for(make):
+    workdir = make.run()
+    assert not any("Contamination" in finding.text for finding in Results(collect.workdir(workdir)).findings)
+    write_lines(workdir / "near_duplicates.jsonl", [])
+    [finding] = [f for f in Results(collect.workdir(workdir)).findings if "Contamination" in f.text]
+    assert finding.kind == "note" and "no query of the evaluation nearly equals a training query" in finding.text
 
 
 def test_facts_are_those_of_the_config(make):

@@ -19,6 +19,7 @@ from msd_jax.training import optimizer, train_step
 from tests.conftest import LLAMA
 
 CONFIG = model_config.from_dict(LLAMA)
+BETA = optax.constant_schedule(0.5)
 FROZEN = ml_collections.FrozenConfigDict({"kind": "frozen", "ema_decay": 0.9, "period": 3})
 
 
@@ -40,10 +41,10 @@ def make_state(optimize, *, live=False, seed=0):
     return train_step.TrainState(zero, params, teacher, optimize.init(params), zero)
 
 
-def make_step(optimize, *, micro_batches=1, teacher=FROZEN, dtype=jnp.float32, mesh=None, **loss):
+def make_step(optimize, *, micro_batches=1, teacher=FROZEN, dtype=jnp.float32, mesh=None, beta_schedule=BETA, **loss):
     graphdef, _, _ = decoder.abstract(CONFIG, dtype=dtype, mesh=mesh)
     loss = functools.partial(losses.fused_dpsw_loss, **{"weight_top_k": 5, "chunk": 7, "mesh": mesh} | loss)
-    static = {"graphdef": graphdef, "optimize": optimize, "loss": loss, "teacher": teacher}
+    static = {"graphdef": graphdef, "optimize": optimize, "loss": loss, "teacher": teacher, "beta": beta_schedule}
     step = jax.jit(functools.partial(train_step.train_step, micro_batches=micro_batches, **static))
     return lambda state, batch: step(state, {}, batch)
 
@@ -118,6 +119,45 @@ def test_update_is_the_gradient_of_the_mean_loss(rng):
     np.testing.assert_allclose(scalars["loss"], mean_loss(state.params), rtol=1e-6)
 
 
+def test_a_blend_passes_from_forward_to_reverse_kl_in_one_program(rng):
+    """Over the first two steps; each step's gradient is that of its beta as a number."""
+    config = default.get_config()
+    config.loss.divergence, config.loss.beta, config.loss.beta_ramp, config.train.steps = "blend", 1.0, 0.5, 4
+    schedule = train_step.beta_schedule(config)
+    traced, traces = 0, 0
+
+    def beta(step):
+        nonlocal traced
+        traced += 1
+        return schedule(step)
+
+    batch, first = make_batch(rng), make_state(RECORD)
+    step = make_step(RECORD, divergence="blend", beta_schedule=beta)
+    for count, expected in enumerate([0.0, 0.5, 1.0, 1.0]):
+        state = dataclasses.replace(first, step=jnp.int32(count))
+        moved, scalars = step(state, batch)
+        assert scalars["beta"] == expected
+        traces = traces or traced
+        constant = make_step(RECORD, divergence="blend", beta_schedule=optax.constant_schedule(expected))
+        if count < 3:
+            still, other = constant(state, batch)
+            assert largest_difference(still.opt_state, moved.opt_state) < 1e-5
+            np.testing.assert_allclose(scalars["loss"], other["loss"], rtol=1e-6)
+    assert traced == traces  # no step but the first compiled anything
+    config.loss.beta_ramp = 0.0
+    assert train_step.beta_schedule(config)(jnp.int32(3)) == 1.0
+
+
+def test_saturated_is_a_share_of_the_loss(rng):
+    """However the batch is split, and with a cap."""
+    batch, state = make_batch(rng), make_state(RECORD)
+    for options in ({}, {"token_cap": 0.5}):
+        loss = {"temperature": 0.02, **options}
+        shares = [make_step(RECORD, micro_batches=n, **loss)(state, batch)[1]["saturated"] for n in (1, 4)]
+        assert 0 < shares[0] < 1
+        np.testing.assert_allclose(*shares, rtol=1e-5)
+
+
 def test_a_live_teacher_takes_no_gradient(rng):
     """With one prompt for both roles the live teacher is the student: loss and gradient are exactly zero."""
     batch = make_batch(rng)
@@ -162,8 +202,8 @@ def test_a_step_that_is_not_finite_moves_no_teacher(rng, kind):
 
     graphdef, _, _ = decoder.abstract(CONFIG)
     state, batch = make_state(SGD), make_batch(rng)
-    static = {"graphdef": graphdef, "optimize": SGD, "loss": nan_loss, "teacher": teacher, "micro_batches": 1}
-    new, scalars = jax.jit(functools.partial(train_step.train_step, **static))(state, {}, batch)
+    static = {"graphdef": graphdef, "optimize": SGD, "loss": nan_loss, "teacher": teacher, "beta": BETA}
+    new, scalars = jax.jit(functools.partial(train_step.train_step, micro_batches=1, **static))(state, {}, batch)
     assert new.skipped == 1 and scalars["skip"]
     jax.tree.map(np.testing.assert_array_equal, new.teacher, state.teacher)
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)

@@ -14,7 +14,7 @@ from msd_jax.io import jsonl
 from msd_jax.models import pretrained
 from msd_jax.training import checkpoint, loop, watch
 from tests.conftest import write_model
-from tests.training.conftest import set_up, steps_on_disk
+from tests.training.conftest import set_up, steps_on_disk, train
 
 
 def with_nan_at(ready, *steps):
@@ -124,6 +124,37 @@ def test_what_a_collapse_is(now, message):
 def test_looping():
     response = np.stack([np.arange(32), np.arange(32) % 3, np.arange(32) % 3])
     assert watch.looping(response, np.array([32, 32, 8])) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("now", "stands_still"),
+    [((0.9, 0.8), True), ((0.9, 0.4), False), ((0.4, 0.9), False), ((1.3, 0.6), True), ((0.0, 0.0), False)],
+)
+def test_what_a_loss_that_stands_still_is(now, stands_still):
+    """Most of it is without a gradient, and it has not fallen by half."""
+    fault = watch.saturation(watch.Loss(1.0, 0.7), watch.Loss(*now))
+    assert bool(fault) == stands_still
+    if fault:
+        assert fault.startswith(f"the loss stands still: {now[1]:.0%} of it in the last 10 steps")
+        assert f"weighted divergence {now[0]:.3g} nats per token, 1 at first" in fault
+        assert "set config.loss.divergence=forward_kl" in fault
+
+
+@pytest.mark.parametrize("divergence", ["auto", "forward_kl"])
+def test_a_certain_student_is_warned_of_once_under_reverse_kl(config, tmp_path, capsys, divergence):
+    """A low temperature makes both roles certain of what they say, and they say different things."""
+    config.loss.divergence, config.loss.temperature, config.optimizer.learning_rate = divergence, 0.01, 1e-6
+    config.train.steps, config.data.languages = 12, {"sw": 1.0}
+    _, rows = train(config, tmp_path / "run")
+    saturated = np.mean([row["saturated"] for row in rows[:10]])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("the loss stands still") == (divergence == "auto")
+    if divergence == "auto":
+        assert f"warning: step 10: the loss stands still: {saturated:.0%} of it in the last 10 steps" in printed
+        assert saturated > 0.5
+    else:
+        assert saturated == 0
+    assert all(row["weighted_kl"] > 0 and row["beta"] == 0.5 for row in rows)
 
 
 @pytest.mark.parametrize("stops", [False, True])

@@ -23,7 +23,7 @@ from msd_jax.evaluation.judges.ensemble import EnsembleJudge
 from msd_jax.evaluation.judges.guard import GuardJudge
 from msd_jax.evaluation.judges.interface import Judge, Judgement, Keep, Response, Verdict, ignore
 from msd_jax.evaluation.judges.openai import OpenAIJudge
-from msd_jax.evaluation.judges.rules import RulesJudge, normalize
+from msd_jax.evaluation.judges.rules import RulesJudge, measured, normalize
 from msd_jax.evaluation.judges.translate import EndpointTranslator, TranslatingJudge, Translations, Translator
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "cached",
     "ignore",
     "make",
+    "measured",
     "normalize",
 ]
 
