@@ -184,7 +184,11 @@ def encode(
     analyses: Mapping[str, str] | None = None,
 ) -> batches.Encoded:
     """The records in each target language, with the teacher's `analyses` by id where it has written them."""
-    return batches.encode_all(records, tuple(config.data.languages), model.tokenizer, config, analyses)
+    encoded = batches.encode_all(records, tuple(config.data.languages), model.tokenizer, config, analyses)
+    for example in encoded.examples():
+        for ids in (example.student_ids, example.teacher_ids):
+            model.require_embedded(ids, f"query {example.query_id!r} in {example.language}")
+    return encoded
 
 
 def make_batches(
