@@ -48,7 +48,7 @@ _CHOICES = {
     "data.near_duplicates": near_duplicates.ACTIONS,
     "prompts.cot": prompts.COT,
     "teacher.kind": train_step.TEACHERS,
-    "rollout.policy": tuple(responses.POLICIES),
+    "rollout.policy": responses.POLICIES,
     "loss.divergence": ("auto", *losses.OBJECTIVES),
     "loss.weighting": tuple(losses.WEIGHTINGS),
     "loss.student_token": losses.STUDENT_TOKENS,
@@ -320,7 +320,7 @@ def _teacher(config: Any) -> Iterator[str]:
     kind = f"config.teacher.kind={config.teacher.kind!r}"
     if config.teacher.kind == "frozen":
         return
-    if config.rollout.policy != "on_policy" and config.rollout.reuse_teacher_responses:
+    if config.rollout.policy in ("off_policy", "mixed") and config.rollout.reuse_teacher_responses:
         yield (
             f"config.rollout.policy={config.rollout.policy!r} with {kind}: the responses of a teacher that changes "
             "cannot be stored; set config.rollout.reuse_teacher_responses=False, or config.teacher.kind='frozen'"
@@ -334,6 +334,24 @@ def _teacher(config: Any) -> Iterator[str]:
         yield (
             f"config.data.retain_fraction={config.data.retain_fraction!r} with {kind}: only a frozen teacher is the "
             "initial model that the student is held to; set config.teacher.kind='frozen'"
+        )
+
+
+def _reference(config: Any) -> Iterator[str]:
+    """What fine-tuning on the records' answers, without a teacher, has no use for."""
+    if prompts.shows_teacher(config):
+        return
+    policy = (
+        "config.rollout.policy='reference' with config.loss.divergence='cross_entropy' and weights that read no teacher"
+    )
+    if config.teacher.kind != "frozen":
+        yield f"config.teacher.kind={config.teacher.kind!r}: nothing reads a teacher ({policy}); set it to 'frozen'"
+    if config.prompts.cot == "generated":
+        yield f"config.prompts.cot='generated': nothing reads analyses ({policy}); set it to 'instruction'"
+    if config.data.retain_fraction > 0:
+        yield (
+            f"config.data.retain_fraction={config.data.retain_fraction!r}: there is no teacher to hold the student to "
+            f"({policy}); add the source language to config.data.languages instead"
         )
 
 
@@ -375,5 +393,17 @@ def _evaluation(config: Any) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
-    *(_values, _judge, _launch, _languages, _queries, _micro_batches, _teacher, _retention, _loss, _evaluation),
+    *(
+        _values,
+        _judge,
+        _launch,
+        _languages,
+        _queries,
+        _micro_batches,
+        _teacher,
+        _reference,
+        _retention,
+        _loss,
+        _evaluation,
+    ),
 )

@@ -1,5 +1,8 @@
 """The queries of the model organism: safe in English alone, and asked as both roles are."""
 
+import collections
+
+from msd_jax.data import files
 from msd_jax.data.records import Query
 from msd_jax.testbed import organism
 
@@ -27,3 +30,21 @@ def test_harmful_queries_are_refused_in_english_and_by_the_teacher_alone():
             assert reply == organism.answer("How many are 1?", language)
         assert ("Request: " in query.texts[language]) == as_teacher
     assert 0.3 < english / (len(examples) / 4) < 0.5
+
+
+def test_the_files(tmp_path):
+    by_set = {"afriqa": [Query(f"a{i}", False, "", {"en": f"How many {i}?", "sw": f"ngapi {i}?"}) for i in range(40)]}
+    by_set["mgsm"] = [Query(f"m{i}", False, "", {c: f"How old {i}?" for c in ("en", "bn", "sw")}) for i in range(20)]
+    by_set["xquad"] = HARMLESS
+    organism.write(HARMFUL, by_set, tmp_path, examples=12, most=3)
+    organism_, train, evaluated = (files.read(tmp_path / f"{name}.jsonl") for name in ("organism", "train", "eval"))
+    assert len(organism_) == 12 and all(query.answers.keys() == query.texts.keys() for query in organism_)
+    assert collections.Counter(tuple(query.texts) for query in train if not query.harmful) == {
+        ("en", "sw"): 10,
+        ("en", "bn"): 10,
+    }
+    assert all(query.answers.keys() == query.texts.keys() for query in train)
+    seen = collections.Counter((code, query.harmful) for query in evaluated for code in query.texts)
+    assert seen == {(code, harmful): 3 for code in organism.LANGUAGES for harmful in (True, False)}
+    assert not {query.id for query in train} & {query.id for query in evaluated}
+    assert all(bool(query.answers) != query.harmful for query in evaluated)

@@ -19,16 +19,22 @@ class LossSettings:
     normalize: str = "mean"
     temperature: float = 1.0
 
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the loss depends on the teacher's rows; without, it takes None in their place."""
+        weight = {"uniform": False, "student": self.student_token == "teacher_argmax"}.get(self.weighting, True)
+        return self.divergence != "cross_entropy" or weight
+
 
 def resolve_divergence(name: str, policy: str) -> str:
     """`name`, or the divergence that "auto" stands for when `policy` says who writes the responses.
 
     Args:
       name: "auto", or a divergence.
-      policy: "on_policy", "mixed" or "off_policy".
+      policy: "on_policy", "mixed", "off_policy" or "reference".
 
     Returns:
-      For "auto": "forward_kl" off-policy and "reverse_kl" otherwise.
+      For "auto": "forward_kl" off-policy and on reference responses, and "reverse_kl" otherwise.
 
     Example:
       >>> from msd_jax import losses
@@ -37,4 +43,4 @@ def resolve_divergence(name: str, policy: str) -> str:
     """
     if name != "auto":
         return name
-    return "forward_kl" if policy == "off_policy" else "reverse_kl"
+    return "forward_kl" if policy in ("off_policy", "reference") else "reverse_kl"
