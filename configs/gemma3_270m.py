@@ -11,6 +11,7 @@ Hardware: two CPU cores and 8 GB; no network. See docs/organism.md for data, tim
 import ml_collections
 from msd_jax.configs import default
 
+from msd_jax.errors import UserError
 from msd_jax.testbed import organism
 
 VARIANTS = {
@@ -53,7 +54,7 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
     if variants:
         names = VARIANTS if variants == "grid" else variants.split(",")
         if unknown := sorted(set(names) - set(VARIANTS)):
-            raise ValueError(f"unknown variant {unknown[0]!r}; choose grid, or some of {', '.join(VARIANTS)}")
+            raise UserError(f"unknown variant {unknown[0]!r}; choose grid, or some of {', '.join(VARIANTS)}")
         config.ablation.variants = ml_collections.ConfigDict({name: VARIANTS[name] for name in names})
         config.train.export = False
     return config

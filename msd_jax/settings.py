@@ -341,18 +341,13 @@ def _reference(config: Any) -> Iterator[str]:
     """What fine-tuning on the records' answers, without a teacher, has no use for."""
     if prompts.shows_teacher(config):
         return
-    policy = (
-        "config.rollout.policy='reference' with config.loss.divergence='cross_entropy' and weights that read no teacher"
-    )
-    if config.teacher.kind != "frozen":
-        yield f"config.teacher.kind={config.teacher.kind!r}: nothing reads a teacher ({policy}); set it to 'frozen'"
-    if config.prompts.cot == "generated":
-        yield f"config.prompts.cot='generated': nothing reads analyses ({policy}); set it to 'instruction'"
-    if config.data.retain_fraction > 0:
-        yield (
-            f"config.data.retain_fraction={config.data.retain_fraction!r}: there is no teacher to hold the student to "
-            f"({policy}); add the source language to config.data.languages instead"
-        )
+    fit = {"teacher.kind": ("frozen",), "prompts.cot": ("instruction", "none"), "data.retain_fraction": (0.0,)}
+    for key, values in fit.items():
+        if (value := _value(config, key)) not in values:
+            yield (
+                f"config.{key}={value!r}: fine-tuning on answers (config.rollout.policy='reference', cross_entropy and "
+                f"weights that read no teacher) has no teacher; set it to {values[0]!r}"
+            )
 
 
 def _retention(config: Any) -> Iterator[str]:
@@ -393,17 +388,6 @@ def _evaluation(config: Any) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
-    *(
-        _values,
-        _judge,
-        _launch,
-        _languages,
-        _queries,
-        _micro_batches,
-        _teacher,
-        _reference,
-        _retention,
-        _loss,
-        _evaluation,
-    ),
+    *(_values, _judge, _launch, _languages, _queries, _micro_batches),
+    *(_teacher, _reference, _retention, _loss, _evaluation),
 )

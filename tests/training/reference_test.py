@@ -152,9 +152,12 @@ def test_errors(fine_tuning, tmp_path):
 @pytest.mark.parametrize(
     "changes, fault",
     [
-        ({"teacher.kind": "ema"}, "config.teacher.kind='ema': nothing reads a teacher"),
-        ({"prompts.cot": "generated"}, "config.prompts.cot='generated': nothing reads analyses"),
-        ({"data.retain_fraction": 0.2}, "config.data.retain_fraction=0.2: there is no teacher"),
+        (
+            {"teacher.kind": "ema"},
+            "config.teacher.kind='ema': fine-tuning on answers .* has no teacher; set it to 'frozen'",
+        ),
+        ({"prompts.cot": "generated"}, "config.prompts.cot='generated': .*; set it to 'instruction'"),
+        ({"data.retain_fraction": 0.2}, "config.data.retain_fraction=0.2: .*; set it to 0.0"),
     ],
 )
 def test_settings_that_nothing_would_read(fine_tuning, changes, fault):
