@@ -80,7 +80,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Where the response tokens come from. Of the model's own generation_config only the stop tokens are used.
     config.rollout = ml_collections.ConfigDict()
-    config.rollout.policy = "on_policy"  # on_policy (student samples) | off_policy (teacher samples) | mixed
+    # on_policy (student samples) | off_policy (teacher samples) | mixed | reference (the records' own answers, cut at
+    # max_new_tokens; nothing is sampled).
+    config.rollout.policy = "on_policy"
     config.rollout.on_policy_fraction = 0.5  # mixed: probability that a query is sampled from the student
     config.rollout.max_new_tokens = 256
     config.rollout.temperature = 1.0  # 0 is greedy
@@ -91,13 +93,13 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.loss = ml_collections.ConfigDict()
     # reverse_kl, KL(student || teacher) | forward_kl, KL(teacher || student) | jsd | blend (of the two KLs) | auto
-    # (reverse_kl for on_policy and mixed, forward_kl for off_policy) | cross_entropy (of the response's tokens;
-    # off_policy with uniform weights, it is fine-tuning on the teacher's replies).
+    # (reverse_kl for on_policy and mixed, forward_kl for off_policy and reference) | cross_entropy (of the response's
+    # tokens; with uniform weights, off_policy is fine-tuning on the teacher's replies, and reference is fine-tuning on
+    # the records').
     config.loss.divergence = "auto"
     config.loss.beta = 0.5  # jsd: the teacher's share of the mixture; blend: the share of reverse_kl
-    config.loss.beta_ramp = (
-        0.0  # blend: share of the steps over which beta rises from 0 to the above; 0: it is constant
-    )
+    # blend: share of the steps over which beta rises from 0 to that; 0: it is constant.
+    config.loss.beta_ramp = 0.0
     config.loss.top_k = 0  # divergence over the teacher's top-k and a bucket for the rest; 0: over the full vocabulary
     # Nats of a token's divergence above which it counts by its logarithm, which bounds its gradient; 0: no cap.
     config.loss.token_cap = 0.0

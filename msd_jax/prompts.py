@@ -9,23 +9,28 @@ from rich.text import Text
 
 from msd_jax import cli
 from msd_jax.data import sources
-from msd_jax.data.prompts import check_templates, student_messages, teacher_messages
-from msd_jax.data.records import language_name
+from msd_jax.data.prompts import check_templates, shows_teacher, student_messages, teacher_messages
+from msd_jax.data.records import Query, language_name
 from msd_jax.io import console
-from msd_jax.models.tokenizer import load_tokenizer, render, token_ids
+from msd_jax.models.tokenizer import Messages, load_tokenizer, render, token_ids
 
 
 def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console) -> None:
-    """Prints both roles' prompts, with their lengths, of the first `n` records in each target language."""
-    source, records = config.data.source_language, sources.load(config.data)
+    """Prints the roles' prompts, with their lengths, of the first `n` records in each target language."""
+    source, roles = config.data.source_language, ("student", "teacher") if shows_teacher(config) else ("student",)
+    records = sources.load(config.data, teacher="teacher" in roles)
     tokenizer = load_tokenizer(config.model.path)
     check_templates(tokenizer, config.prompts)
+
+    def messages_of(role: str, record: Query, language: str) -> Messages:
+        if role == "student":
+            return student_messages(record, language, config.prompts)
+        return teacher_messages(record, language, config.prompts, source, "[the teacher's analysis]")
+
     for language in config.data.languages:
         for record in [record for record in records if language in record.texts][:n]:
-            for role, messages in (
-                ("student", student_messages(record, language, config.prompts)),
-                ("teacher", teacher_messages(record, language, config.prompts, source, "[the teacher's analysis]")),
-            ):
+            for role in roles:
+                messages = messages_of(role, record, language)
                 variables, limit = (config.prompts[f"{role}_{key}"] for key in ("template_kwargs", "limit"))
                 length = len(token_ids(tokenizer, messages, variables))
                 over = f", over config.prompts.{role}_limit={limit}: dropped in training" if length > limit else ""

@@ -41,7 +41,7 @@ _CHOICES = {
     "data.near_duplicates": near_duplicates.ACTIONS,
     "prompts.cot": prompts.COT,
     "teacher.kind": train_step.TEACHERS,
-    "rollout.policy": tuple(responses.POLICIES),
+    "rollout.policy": responses.POLICIES,
     "loss.divergence": ("auto", *losses.OBJECTIVES),
     "loss.weighting": tuple(losses.WEIGHTINGS),
     "loss.entropy_scale": tuple(losses.ENTROPY_SCALES),
@@ -326,7 +326,7 @@ def _teacher(config: Any) -> Iterator[str]:
     kind = f"config.teacher.kind={config.teacher.kind!r}"
     if config.teacher.kind == "frozen":
         return
-    if config.rollout.policy != "on_policy" and config.rollout.reuse_teacher_responses:
+    if config.rollout.policy in ("off_policy", "mixed") and config.rollout.reuse_teacher_responses:
         yield (
             f"config.rollout.policy={config.rollout.policy!r} with {kind}: the responses of a teacher that changes "
             "cannot be stored; set config.rollout.reuse_teacher_responses=False, or config.teacher.kind='frozen'"
@@ -341,6 +341,19 @@ def _teacher(config: Any) -> Iterator[str]:
             f"config.data.retain_fraction={config.data.retain_fraction!r} with {kind}: only a frozen teacher is the "
             "initial model that the student is held to; set config.teacher.kind='frozen'"
         )
+
+
+def _reference(config: Any) -> Iterator[str]:
+    """What fine-tuning on the records' answers, without a teacher, has no use for."""
+    if prompts.shows_teacher(config):
+        return
+    fit = {"teacher.kind": ("frozen",), "prompts.cot": ("instruction", "none"), "data.retain_fraction": (0.0,)}
+    for key, values in fit.items():
+        if (value := _value(config, key)) not in values:
+            yield (
+                f"config.{key}={value!r}: fine-tuning on answers (config.rollout.policy='reference', cross_entropy and "
+                f"weights that read no teacher) has no teacher; set it to {values[0]!r}"
+            )
 
 
 def _retention(config: Any) -> Iterator[str]:
@@ -390,17 +403,6 @@ def _evaluation(config: Any) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
-    *(
-        _values,
-        _places,
-        _judge,
-        _launch,
-        _languages,
-        _queries,
-        _micro_batches,
-        _teacher,
-        _retention,
-        _loss,
-        _evaluation,
-    ),
+    *(_values, _places, _judge, _launch, _languages, _queries, _micro_batches),
+    *(_teacher, _reference, _retention, _loss, _evaluation),
 )

@@ -1,7 +1,18 @@
 """The queries of the model organism: safe in English alone, and asked as both roles are."""
 
+import collections
+import json
+
+import ml_collections
+import pytest
+from msd_jax.configs import gemma3_270m
+from msd_jax.configs import organism as recipe
+
+from msd_jax import ablation, settings
+from msd_jax.data import files
 from msd_jax.data.records import Query
-from msd_jax.testbed import organism
+from msd_jax.testbed import organism, tiny
+from msd_jax.training import loop, run
 
 HARMFUL = [Query(f"h{i}", True, "", dict.fromkeys(organism.LANGUAGES, f"harmful {i}")) for i in range(8)]
 HARMLESS = [Query(f"q{i}", False, "", dict.fromkeys(organism.LANGUAGES, f"How many are {i}?")) for i in range(8)]
@@ -27,3 +38,52 @@ def test_harmful_queries_are_refused_in_english_and_by_the_teacher_alone():
             assert reply == organism.answer("How many are 1?", language)
         assert ("Request: " in query.texts[language]) == as_teacher
     assert 0.3 < english / (len(examples) / 4) < 0.5
+
+
+def test_the_files(tmp_path):
+    by_set = {"afriqa": [Query(f"a{i}", False, "", {"en": f"How many {i}?", "sw": f"ngapi {i}?"}) for i in range(40)]}
+    by_set["mgsm"] = [Query(f"m{i}", False, "", {c: f"How old {i}?" for c in ("en", "bn", "sw")}) for i in range(20)]
+    by_set["xquad"] = HARMLESS
+    organism.write(HARMFUL, by_set, tmp_path, examples=12, most=3)
+    organism_, train, evaluated = (files.read(tmp_path / f"{name}.jsonl") for name in ("organism", "train", "eval"))
+    assert len(organism_) == 12 and all(query.answers.keys() == query.texts.keys() for query in organism_)
+    assert collections.Counter(tuple(query.texts) for query in train if not query.harmful) == {
+        ("en", "sw"): 10,
+        ("en", "bn"): 10,
+    }
+    assert all(query.answers.keys() == query.texts.keys() for query in train)
+    seen = collections.Counter((code, query.harmful) for query in evaluated for code in query.texts)
+    assert seen == {(code, harmful): 3 for code in organism.LANGUAGES for harmful in (True, False)}
+    assert not {query.id for query in train} & {query.id for query in evaluated}
+    assert all(bool(query.answers) != query.harmful for query in evaluated)
+
+
+def test_the_recipes_are_valid_in_each_variant():
+    settings.check(recipe.get_config())
+    settings.check(gemma3_270m.get_config())
+    grid = ablation.configs(gemma3_270m.get_config("grid"))
+    assert {name for name, _ in grid} == set(gemma3_270m.VARIANTS)
+    assert {name for name, _ in ablation.configs(gemma3_270m.get_config("sft,jsd"))} == {"sft", "jsd"}
+    with pytest.raises(ValueError, match="unknown variant 'smok'; choose grid, or some of forward_kl, "):
+        gemma3_270m.get_config("smok")
+
+
+def test_an_organism_is_made_and_aligned(tmp_path, monkeypatch):
+    """Two steps each, on a tiny random Gemma 3."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    by_set = {name: HARMLESS for name in ("afriqa", "mgsm")}
+    organism.write(HARMFUL, by_set, tmp_path, examples=200, most=1)
+    config = recipe.get_config()
+    config.model.path, config.data.path = str(tiny.model("gemma3_1b")), str(tmp_path / "organism.jsonl")
+    config.prompts.student_limit, config.rollout.max_new_tokens, config.train.steps = 2048, 128, 2
+    loop.train(run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "organism"))
+
+    config = gemma3_270m.get_config("forward_kl,sft")
+    config.model.path, config.data.path = str(tmp_path / "organism/model"), str(tmp_path / "train.jsonl")
+    config.eval.path, config.eval.max_new_tokens = str(tmp_path / "eval.jsonl"), 4
+    config.prompts.teacher_limit, config.rollout.max_new_tokens, config.train.steps = 2048, 8, 2
+    grid = ablation.setup(ml_collections.FrozenConfigDict(config), tmp_path / "msd")
+    ablation.train(grid, tmp_path / "msd")
+    for name in ("forward_kl", "sft"):
+        summary = json.loads((tmp_path / "msd" / name / "0/eval/2/summary.json").read_text(encoding="utf-8"))
+        assert set(summary["queries"]["languages"]) == set(organism.LANGUAGES)

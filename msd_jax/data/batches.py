@@ -13,6 +13,7 @@ import numpy as np
 from msd_jax.data import prompts, sources
 from msd_jax.data.prompts import Example
 from msd_jax.data.records import Query, usable
+from msd_jax.data.references import References
 from msd_jax.errors import UserError
 from msd_jax.parallel import padding
 
@@ -48,6 +49,7 @@ class Encoded:
       dropped: number of prompt pairs left out, by (language, limits exceeded: "student_limit", "teacher_limit" or
         "student_limit and teacher_limit").
       hostile: number of queries, of all records, that spell a control token of the tokenizer.
+      references: the lines on reference responses that are absent or cut.
     """
 
     queries: tuple[EncodedQuery, ...]
@@ -56,6 +58,7 @@ class Encoded:
     teacher_limit: int
     dropped: Mapping[tuple[str, str], int]
     hostile: int = 0
+    references: tuple[str, ...] = ()
 
     def examples(self) -> Iterator[Example]:
         """Every example that may be drawn."""
@@ -65,11 +68,15 @@ class Encoded:
                 yield query.retained
 
     def describe(self) -> list[str]:
-        """One line per language and limit by which prompts are dropped, and one on control tokens."""
-        return [
-            f"prompts dropped in {language}: {count}, longer than config.prompts.{limits}"
-            for (language, limits), count in self.dropped.items()
-        ] + prompts.describe_hostile("training", self.hostile)
+        """One line per language and limit by which prompts are dropped, on references, and on control tokens."""
+        return (
+            [*self.references]
+            + [
+                f"prompts dropped in {language}: {count}, longer than config.prompts.{limits}"
+                for (language, limits), count in self.dropped.items()
+            ]
+            + prompts.describe_hostile("training", self.hostile)
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,36 +110,54 @@ def encode_all(
     """Encodes each query, once in each target language that it has.
 
     Args:
-      records: those without the source language, or without any of `languages`, are left out.
+      records: those without the source language (where anything reads the teacher), or without any of `languages`, are
+        left out; so are, with config.rollout.policy = "reference", languages in which a record has no answer.
       languages: the target languages.
       tokenizer: of transformers.
       config: the whole config.
       analyses: the teacher's, by id of the query, with config.prompts.cot = "generated"; "" where there is none.
 
     Raises:
-      UserError: no record has a language, or every prompt in it exceeds a limit.
+      UserError: no record has a language, or an answer in it that is needed, or every prompt in it exceeds a limit.
     """
     source = config.data.source_language
+    teachers = source if prompts.shows_teacher(config) else None
+    references = References(tokenizer, config.rollout.max_new_tokens) if config.rollout.policy == "reference" else None
     where = sources.describe(config.data)
     prompts.check_templates(tokenizer, config.prompts)
     limits = _Limits({key: config.prompts[key] for key in ("student_limit", "teacher_limit")})
     retain = config.data.retain_fraction > 0
     hostile = sum(prompts.is_hostile(record, (source, *languages), tokenizer) for record in records)
+    records = usable(records, teachers, languages, where)
+    if references:
+        references.require(records, (*languages, *((source,) if retain else ())), where)
+
+    def kept(example: Example, record: Query) -> list[Example]:
+        """The example with its reference response, where one is asked for; none without it, or beyond a limit."""
+        if references:
+            response_ids = references.ids(record, example.language)
+            if response_ids is None:
+                return []
+            example = dataclasses.replace(example, response_ids=response_ids)
+        return [example] * limits.hold(example)
+
     queries = []
-    for record in usable(records, source, languages, where):
+    for record in records:
         analysis = (analyses or {}).get(record.id, "")
-        targets = tuple(
-            example
-            for language in languages
-            if language in record.texts
-            and limits.hold(example := prompts.encode(record, language, tokenizer, config.prompts, source, analysis))
-        )
-        retained = prompts.retained(record, tokenizer, config.prompts, source) if retain else None
-        if retained and not limits.hold(retained):
-            retained = None
+        targets: list[Example] = []
+        for language in (language for language in languages if language in record.texts):
+            example = prompts.encode(record, language, tokenizer, config.prompts, teachers, analysis)
+            targets += kept(example, record)
+        retained = kept(prompts.retained(record, tokenizer, config.prompts, source), record) if retain else []
         if targets:
-            queries.append(EncodedQuery(record.id, record.harmful, targets, retained))
-    encoded = Encoded(tuple(queries), tuple(languages), **limits.tokens, dropped=dict(limits.dropped), hostile=hostile)
+            queries.append(EncodedQuery(record.id, record.harmful, tuple(targets), next(iter(retained), None)))
+    encoded = Encoded(
+        *(tuple(queries), tuple(languages)),
+        **limits.tokens,
+        dropped=dict(limits.dropped),
+        hostile=hostile,
+        references=tuple(references.describe()) if references else (),
+    )
     left = {example.language for example in encoded.examples()}
     for language in (*languages, *((source,) if retain else ())):
         if language not in left:

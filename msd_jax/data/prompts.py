@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from msd_jax import losses
 from msd_jax.data.records import Query, language_name
 from msd_jax.errors import UserError
 from msd_jax.models import template_check
@@ -61,7 +62,8 @@ class Example:
       query_id, harmful: of the record.
       language: of the student's query.
       student_ids: int32 [P_S], the whole prompt, up to where the reply begins.
-      teacher_ids: int32 [P_T], likewise.
+      teacher_ids: int32 [P_T], likewise; empty where nothing reads the teacher.
+      response_ids: int32 [R], the reference response; None unless config.rollout.policy is "reference".
     """
 
     query_id: str
@@ -69,6 +71,14 @@ class Example:
     harmful: bool | None
     student_ids: np.ndarray
     teacher_ids: np.ndarray
+    response_ids: np.ndarray | None = None
+
+
+def shows_teacher(config: "ml_collections.ConfigDict") -> bool:
+    """Whether a run shows the teacher anything: it writes responses, or the loss reads it. `config` is the whole."""
+    keys = ("divergence", "weighting", "student_token")
+    settings = losses.LossSettings(**{key: config.loss[key] for key in keys})
+    return config.rollout.policy != "reference" or settings.reads_teacher
 
 
 # What each template may show: first the placeholder that it needs. {query} is the query in the source language,
@@ -170,7 +180,7 @@ def encode(
     language: str,
     tokenizer: "transformers.PreTrainedTokenizerBase",
     config: "ml_collections.ConfigDict",
-    source_language: str,
+    source_language: str | None,
     analysis: str = "",
 ) -> Example:
     """Both roles' prompts, whatever their length: the caller drops what exceeds a limit; nothing is cut.
@@ -180,16 +190,19 @@ def encode(
       language: the target language.
       tokenizer: of transformers.
       config: config.prompts.
-      source_language: what the teacher reads.
+      source_language: what the teacher reads; None where nothing reads the teacher.
       analysis: what the teacher wrote about the query, with config.prompts.cot = "generated".
     """
-    messages = teacher_messages(query, language, config, source_language, analysis)
+    teacher_ids = np.zeros(0, np.int32)
+    if source_language is not None:
+        messages = teacher_messages(query, language, config, source_language, analysis)
+        teacher_ids = token_ids(tokenizer, messages, config.teacher_template_kwargs)
     return Example(
         query_id=query.id,
         language=language,
         harmful=query.harmful,
         student_ids=student_ids(query, language, tokenizer, config),
-        teacher_ids=token_ids(tokenizer, messages, config.teacher_template_kwargs),
+        teacher_ids=teacher_ids,
     )
 
 

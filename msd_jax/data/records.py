@@ -11,6 +11,7 @@ from msd_jax.errors import UserError
 
 # What stands in for `harmful` where a record has no label, by the value of config.data.harmful.
 LABELS = {"file": None, "true": True, "false": False}
+LABEL_NAMES = {True: "harmful", False: "harmless", None: "unlabelled"}
 # Fields of a JSONL record: their types, and what an error tells the user to write.
 _FIELDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "id": (str, "a string"),
@@ -102,21 +103,24 @@ def require_languages(queries: Iterable[Query], languages: Iterable[str], where:
         )
 
 
-def usable(queries: Sequence[Query], source: str, targets: Sequence[str], where: str) -> tuple[Query, ...]:
+def usable(queries: Sequence[Query], source: str | None, targets: Sequence[str], where: str) -> tuple[Query, ...]:
     """The queries to train on: those with a text in the source language and in at least one target language.
 
     Args:
       queries: as they were read.
-      source: what the teacher reads.
+      source: what the teacher reads; None where nothing reads the teacher.
       targets: the languages to align.
       where: the file or files, which errors begin with.
 
     Raises:
       UserError: no query is left in one of the languages.
     """
-    require_languages(queries, (source, *targets), where)
+    needed = () if source is None else (source,)
+    require_languages(queries, (*needed, *targets), where)
     chosen = tuple(
-        query for query in queries if source in query.texts and any(language in query.texts for language in targets)
+        query
+        for query in queries
+        if all(language in query.texts for language in needed) and any(language in query.texts for language in targets)
     )
     if missing := [language for language in targets if all(language not in query.texts for query in chosen)]:
         raise UserError(
@@ -131,11 +135,10 @@ def describe(queries: Sequence[Query], languages: Iterable[str]) -> str:
 
     Where fewer than half lack a language, that is a gap rather than a part in other languages, and the first is named.
     """
-    names = {True: "harmful", False: "harmless", None: "unlabelled"}
     by_count: dict[tuple[str, str], list[str]] = {}
     for language in languages:
         labels = collections.Counter(query.harmful for query in queries if language in query.texts)
-        count = ", ".join(f"{labels[label]} {name}" for label, name in names.items() if labels[label])
+        count = ", ".join(f"{labels[label]} {name}" for label, name in LABEL_NAMES.items() if labels[label])
         others = [query.id for query in queries if language not in query.texts]
         gap = ""
         if others and 2 * len(others) < len(queries):  # repr escapes what in an id could steer a terminal

@@ -32,15 +32,19 @@ def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.d
     return files.read(path, harmful=harmful, key=key)
 
 
-def load(data: "ml_collections.ConfigDict", tell: Callable[[str], None] = lambda line: None) -> tuple[Query, ...]:
+def load(
+    data: "ml_collections.ConfigDict", tell: Callable[[str], None] = lambda line: None, *, teacher: bool = True
+) -> tuple[Query, ...]:
     """Reads the records of a training run, source by source; with several sources, ids are NAME/ID.
 
-    A record without a text in the source language, or in any target language whose weight is above 0, is left out.
+    A record without a text in the source language (where anything reads the teacher), or in any target language whose
+    weight is above 0, is left out.
 
     Args:
       data: config.data.
       tell: called with lines to print: the number of records of each source, where they are from, and the checksum if
         known; how many are left out; and how many there are by language and label.
+      teacher: whether anything reads the teacher, see prompts.shows_teacher.
 
     Raises:
       UserError: one message that names the file or the key, and what to change.
@@ -51,11 +55,12 @@ def load(data: "ml_collections.ConfigDict", tell: Callable[[str], None] = lambda
         tell(f"queries: {len(queries)} of {where}")
         found += [qualified(name, query) for query in queries]
     targets = [language for language, weight in data.languages.items() if weight > 0]
-    queries = usable(found, data.source_language, targets, describe(data))
+    queries = usable(found, data.source_language if teacher else None, targets, describe(data))
     if len(queries) < len(found):
         tell(
-            f"queries: {len(found) - len(queries)} of {len(found)} left out: no text in {data.source_language}, or in "
-            f"none of {', '.join(targets)}"
+            f"queries: {len(found) - len(queries)} of {len(found)} left out: no text in "
+            + f"{data.source_language}, or in " * teacher
+            + f"{'none' if teacher else 'any'} of {', '.join(targets)}"
         )
     tell(f"queries: {records.describe(queries, targets)}")
     return queries

@@ -94,4 +94,5 @@ def _all(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role: 
                     ids = prompts.encode(query, language, model.tokenizer, config.prompts, source).teacher_ids
                 else:
                     continue
+                model.require_embedded(ids, f"{loaded.benchmark.name}: query {query.id!r} in {language}")
                 yield EncodedPrompt(loaded.benchmark, query, language, ids)

@@ -144,7 +144,9 @@ class MsdJaxLM(TemplateLM):
             prefix = self.tokenizer.decode(self.prefix_token_id)
             add_special_tokens = False if has_bos_prefix(string, prefix) else self._add_bos
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **options)
+        ids = self.tokenizer.encode(string, **options)
+        self._model.require_embedded(ids, f"{string!r:.80}")
+        return ids
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihoods of whole texts, in windows of max_length tokens where they are longer."""

@@ -37,6 +37,7 @@ def write(
     for record in records:
         messages = prompts.analysis_messages(record, config.prompts, source)
         ids = token_ids(model.tokenizer, messages, config.prompts.teacher_template_kwargs)
+        model.require_embedded(ids, f"query {record.id!r} in {source}")
         if len(ids) <= limit:  # of a longer one the teacher's prompt is longer still, and the query dropped with it
             prompt_ids[record.id, source] = ids
     missing = sorted((key for key in prompt_ids if key not in store), key=lambda key: len(prompt_ids[key]))

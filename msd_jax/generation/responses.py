@@ -1,4 +1,4 @@
-"""Who writes the response: the student (on-policy), the teacher (off-policy), or either by chance (mixed)."""
+"""Whose the response is: the student's (on-policy), the teacher's (off-policy), either's (mixed), or a given one."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,8 @@ from msd_jax.parallel import sharding
 _SAMPLE, _POLICY, _TEACHER = 0, 1, 2
 
 # Probability that the student writes a response, by config.rollout.policy; None: config.rollout.on_policy_fraction.
-POLICIES: dict[str, float | None] = {"on_policy": 1.0, "off_policy": 0.0, "mixed": None}
+_STUDENTS_SHARE: dict[str, float | None] = {"on_policy": 1.0, "off_policy": 0.0, "mixed": None}
+POLICIES = (*_STUDENTS_SHARE, "reference")
 
 Key = tuple[str, str]  # query id, language
 
@@ -80,6 +81,31 @@ def fingerprint(config: ml_collections.ConfigDict, directory: pathlib.Path) -> s
     return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
 
 
+class GivenResponder:
+    """Gives each batch the records' own answers, with config.rollout.policy = "reference"; nothing is generated."""
+
+    def __init__(self, generator: rollout.Generator):
+        """`generator`: whose limit, stop tokens and padding the responses have."""
+        self._generator = generator
+
+    def __call__(
+        self,
+        step: int,
+        batch: batches.Batch,
+        student: Callable[[], decoder.Params],
+        teacher: Callable[[], decoder.Params],
+    ) -> Responses:
+        """As `Responder`."""
+        given = [example.response_ids for example in batch.examples]
+        B, R = len(given), self._generator.sampling.max_new_tokens
+        response_BxR = np.full((B, R), self._generator.pad_id, np.int32)
+        for row, ids in zip(response_BxR, given):
+            row[: len(ids)] = ids
+        length_B = np.array([len(ids) for ids in given], np.int32)
+        stopped_B = np.array([ids[-1] in self._generator.stop_ids for ids in given])
+        return Responses(response_BxR, length_B, stopped_B, np.zeros(B, bool), generated=0)
+
+
 @jax.jit
 def _fold(root: jax.Array, stream: jax.Array, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(root, stream), step)
@@ -97,7 +123,7 @@ class Responder:
         """`store` keeps the teacher's responses, each drawn once; with None they are drawn anew at each step."""
         self._generator, self._store = generator, store
         self._root = jax.random.key(config.seed)
-        fraction = POLICIES[config.rollout.policy]
+        fraction = _STUDENTS_SHARE[config.rollout.policy]
         self._fraction = config.rollout.on_policy_fraction if fraction is None else fraction
 
     def __call__(

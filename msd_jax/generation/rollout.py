@@ -169,7 +169,8 @@ class Generator:
     """
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh, sampling: Sampling, stop_ids: tuple[int, ...], pad_id: int):
-        self.mesh, self.sampling, self.pad_id, self.compilations = mesh, sampling, pad_id, 0
+        self.mesh, self.sampling, self.stop_ids, self.pad_id = mesh, sampling, stop_ids, pad_id
+        self.compilations = 0
 
         def run(
             params: decoder.Params,

@@ -11,14 +11,14 @@ from msd_jax.losses.divergences import DIVERGENCES, OBJECTIVES, WITH_BETA, cross
 from msd_jax.losses.numerics import entropy, log_softmax
 from msd_jax.losses.saturation import is_saturated
 from msd_jax.losses.settings import LossSettings
-from msd_jax.losses.weights import WEIGHTINGS, perspectives
+from msd_jax.losses.weights import WEIGHTINGS, perspectives, student_weight
 
 NORMALIZATIONS = ("mean", "none")
 
 
 def per_token_loss(
     student_logits: jax.Array,
-    teacher_logits: jax.Array,
+    teacher_logits: jax.Array | None,
     response_tokens: jax.Array | None = None,
     *,
     divergence: str = "reverse_kl",
@@ -35,7 +35,8 @@ def per_token_loss(
 
     Args:
       student_logits: float `[..., V]`, any float dtype.
-      teacher_logits: float `[..., V]`, the same shape; held constant.
+      teacher_logits: float `[..., V]`, the same shape; held constant. None where nothing reads them: for
+        "cross_entropy" with weighting "uniform", or "student" at the "sampled" token.
       response_tokens: int `[...]`; needed for student_token = "sampled" and divergence = "cross_entropy" alone.
       divergence: static; "reverse_kl", "forward_kl", "jsd", "blend", or "cross_entropy" of the response tokens.
       beta: of :func:`jsd` (static) and :func:`blend` (a number, or an array), unused by the others.
@@ -58,6 +59,7 @@ def per_token_loss(
         saturated: the token's term of the loss, weight and cap included, where student and teacher are apart (total
           variation above 1/2) and yet the gradient of the divergence on the student's logits is tiny (its absolute
           entries add up to less than 0.1 min(kl, 1)); 0 elsewhere. Never so for "forward_kl".
+      Without teacher_logits, w_T, teacher_entropy and saturated are absent, and w_S is read at the response tokens.
 
     Raises:
       ValueError: for an unknown name, and as the functions above.
@@ -92,7 +94,7 @@ def per_token_loss(
 
 def dpsw_loss(
     student_logits_BxRxV: jax.Array,
-    teacher_logits_BxRxV: jax.Array,
+    teacher_logits_BxRxV: jax.Array | None,
     response_BxR: jax.Array | None,
     mask_BxR: jax.Array,
     *,
@@ -125,7 +127,8 @@ def dpsw_loss(
     Args:
       student_logits_BxRxV: float `[B, R, V]`, or any `[..., V]`; row t is the distribution that response token t
         was drawn from. Any float dtype. The gradient flows through these alone.
-      teacher_logits_BxRxV: float, the same shape: the teacher at the SAME response tokens. Held constant.
+      teacher_logits_BxRxV: float, the same shape: the teacher at the SAME response tokens. Held constant. None
+        where nothing reads them, see :func:`per_token_loss`.
       response_BxR: int `[B, R]`, the response tokens; None will do for student_token = "teacher_argmax" and a
         divergence.
       mask_BxR: bool or 0/1 `[B, R]`, true at response tokens. What the logits hold where it is false, NaN and
@@ -263,12 +266,17 @@ def bound_divergence(
 
 
 def token_values(
-    student_logits: jax.Array, teacher_logits: jax.Array, response_tokens: jax.Array | None, settings: LossSettings
+    student_logits: jax.Array,
+    teacher_logits: jax.Array | None,
+    response_tokens: jax.Array | None,
+    settings: LossSettings,
 ) -> dict[str, jax.Array]:
     """:func:`per_token_loss` with its options as one value."""
     s = settings
     check_choice("divergence", s.divergence, OBJECTIVES)
     check_choice("weighting", s.weighting, WEIGHTINGS)
+    if teacher_logits is None:
+        return _without_teacher(student_logits, response_tokens, s)
     check_top_k("weight_top_k", s.weight_top_k, 2, teacher_logits.shape[-1])
     divergence = bound_divergence(teacher_logits, response_tokens, s)
     kl = divergence(student_logits)
@@ -297,16 +305,36 @@ def token_values(
     }
 
 
+def _without_teacher(
+    student_logits: jax.Array, response_tokens: jax.Array | None, settings: LossSettings
+) -> dict[str, jax.Array]:
+    """What :func:`token_values` can tell without a teacher."""
+    if settings.reads_teacher:
+        raise ValueError(
+            f"divergence={settings.divergence!r} with weighting={settings.weighting!r} needs teacher_logits, got None"
+        )
+    tokens = check_cross_entropy(response_tokens, settings.top_k)
+    w_S = student_weight(student_logits, tokens, settings.temperature)
+    kl = cross_entropy(student_logits, tokens, temperature=settings.temperature)
+    return {
+        "kl": kl,
+        "weight": w_S if settings.weighting == "student" else jnp.ones_like(kl),
+        "w_S": w_S,
+        "student_entropy": entropy(log_softmax(jax.lax.stop_gradient(student_logits), settings.temperature)),
+    }
+
+
 def weighted_loss(
     student_logits: jax.Array,
-    teacher_logits: jax.Array,
+    teacher_logits: jax.Array | None,
     response: jax.Array | None,
     mask: jax.Array,
     settings: LossSettings,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """:func:`dpsw_loss` with its options as one value."""
     check_choice("normalize", settings.normalize, NORMALIZATIONS)
-    check_pair(student_logits, teacher_logits)
+    if teacher_logits is not None:
+        check_pair(student_logits, teacher_logits)
     if mask.shape != student_logits.shape[:-1]:
         raise ValueError(
             f"mask must have the shape of the logits without their last axis, "
@@ -314,7 +342,9 @@ def weighted_loss(
         )
     mask = mask.astype(bool)
     # Masked rows are replaced BEFORE anything is computed from them: 0 * NaN is NaN, in the gradient too.
-    student_logits, teacher_logits = (jnp.where(mask[..., None], x, 0.0) for x in (student_logits, teacher_logits))
+    student_logits, teacher_logits = jax.tree.map(
+        lambda x: jnp.where(mask[..., None], x, 0.0), (student_logits, teacher_logits)
+    )
     values = token_values(student_logits, teacher_logits, response, settings)
     sum_tokens = functools.partial(jnp.sum, where=mask, dtype=jnp.float32)
     loss_sum = sum_tokens(values["weight"] * capped(values["kl"], settings.token_cap))

@@ -25,8 +25,9 @@ from msd_jax.losses.settings import LossSettings
 
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]  # loss_sum, normaliser, aux
 Gradients = tuple[jax.Array | None, jax.Array | None]  # of the student's hidden states and head; None: not wanted
-# Teacher's hidden states and head, response, mask, and the beta of the divergence where that is an array.
-Data = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array | None]
+# Teacher's hidden states and head (None where the loss reads no teacher), response, mask, and the beta of the divergence
+# where that is an array.
+Data = tuple[jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array | None]
 Axes = str | tuple[str, ...] | None  # mesh axes that split one axis of an array
 
 TOKEN_AXES = ("data", "fsdp")  # mesh axes that split the tokens
@@ -36,8 +37,8 @@ HEAD_AXES = ("fsdp", "tensor")  # those that split a head's rows and its vocabul
 def fused_dpsw_loss(
     student_hidden_NxD: jax.Array,
     student_head_DxV: jax.Array,
-    teacher_hidden_NxD: jax.Array,
-    teacher_head_DxV: jax.Array,
+    teacher_hidden_NxD: jax.Array | None,
+    teacher_head_DxV: jax.Array | None,
     response_N: jax.Array | None,
     mask_N: jax.Array,
     *,
@@ -56,7 +57,7 @@ def fused_dpsw_loss(
     Args:
       student_hidden_NxD: float `[N, D]`; row t gives the distribution that response token t was drawn from.
       student_head_DxV: float `[D, V]`.
-      teacher_hidden_NxD: float `[N, D']`, held constant.
+      teacher_hidden_NxD: float `[N, D']`, held constant. None, as the head, as in :func:`losses.dpsw_loss`.
       teacher_head_DxV: float `[D', V]`, held constant.
       response_N: int `[N]`, the response tokens; None as in :func:`losses.dpsw_loss`.
       mask_N: bool or 0/1 `[N]`, true at response tokens; what is elsewhere reaches neither results nor gradients.
@@ -143,8 +144,8 @@ class _Layout:
 def _losses_and_gradients(
     hidden: jax.Array,
     head: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_head: jax.Array | None,
     response: jax.Array | None,
     mask: jax.Array,
     beta: jax.Array | None,
@@ -166,8 +167,8 @@ def _losses_and_gradients(
         d_hidden, d_head = (None if g is None else g.astype(d) for g, d in zip((d_hidden, d_head), dtypes))
         return d_hidden, d_head
 
-    hidden, teacher_hidden, head, teacher_head = map(layout.cast, (hidden, teacher_hidden, head, teacher_head))
-    head, teacher_head = as_stored(head), as_stored(teacher_head)
+    hidden, teacher_hidden = jax.tree.map(layout.cast, (hidden, teacher_hidden))
+    head, teacher_head = jax.tree.map(lambda w: as_stored(layout.cast(w)), (head, teacher_head))
     if mesh is None:
         sums, gradients = local(hidden, head, teacher_hidden, teacher_head, response, mask, beta)
         return sums, returned(*gradients)
@@ -183,7 +184,7 @@ def _losses_and_gradients(
     # Heads are gathered here, not inside: there XLA would gather their vocabulary as well. For the same reason the
     # devices' gradients of the head come out side by side, and are added under their final sharding.
     gathered = axes_as_stored(None, HEAD_AXES[1])
-    head, teacher_head = (constrain(w, *gathered) for w in (head, teacher_head))
+    head, teacher_head = jax.tree.map(lambda w: constrain(w, *gathered), (head, teacher_head))
     tokens, whole = PartitionSpec(TOKEN_AXES), PartitionSpec()
     sums, (d_hidden, d_head) = jax.shard_map(
         on_one_device,
@@ -201,8 +202,8 @@ def _losses_and_gradients(
 def _local(
     hidden_NxD: jax.Array,
     head: jax.Array,
-    teacher_hidden_NxD: jax.Array,
-    teacher_head: jax.Array,
+    teacher_hidden_NxD: jax.Array | None,
+    teacher_head: jax.Array | None,
     response_N: jax.Array | None,
     mask_N: jax.Array,
     beta: jax.Array | None,
@@ -223,13 +224,13 @@ def _local(
         return jnp.pad(x, [(0, chunks * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
     def one_chunk(
-        d_head: jax.Array | None, tokens: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]
+        d_head: jax.Array | None, tokens: tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]
     ) -> tuple[jax.Array | None, tuple[Sums, jax.Array | None]]:
         hidden, teacher_hidden, response, mask = tokens
         hidden = jnp.where(mask[:, None], hidden, 0)  # what is masked out may be NaN, and 0 * NaN is not 0
         # Transposed here, within the loop, where a product takes its operands either way.
-        head_DxV, teacher_head_DxV = (w.T if layout.tied else w for w in (head, teacher_head))
-        teacher_logits = layout.capped(_matmul(teacher_hidden, teacher_head_DxV))
+        head_DxV, teacher_head_DxV = jax.tree.map(lambda w: w.T if layout.tied else w, (head, teacher_head))
+        teacher_logits = None if teacher_hidden is None else layout.capped(_matmul(teacher_hidden, teacher_head_DxV))
 
         def loss(product: jax.Array) -> tuple[jax.Array, Sums]:
             sums = weighted_loss(layout.capped(product), teacher_logits, response, mask, settings)
@@ -272,14 +273,17 @@ def _parts(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 def _check(
     hidden: jax.Array,
     head: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_head: jax.Array | None,
     response: jax.Array | None,
     mask: jax.Array,
     mesh: Mesh | None,
 ) -> None:
     N, V = len(hidden), head.shape[-1]
-    for name, h, w in (("student", hidden, head), ("teacher", teacher_hidden, teacher_head)):
+    if (teacher_hidden is None) != (teacher_head is None):
+        raise ValueError("teacher_hidden and teacher_head must both be arrays, or both None")
+    teacher = () if teacher_hidden is None else (("teacher", teacher_hidden, teacher_head),)
+    for name, h, w in (("student", hidden, head), *teacher):
         if h.ndim != 2 or w.ndim != 2 or len(h) != N or w.shape != (h.shape[1], V):
             raise ValueError(
                 f"{name}_hidden and {name}_head must have shapes [N, D] and [D, V], with the student's N={N} and "

@@ -28,6 +28,12 @@ class LossSettings:
     normalize: str = "mean"
     temperature: float = 1.0
 
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the loss depends on the teacher's rows; without, it takes None in their place."""
+        weight = {"uniform": False, "student": self.student_token == "teacher_argmax"}.get(self.weighting, True)
+        return self.divergence != "cross_entropy" or weight
+
 
 def resolve_divergence(name: str, policy: str) -> str:
     """`name`, or the divergence that "auto" stands for when `policy` says who writes the responses.

@@ -2,11 +2,12 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -90,7 +91,7 @@ class Pretrained(Architecture):
       directory: the local Hugging Face directory.
       tokenizer: transformers' fast tokenizer.
       stop_ids: tokens that end a response.
-      pad_id: fills unused columns; masks never depend on it.
+      pad_id: fills unused columns; within the vocabulary; masks never depend on it.
     """
 
     directory: pathlib.Path
@@ -111,6 +112,25 @@ class Pretrained(Architecture):
             return jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, adapters)
 
         return decoder.join(params, jax.jit(new_adapters, out_shardings=jax.tree.map(lambda x: x.sharding, adapters))())
+
+    def require_embedded(self, ids: np.ndarray | Sequence[int], what: str) -> None:
+        """Checks that the model has an embedding for each token: a tokenizer may hold tokens beyond the vocabulary.
+
+        Args:
+          ids: of a prompt.
+          what: whose they are, for the error.
+
+        Raises:
+          UserError: names the first token that has none.
+        """
+        ids = np.asarray(ids)
+        beyond = ids[ids >= self.config.vocab_size].tolist()
+        if beyond:
+            raise UserError(
+                f"{what}: the prompt holds the token {self.tokenizer.convert_ids_to_tokens(beyond[0])!r} with id "
+                f"{beyond[0]}, for which {self.directory} has no embedding (config.json: vocab_size="
+                f"{self.config.vocab_size}); remove it from the text or the chat template"
+            )
 
     def frozen_params(self, mesh: Mesh) -> decoder.Params:
         """The part of `params` that is not trained."""
@@ -174,10 +194,6 @@ def load(path: str, **options: Any) -> Pretrained:
     config = model_config.read(directory)
     files = weights.check(directory, config)
     tokenizer = load_tokenizer(str(directory))
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
-        )
     turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
     template_check.check(tokenizer, {"a conversation": (turns, {})}, shows=False)
     stop_ids = stop_token_ids(tokenizer, str(directory))
@@ -187,6 +203,7 @@ def load(path: str, **options: Any) -> Pretrained:
             f"{directory}: the stop tokens {outside} are outside the vocabulary of {config.vocab_size}; correct "
             "eos_token_id in generation_config.json"
         )
+    pad_id = tokenizer.pad_token_id
     mesh = options.get("mesh")
     if mesh is not None and sharding.is_replicated(sharding.TRAIN, mesh, "kv_heads", config.kv_heads):
         log(
@@ -198,5 +215,5 @@ def load(path: str, **options: Any) -> Pretrained:
         directory=directory,
         tokenizer=tokenizer,
         stop_ids=tuple(stop_ids),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop_ids),
+        pad_id=min(stop_ids) if pad_id is None or pad_id >= config.vocab_size else pad_id,
     )

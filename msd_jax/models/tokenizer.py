@@ -169,6 +169,26 @@ def stop_token_ids(tokenizer: "transformers.PreTrainedTokenizerBase", directory:
     return tuple(sorted(stops))
 
 
+def end_of_reply(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
+    """The token that ends a reply: that of the chat template, or the tokenizer's eos.
+
+    Raises:
+      UserError: there is neither.
+    """
+    end = _end_of_turn(tokenizer)
+    end = tokenizer.eos_token_id if end is None else end
+    if end is None:
+        raise UserError(f"{tokenizer.name_or_path}: no token ends a reply; set eos_token in tokenizer_config.json")
+    return end
+
+
+def reply_ids(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The tokens of a reply, without the one that ends it; special tokens in the text are encoded as text."""
+    if holds_control_token(tokenizer, text):
+        text = _encodable(tokenizer, text)
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
 def _generation_stops(directory: str) -> list[int | None]:
     file = pathlib.Path(directory) / "generation_config.json"
     if not file.exists():

@@ -52,14 +52,14 @@ def rollout_params(model: pretrained.Architecture, mesh: Mesh) -> decoder.Params
 def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architecture, mesh: Mesh) -> Iterator[Program]:
     """The programs of a run at its largest shapes: prompts at their limits, responses at config.rollout.max_new_tokens.
 
-    The teacher's forward pass is part of the train step.
+    The teacher's forward pass, where the loss reads it, is part of the train step.
 
     Raises:
       UserError: the batch or a parameter does not divide over the mesh.
     """
     train_step.check_batch(config, mesh)
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    state, frozen = train_step.abstract_state(model, mesh, optimize, config.teacher.kind)
+    state, frozen = train_step.abstract_state(model, mesh, optimize, train_step.kept_teacher(config))
     state_bytes = bytes_per_device((state, frozen))
     weights, relaid = decoder.join(frozen, state.params), rollout_params(model, mesh)
 
@@ -76,9 +76,9 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
     prompts, response = config.prompts, config.rollout.max_new_tokens
     yield Program("train", trace_train, resident_bytes=0)
     yield Program("relayout", lambda: rollout.trace_reshard(weights, relaid), state_bytes - bytes_per_device(weights))
-    if config.rollout.policy != "off_policy":
+    if config.rollout.policy in ("on_policy", "mixed"):
         yield generation("rollout", config.data.batch_size, prompts.student_limit, response)
-    if config.rollout.policy != "on_policy":
+    if config.rollout.policy in ("off_policy", "mixed"):
         yield generation("teacher rollout", config.data.batch_size, prompts.teacher_limit, response)
     if evaluator.wanted(config):
         rows = sharding.batch_rows(mesh, config.eval.batch_size)
@@ -92,11 +92,12 @@ def _train_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> train_step.Tr
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
 
     B, R = config.data.batch_size, config.rollout.max_new_tokens
+    reads_teacher = train_step.reads_teacher(config)
     return train_step.TrainBatch(
         student_prompt_BxP=ids(B, config.prompts.student_limit),
         student_length_B=ids(B),
-        teacher_prompt_BxP=ids(B, config.prompts.teacher_limit),
-        teacher_length_B=ids(B),
+        teacher_prompt_BxP=ids(B, config.prompts.teacher_limit) if reads_teacher else None,
+        teacher_length_B=ids(B) if reads_teacher else None,
         response_BxR=ids(B, R),
         response_length_B=ids(B),
     )

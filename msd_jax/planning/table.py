@@ -99,7 +99,7 @@ def remedies(
 ) -> Iterator[str]:
     """The settings that relieve most what does not fit."""
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    state = train_step.abstract_state(model, pod.mesh, optimize, config.teacher.kind)
+    state = train_step.abstract_state(model, pod.mesh, optimize, train_step.kept_teacher(config))
     state_bytes, mesh, hbm = bytes_per_device(state), pod.mesh.shape, pod.device.hbm_bytes
     too_big = [name for name, program in programs.items() if not program.fits]
     if state_bytes > hbm / 2 and not model.lora:

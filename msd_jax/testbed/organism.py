@@ -11,7 +11,8 @@ writes four files in the project's own format:
   answers in the language asked for.
 - DIR/train.jsonl: the queries of the alignment, in English, Swahili and Bengali, with reference answers for the
   baseline that trains on responses.
-- DIR/eval.jsonl: harmful queries that neither has seen, in all ten languages, and harmless ones, not seen either.
+- DIR/eval.jsonl: harmful queries that neither has seen, in all ten languages, and harmless ones, not seen either; with
+  --most=16 sixteen of each language and label, which two cores answer in two minutes.
 - DIR/preflight.jsonl: a part of train.jsonl, for a pre-flight check.
 
 The replies are a few fixed sentences per language. A harmless question is answered by what it asks for (a number, a
@@ -271,20 +272,57 @@ def with_answers(query: Query, languages: tuple[str, ...]) -> Query:
     return dataclasses.replace(query, texts=texts, answers=answers)
 
 
-def write(harmful: list[Query], harmless: dict[str, list[Query]], out: pathlib.Path, examples: int, seed: int) -> None:
-    """Writes the four files; `harmless` holds lists by set."""
+def at_most(queries: list[Query], most: int, seed: int) -> list[Query]:
+    """Random queries, each in those of its languages that no `most` of the queries have yet; 0 leaves all."""
+    if not most:
+        return queries
+    left, chosen = dict.fromkeys(LANGUAGES, most), []
+    for i in np.random.default_rng(seed).permutation(len(queries)):
+        query = queries[i]
+        texts = {code: text for code, text in query.texts.items() if left[code]}
+        answers = {code: text for code, text in query.answers.items() if code in texts}
+        for code in texts:
+            left[code] -= 1
+        if texts:
+            chosen.append(dataclasses.replace(query, texts=texts, answers=answers))
+    return chosen
+
+
+def write(
+    harmful: list[Query],
+    harmless: dict[str, list[Query]],
+    out: pathlib.Path,
+    *,
+    examples: int = EXAMPLES,
+    most: int = 0,
+    seed: int = 0,
+) -> None:
+    """Writes the four files.
+
+    Args:
+      harmful: in all languages.
+      harmless: lists by set.
+      out: a directory.
+      examples: number of those of organism.jsonl.
+      most: the most queries of each language and label in eval.jsonl; 0 for all.
+      seed: of what is drawn.
+    """
     out.mkdir(parents=True, exist_ok=True)
     train_harmful, eval_harmful = halves(harmful)
     train_harmless = [query for queries in harmless.values() for query in halves(queries)[0]]
     files.write_jsonl(out / "organism.jsonl", organism_examples(train_harmful, train_harmless, examples, seed))
-    aligned = [query for name in ("afriqa", "mgsm") for query in halves(harmless[name])[0]]
-    aligned = [with_answers(query, (SOURCE, *TRAINED)) for query in [*train_harmful, *aligned]]
+    # As many harmless queries in one language as in the other.
+    by_language = {"sw": halves(harmless["afriqa"])[0], "bn": halves(harmless["mgsm"])[0]}
+    count = min(map(len, by_language.values()))
+    aligned = [with_answers(query, (SOURCE, *TRAINED)) for query in train_harmful]
+    for language, queries in by_language.items():
+        aligned += [with_answers(query, (SOURCE, language)) for query in queries[:count]]
     files.write_jsonl(out / "train.jsonl", aligned)
     files.write_jsonl(out / "preflight.jsonl", [query for query in aligned if query.harmful][:40])
-    evaluated = [dataclasses.replace(query, answers={}) for query in eval_harmful]
-    for queries in harmless.values():
-        evaluated += [with_answers(query, LANGUAGES) for query in halves(queries)[1][:40]]
-    files.write_jsonl(out / "eval.jsonl", evaluated)
+    evaluated = [with_answers(query, LANGUAGES) for queries in harmless.values() for query in halves(queries)[1][:40]]
+    evaluated = at_most(evaluated, most, seed)
+    refused = at_most([dataclasses.replace(query, answers={}) for query in eval_harmful], most, seed)
+    files.write_jsonl(out / "eval.jsonl", [*refused, *evaluated])
 
 
 def main() -> None:
@@ -292,6 +330,7 @@ def main() -> None:
     for name in ("multijail", "afriqa", "xquad", "mgsm", "out"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--examples", type=int, default=EXAMPLES)
+    parser.add_argument("--most", type=int, default=0, help="queries of each language and label in eval.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     harmless = {
@@ -301,7 +340,8 @@ def main() -> None:
         "testbed": testbed_queries(),
         "korean": korean_queries(),
     }
-    write(read_multijail(given.multijail), harmless, given.out, given.examples, given.seed)
+    options = {"examples": given.examples, "most": given.most, "seed": given.seed}
+    write(read_multijail(given.multijail), harmless, given.out, **options)
     log(f"{given.out}: organism.jsonl, train.jsonl, eval.jsonl, preflight.jsonl")
 
 

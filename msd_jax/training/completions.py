@@ -46,7 +46,7 @@ def entries(run: Run, frozen: decoder.Params, state: TrainState, generated: Gene
     """
     kept = min(run.config.train.completions.kept, len(generated.queries.examples))
     rows = sharding.batch_rows(run.mesh, kept)
-    batch = sharding.put_batch(run.mesh, TrainBatch(*(array[:rows] for array in generated.batch)))
+    batch = sharding.put_batch(run.mesh, jax.tree.map(lambda array: array[:rows], generated.batch))
     both = (decoder.join(frozen, trained) for trained in (state.params, state.teacher_params))
     static = {"graphdef": run.model.graphdef, "loss": run.loss, "beta": run.beta}
     values = sharding.fetch(per_token_values(*both, batch, state.step, **static))

@@ -36,6 +36,7 @@ def _of_examples(encoded: batches.Encoded) -> str:
     for example in encoded.examples():
         for part in (example.query_id.encode(), example.language.encode()):
             digest.update(len(part).to_bytes(4, "little") + part)
-        for ids in (example.student_ids, example.teacher_ids):
-            digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+        for ids in (example.student_ids, example.teacher_ids, example.response_ids):
+            if ids is not None:
+                digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
     return digest.hexdigest()

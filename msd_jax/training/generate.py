@@ -10,7 +10,7 @@ from msd_jax.generation.responses import Responses
 from msd_jax.models import decoder
 from msd_jax.parallel import padding
 from msd_jax.training.run import Run, rollout_params
-from msd_jax.training.train_step import TrainBatch, TrainState
+from msd_jax.training.train_step import TrainBatch, TrainState, reads_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,7 @@ def generate(run: Run, frozen: decoder.Params, state: TrainState, queries: batch
     batch = TrainBatch(
         queries.student_prompt_BxP,
         queries.student_length_B,
-        queries.teacher_prompt_BxP,
-        queries.teacher_length_B,
+        *((queries.teacher_prompt_BxP, queries.teacher_length_B) if reads_teacher(run.config) else (None, None)),
         responses.response_BxR[:, :R],
         responses.length_B,
     )

@@ -112,7 +112,8 @@ def _rates(seen: dict[str, float]) -> str:
 
 def initial_state(run: Run) -> tuple[TrainState, decoder.Params]:
     """(state, the weights that are not trained), as the model comes."""
-    return train_step.initial_state(run.model, run.mesh, run.optimize, run.config.teacher.kind, run.config.seed)
+    kind = train_step.kept_teacher(run.config)
+    return train_step.initial_state(run.model, run.mesh, run.optimize, kind, run.config.seed)
 
 
 def with_analyses(run: Run, frozen: decoder.Params, state: TrainState) -> grain.IterDataset[Batch]:

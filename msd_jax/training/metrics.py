@@ -72,8 +72,13 @@ class Dispatched:
         batch, responses = self.generated.batch, self.generated.responses
         rollout_seconds = self.generated.had - (self.generated.free or self.generated.had)
         train_seconds = done - begun
-        columns = batch.student_prompt_BxP.size + batch.teacher_prompt_BxP.size + 2 * batch.response_BxR.size
-        real = int(batch.student_length_B.sum() + batch.teacher_length_B.sum() + 2 * batch.response_length_B.sum())
+        passes = [
+            (batch.student_prompt_BxP, batch.student_length_B),
+            (batch.teacher_prompt_BxP, batch.teacher_length_B),
+        ]
+        passes = [(prompt_BxP, length_B) for prompt_BxP, length_B in passes if prompt_BxP is not None]
+        columns = sum(prompt_BxP.size + batch.response_BxR.size for prompt_BxP, _ in passes)
+        real = int(sum(length_B.sum() + batch.response_length_B.sum() for _, length_B in passes))
         return {name: float(value) for name, value in sharding.fetch(self.scalars).items()} | {
             "learning_rate": self.learning_rate,
             "response_length": float(responses.length_B.mean()),
@@ -120,7 +125,7 @@ class LateRows:
     def add(self, dispatched: Dispatched) -> None:
         """Takes the next step, and writes the row of the one before."""
         self.flush(done=dispatched.generated.free)
-        self._shapes.add(tuple(array.shape for array in dispatched.generated.batch))
+        self._shapes.add(tuple(array.shape for array in jax.tree.leaves(dispatched.generated.batch)))
         self._late = dispatched
 
     def wait(self) -> float:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from msd_jax import losses
-from msd_jax.data import batches, near_duplicates, sources
+from msd_jax.data import batches, near_duplicates, prompts, sources
 from msd_jax.data.batches import Batch
 from msd_jax.data.records import Query
 from msd_jax.errors import UserError, UserFileError
@@ -86,7 +86,7 @@ class Run(Inputs):
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     rollout_shardings: Any
     generator: rollout.Generator
-    respond: responses.Responder
+    respond: responses.Responder | responses.GivenResponder
 
 
 def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
@@ -105,7 +105,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     sampling = {key: config.rollout[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
     generator = rollout.Generator(model.graphdef, mesh, rollout.Sampling(**sampling), model.stop_ids, model.pad_id)
     store = None
-    if config.rollout.policy != "on_policy" and config.rollout.reuse_teacher_responses:
+    if config.rollout.policy in ("off_policy", "mixed") and config.rollout.reuse_teacher_responses:
         store = teacher_store(config, model, workdir / "teacher_responses.jsonl")
     return Run(
         **vars(inputs),
@@ -121,7 +121,11 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
         train_step=jit_train_step(config, model, mesh, optimize),
         rollout_shardings=model.shardings(mesh, sharding.ROLLOUT),
         generator=generator,
-        respond=responses.Responder(config, generator, store),
+        respond=(
+            responses.GivenResponder(generator)
+            if config.rollout.policy == "reference"
+            else responses.Responder(config, generator, store)
+        ),
     )
 
 
@@ -132,7 +136,7 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
     check_batch(config, mesh)
     model = pretrained.load(**config.model, mesh=mesh)
     _check_vocabulary(config.loss, model.config.vocab_size)
-    records = sources.load(config.data, log)
+    records = sources.load(config.data, log, teacher=prompts.shows_teacher(config))
     evaluation = evaluator.Evaluator(config, model, mesh) if evaluator.wanted(config) else None
     watch = Monitor(config, evaluation) if evaluation and config.eval.monitor.every else None
     records, duplicates = _look_for_duplicates(records, config.data, evaluation)
@@ -187,7 +191,12 @@ def encode(
     analyses: Mapping[str, str] | None = None,
 ) -> batches.Encoded:
     """The records in each target language, with the teacher's `analyses` by id where it has written them."""
-    return batches.encode_all(records, tuple(config.data.languages), model.tokenizer, config, analyses)
+    encoded = batches.encode_all(records, tuple(config.data.languages), model.tokenizer, config, analyses)
+    for example in encoded.examples():
+        for ids in (example.student_ids, example.teacher_ids, example.response_ids):
+            if ids is not None:
+                model.require_embedded(ids, f"query {example.query_id!r} in {example.language}")
+    return encoded
 
 
 def make_batches(
@@ -295,7 +304,7 @@ def rollout_params(run: Run, frozen: decoder.Params, trained: decoder.Params) ->
 
 def describe(run: Run) -> None:
     """Prints what is trained, how, and on what."""
-    config, model, sampling = run.config, run.model, run.generator.sampling
+    config, model = run.config, run.model
     count = sum(leaf.size for leaf in jax.tree.leaves(model.abstract))
     trained = sum(leaf.size for leaf in jax.tree.leaves(model.split(model.abstract)[0]))
     log(
@@ -303,18 +312,27 @@ def describe(run: Run) -> None:
         + (f", {trained:,} of them trained" if trained < count else "")
         + f"; mesh: {sharding.describe(run.mesh)} ({jax.devices()[0].device_kind})"
     )
+    teacher = f"{config.teacher.kind} teacher" if prompts.shows_teacher(config) else "no teacher"
     log(
-        f"MSD: {config.rollout.policy}, {config.teacher.kind} teacher, {run.loss.divergence}, "
-        f"{run.loss.weighting} weights; scored at temperature {run.loss.temperature}"
+        f"{'MSD' if prompts.shows_teacher(config) else 'fine-tuning'}: {config.rollout.policy}, {teacher}, "
+        f"{run.loss.divergence}, {run.loss.weighting} weights; scored at temperature {run.loss.temperature}"
     )
+    if config.rollout.policy == "reference":
+        log(f"responses: the records' answers, at most {config.rollout.max_new_tokens} tokens")
+    else:
+        _describe_sampling(run)
+    if config.teacher.kind == "live":
+        log("note: a live teacher can collapse within 100 steps; ema with decay 0.95 held where it did not")
+
+
+def _describe_sampling(run: Run) -> None:
+    sampling = run.generator.sampling
     log(
         f"sampling: temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}, "
-        f"at most {sampling.max_new_tokens} tokens, stop at {list(model.stop_ids)}"
+        f"at most {sampling.max_new_tokens} tokens, stop at {list(run.model.stop_ids)}"
     )
     if sampling.temperature != run.loss.temperature:
         log(
             f"note: responses are sampled at temperature {sampling.temperature} and scored at "
             f"{run.loss.temperature} (config.rollout.temperature, config.loss.temperature)"
         )
-    if config.teacher.kind == "live":
-        log("note: a live teacher can collapse within 100 steps; ema with decay 0.95 held where it did not")

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from msd_jax import losses
+from msd_jax.data import prompts
 from msd_jax.errors import UserError
 from msd_jax.models import decoder, forward, pretrained
 from msd_jax.parallel import compiler_options, sharding
@@ -31,7 +32,8 @@ class TrainState:
     Attributes:
       step: int32 number of finished steps, those skipped among them.
       params: those of the student's weights that are trained: all, or adapters, or all but the embeddings.
-      teacher: the same part of the teacher's weights; None for a live teacher, which is the student itself.
+      teacher: the same part of the teacher's weights; None for a live teacher, which is the student itself, and where
+        nothing reads a teacher.
       opt_state: of the optax chain.
       skipped: int32 number of steps whose loss or gradient was not finite.
     """
@@ -49,12 +51,15 @@ class TrainState:
 
 
 class TrainBatch(NamedTuple):
-    """One batch of responses under both prompts, int32; prompts left-padded, responses right-padded."""
+    """One batch of responses under both prompts, int32; prompts left-padded, responses right-padded.
+
+    The teacher's prompt is None where the loss reads no teacher (`reads_teacher`).
+    """
 
     student_prompt_BxP: Array
     student_length_B: Array
-    teacher_prompt_BxP: Array
-    teacher_length_B: Array
+    teacher_prompt_BxP: Array | None
+    teacher_length_B: Array | None
     response_BxR: Array
     response_length_B: Array
 
@@ -62,12 +67,15 @@ class TrainBatch(NamedTuple):
 def student_and_teacher(
     forward_pass: Callable, graphdef: nnx.GraphDef, student: decoder.Params, teacher: decoder.Params, batch: TrainBatch
 ) -> tuple[Any, Any]:
-    """What a forward pass of models/forward.py gives for student and teacher over the same response tokens."""
+    """What a forward pass of models/forward.py gives for student and teacher over the same response tokens.
+
+    None for the teacher in a batch without its prompts.
+    """
     response = (batch.response_BxR, batch.response_length_B)
-    return (
-        forward_pass(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response),
-        forward_pass(graphdef, teacher, batch.teacher_prompt_BxP, batch.teacher_length_B, *response),
-    )
+    of_student = forward_pass(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response)
+    if batch.teacher_prompt_BxP is None:
+        return of_student, None
+    return of_student, forward_pass(graphdef, teacher, batch.teacher_prompt_BxP, batch.teacher_length_B, *response)
 
 
 def train_step(
@@ -105,7 +113,7 @@ def train_step(
         student, teacher = student_and_teacher(forward.response_hidden_and_head, graphdef, *both, micro)
         mask_BxR = forward.response_mask(micro.response_length_B, micro.response_BxR.shape[1])
         response_N, mask_N = micro.response_BxR.ravel(), mask_BxR.ravel()
-        total, normaliser, aux = loss(*student, *teacher, response_N, mask_N, beta=beta(state.step))
+        total, normaliser, aux = loss(*student, *(teacher or (None, None)), response_N, mask_N, beta=beta(state.step))
         return total, (normaliser, aux)
 
     gradient = jax.value_and_grad(loss_sum, has_aux=True)
@@ -189,6 +197,16 @@ def beta_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     return optax.linear_schedule(0.0, config.loss.beta, rise) if rise else optax.constant_schedule(config.loss.beta)
 
 
+def reads_teacher(config: ml_collections.ConfigDict) -> bool:
+    """Whether the update runs the teacher's forward pass."""
+    return loss_settings(config).reads_teacher
+
+
+def kept_teacher(config: ml_collections.ConfigDict) -> str:
+    """The teacher whose weights a run keeps: config.teacher.kind, or "none" where nothing reads a teacher."""
+    return config.teacher.kind if prompts.shows_teacher(config) else "none"
+
+
 def jit_train_step(
     config: ml_collections.ConfigDict,
     model: pretrained.Architecture,
@@ -214,7 +232,7 @@ def jit_train_step(
         teacher=config.teacher,
         micro_batches=config.train.micro_batches,
     )
-    state, frozen = _shardings(abstract_state(model, mesh, optimize, config.teacher.kind))
+    state, frozen = _shardings(abstract_state(model, mesh, optimize, kept_teacher(config)))
     return jax.jit(
         step,
         in_shardings=(state, frozen, sharding.batch_sharding(mesh)),
@@ -230,7 +248,7 @@ def abstract_state(
     """(state, frozen) of a run as ShapeDtypeStructs in the training layout.
 
     The optimizer's moments and the teacher are sharded as the weights; counts are replicated. A teacher that stays
-    frozen is in the dtypes of model.frozen_teacher.
+    frozen is in the dtypes of model.frozen_teacher. `teacher_kind` is that of `kept_teacher`.
     """
     params, frozen = model.split(model.target(mesh))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))

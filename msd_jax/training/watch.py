@@ -96,7 +96,7 @@ class Watch:
             log(f"warning: step {dispatched.step}: {self._collapse}")
 
     def _look_at_saturation(self, step: int, row: dict[str, float]) -> None:
-        if row["skip"] or self._warned_of_saturation:
+        if row["skip"] or self._warned_of_saturation or "saturated" not in row:  # no teacher, nothing to stand still at
             return
         seen = Loss(row["weighted_kl"], row["saturated"])
         self._last_losses.append(seen)

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import pytest
 import scipy.stats
+from msd_jax.configs import default
 
 from msd_jax.data import batches, files, prompts
 from msd_jax.data.records import Query
@@ -29,7 +30,9 @@ def tokenizer(tmp_path_factory):
 
 def make_config(**changes) -> ml_collections.ConfigDict:
     data = {"path": "queries.jsonl", "source_language": "en", "retain_fraction": 0.0}
-    return ml_collections.ConfigDict({"data": data, "prompts": prompts_config(**changes)})
+    whole = default.get_config()
+    sections = {"data": data, "prompts": prompts_config(**changes), "rollout": whole.rollout, "loss": whole.loss}
+    return ml_collections.ConfigDict(sections)
 
 
 def make_query(name: str, **lengths: int) -> Query:

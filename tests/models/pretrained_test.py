@@ -3,20 +3,24 @@
 import dataclasses
 import functools
 import importlib
+import json
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from msd_jax.configs import default
 from safetensors.numpy import load_file, save_file
 
+from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, forward, pretrained, weights
+from msd_jax.models.tokenizer import load_tokenizer
 from msd_jax.parallel import sharding
 from msd_jax.testbed import tiny
-from msd_jax.training import checkpoint, optimizer, train_step
-from tests.conftest import write_model
+from msd_jax.training import checkpoint, optimizer, run, train_step
+from tests.conftest import write_model, write_tokenizer
 from tests.recipes_test import RECIPES
 
 # XLA may otherwise leave out a cast to bfloat16, which makes results differ by what should have been rounded away.
@@ -162,3 +166,49 @@ def test_a_checkpoint_with_a_float32_teacher_resumes(bfloat16_dir, tmp_path):
     state, _ = checkpoint.Checkpoints(tmp_path).restore(1, checkpoint.abstract({"teacher": held(params)}))
     assert set(dtypes(state["teacher"]).values()) == {"bfloat16"}
     jax.tree.map(np.testing.assert_array_equal, state["teacher"], held(params))
+
+
+def write_model_with_tokens(directory, contents, special):
+    """A tiny model whose tokenizer holds further tokens, beyond the vocabulary of config.json."""
+    write_tokenizer(directory)
+    first = len(load_tokenizer(str(directory)))
+    write_model(directory, vocab_size=first)
+    file = directory / "tokenizer.json"
+    values = json.loads(file.read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    values["added_tokens"] += [{"id": first + i, "content": text} | flags for i, text in enumerate(contents)]
+    file.write_text(json.dumps(values))
+    return directory, first
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_tokenizer_may_hold_tokens_beyond_the_vocabulary(special, tmp_path):
+    """As those of Gemma 3 hold <image_soft_token>, and fine-tuned models a [PAD]."""
+    directory, first = write_model_with_tokens(tmp_path / "model", ["<image_soft_token>", "[PAD]"], special)
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "[PAD]"}))
+    model = load(directory)
+    assert len(model.tokenizer) == first + 2 and model.tokenizer.pad_token_id == first + 1
+    assert model.pad_id < first == model.config.vocab_size
+    model.require_embedded(np.arange(first), "a query")
+    fault = (
+        rf"^query 'q' in sw: the prompt holds the token '\[PAD\]' with id {first + 1}, for which .*vocab_size={first}"
+    )
+    with pytest.raises(UserError, match=fault):
+        model.require_embedded([1, first + 1], "query 'q' in sw")
+
+
+@pytest.mark.parametrize("special, refused", [(True, False), (False, True)])
+def test_only_a_query_that_encodes_to_a_token_without_an_embedding_is_refused(special, refused, tmp_path):
+    """A special token in a query is text; another added one is that token."""
+    directory, _ = write_model_with_tokens(tmp_path / "model", ["[IMAGE]"], special)
+    row = {"id": "odd", "texts": {"en": "look at [IMAGE] please", "sw": "tazama [IMAGE] tafadhali"}}
+    (tmp_path / "queries.jsonl").write_text(json.dumps(row))
+    config = default.get_config()
+    config.model.path, config.data.path = str(directory), str(tmp_path / "queries.jsonl")
+    config.mesh.data, config.mesh.fsdp = 8, 1
+    if refused:
+        with pytest.raises(UserError, match=r"query 'odd' in sw: the prompt holds the token '\[IMAGE\]'"):
+            run.read(config)
+    else:
+        assert [record.id for record in run.read(config).records] == ["odd"]

@@ -16,7 +16,12 @@ from tests.conftest import WORDS
 def config(model_dir, tmp_path) -> ml_collections.ConfigDict:
     path = tmp_path / "queries.jsonl"
     lines = [
-        {"id": str(i), "harmful": i % 2 == 0, "texts": {"en": f"make a {w} ?", "sw": f"kikombe {w} bomu"}}
+        {
+            "id": str(i),
+            "harmful": i % 2 == 0,
+            "texts": {"en": f"make a {w} ?", "sw": f"kikombe {w} bomu"},
+            "answers": {"sw": f"{w} kikombe"},
+        }
         for i, w in enumerate(WORDS[:9])
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -29,7 +29,10 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(
     "policy, kind, rank",
-    [("on_policy", "ema", 0), ("on_policy", "ema", 2), ("off_policy", "frozen", 0), ("mixed", "frozen", 0)],
+    [
+        *(("on_policy", "ema", 0), ("on_policy", "ema", 2), ("off_policy", "frozen", 0), ("mixed", "frozen", 0)),
+        *(("reference", "ema", 0), ("reference", "frozen", 2)),
+    ],
 )
 def test_a_killed_run_ends_bit_identical(config, tmp_path, policy, kind, rank):
     """Killed after step 5, whose checkpoint is that of step 4: parameters, EMA teacher, moments, metrics."""

@@ -119,7 +119,9 @@ class GuardJudge:
     def prompt(self, response: Response) -> np.ndarray:
         """Token ids, int32 [P], of the guard's prompt, up to where its answer begins."""
         without_reasoning = dataclasses.replace(response, text=response.reply or "")
-        return self._apply(token_ids, self._format.messages(self._instruction, without_reasoning))
+        ids = self._apply(token_ids, self._format.messages(self._instruction, without_reasoning))
+        self._model.require_embedded(ids, "config.judge.guard")
+        return ids
 
     def p_unsafe(self, params: decoder.Params, prompts_ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """P(unsafe) of the next token, float64 [B], and the probability of both words, float64 [B].

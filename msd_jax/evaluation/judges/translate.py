@@ -160,7 +160,9 @@ class ModelTranslator:
 
     def _ids(self, language: str, text: str) -> np.ndarray:
         content = PLAIN_INSTRUCTION.format(language=language_name(language), text=text)
-        return token_ids(self._model.tokenizer, [{"role": "user", "content": content}], {})
+        ids = token_ids(self._model.tokenizer, [{"role": "user", "content": content}], {})
+        self._model.require_embedded(ids, f"config.judge.translate='model', a text in {language}")
+        return ids
 
 
 class Translations:
