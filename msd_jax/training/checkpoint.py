@@ -255,7 +255,7 @@ def recorded(workdir: pathlib.Path, name: str) -> dict[str, Any]:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """False: whether the run is preempted the loop asks, by distributed.preempted, which counts the questions."""
+        """False: whether the run is preempted the loop asks, by preemption.preempted."""
         del step
         return False
 

@@ -11,7 +11,7 @@ from msd_jax.evaluation.rates import Summary
 from msd_jax.generation import analyses
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export
-from msd_jax.parallel import distributed, sharding
+from msd_jax.parallel import preemption, sharding
 from msd_jax.training import checkpoint, completions, train_step, watch
 from msd_jax.training.generate import generate
 from msd_jax.training.metrics import Dispatched, LateRows, Metrics
@@ -36,7 +36,7 @@ def train(run: Run) -> Summary:
     evaluate(run, 0, lambda: rollout_params(run, frozen, run.model.params(run.mesh)))
     if run.monitor:
         run.monitor.start(run.workdir / "eval" / "0")
-    with distributed.finishing_steps():
+    with preemption.finishing_steps():
         try:
             step, state = take_steps(run, frozen, state, queries, step)
         except UserError:  # on every process; what was saved before is whole
@@ -76,14 +76,14 @@ def take_steps(
                 if fault := run.monitor.fault(row):
                     low = f"the slice's {fault}"
                     break
-            preempted = distributed.preempted()
+            preempted = preemption.preempted()
             if preempted or step % config.checkpoints.every == 0 or step == config.steps:
                 rows.flush()
                 if not watched.skipping or preempted or step == config.steps:  # else good ones would make room for it
                     run.checkpoints.save(step, state, queries.get_state())
             if preempted and step < config.steps:
                 run.checkpoints.close()
-                distributed.end_preempted(f"preempted: step {step} is saved; run the same command again to resume")
+                preemption.end_preempted(f"preempted: step {step} is saved; run the same command again to resume")
     files.close()
     return go_back(run, frozen, state, step, low) if low else (step, state)
 

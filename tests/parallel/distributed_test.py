@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from msd_jax.io import jsonl
-from msd_jax.parallel import distributed
+from msd_jax.parallel import distributed, preemption
 from tests.conftest import REPOSITORY
 
 # Weights, moments and rollouts are split over both axes, and so over processes.
@@ -304,10 +304,10 @@ def test_flags_that_go_together(flag):
 
 
 ALONE = """
-from msd_jax.parallel import distributed
+from msd_jax.parallel import distributed, peers
 
 distributed.start(["program"])
-assert distributed._peers is None
+assert peers.joined is None
 """
 
 
@@ -322,4 +322,4 @@ def test_one_process_agrees_with_itself(tmp_path):
     assert distributed.from_first(lambda: {"a": (1,)}) == {"a": (1,)}
     distributed.require_same("x", lambda: 1 / 0)  # not even looked up
     distributed.require_shared(tmp_path / "nowhere")
-    assert not distributed.preempted()
+    assert not preemption.preempted()
