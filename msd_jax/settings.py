@@ -127,6 +127,8 @@ _RANGES = {
     "train.micro_batches": _COUNT,
     "train.loss_chunk": _COUNT,
     "train.max_skipped": _COUNT,
+    "train.skip_spikes": _AMOUNT,
+    "train.stall_limit": _AMOUNT,
     "train.checkpoints.every": _COUNT,
     "train.checkpoints.kept": _COUNT,
     "train.log_every": _COUNT,
@@ -355,7 +357,9 @@ def _loss(config: Any) -> Iterator[str]:
 
 
 def _evaluation(config: Any) -> Iterator[str]:
-    """What is wrong with what is evaluated, and when."""
+    """What is wrong with what is evaluated, and when, and with the bounds of a training."""
+    if 0 < config.train.skip_spikes <= 1:
+        yield f"config.train.skip_spikes={config.train.skip_spikes!r} must be 0, or greater than 1"
     if config.eval.utility_floor and not config.eval.every:
         yield (
             f"config.eval.utility_floor={config.eval.utility_floor!r} with config.eval.every=0: utility is not "

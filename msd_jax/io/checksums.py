@@ -69,7 +69,7 @@ def damage(directory: pathlib.Path, process: int = 0, processes: int = 1) -> str
     for manifest in _manifests(directory):
         try:
             sums |= {str(name): (int(size), str(digest)) for name, (size, digest) in _load(manifest).items()}
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             return f"{manifest.name} is not a manifest"
     mine = _share([(size, name) for name, (size, _) in sums.items()], process, processes)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -121,7 +121,7 @@ def _remembered(path: pathlib.Path) -> str:
         known = json.loads(entry.read_bytes())
         if known["file"] == identity:
             return str(known["hash"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # not remembered, or not legibly: hashed anew
     digest = of_file(path)
     if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:

@@ -22,13 +22,14 @@ from flax import traverse_util
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.io import checksums
 from msd_jax.io.console import log
-from msd_jax.parallel import distributed
+from msd_jax.parallel import distributed, peers
 
 # Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
 # shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
 MAY_CHANGE = (
     "train.steps",
     "train.max_skipped",
+    "train.stall_limit",
     "train.stop_on_collapse",
     "train.checkpoint",  # also as earlier releases called these keys
     "train.log_every",
@@ -49,6 +50,9 @@ MAY_CHANGE = (
     "mesh.",  # the order in which devices add changes the last bits
     "launch.",
 )
+
+# What it means that a key is absent, for keys that checkpoints of earlier releases lack.
+_ABSENT = {"train.skip_spikes": 0.0}
 
 
 def _not_raised_too(record: logging.LogRecord) -> bool:
@@ -105,6 +109,7 @@ class Checkpoints:
         Raises:
           UserFileError: this step, or the one that was saved before, cannot be written.
         """
+        peers.moved(f"saving step {step}")
         self._wait_for_seal()  # or Orbax could remove a step that is being hashed
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
         try:
@@ -168,6 +173,7 @@ class Checkpoints:
     def _restore_checked(self, step: int, abstract_state: Any) -> tuple[Any, str | None]:
         """(what `restore` gives, None), or (None, what is damaged)."""
         directory = self._directory / str(step)
+        peers.moved(f"restoring step {step}")
         if damage := damage_of(directory):
             return None, damage
         sealed = distributed.from_first(lambda: checksums.sealed(directory))
@@ -198,11 +204,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until every save is complete. Raises as `check`."""
+        peers.moved("waiting for the last save")
         self._wait_for_seal()
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until every save is complete, and lets go of the directory. Raises as `check`."""
+        peers.moved("waiting for the last save")
         self._wait_for_seal()
         self._manager.close()
 
@@ -248,7 +256,7 @@ def recorded(workdir: pathlib.Path, name: str) -> dict[str, Any]:
     for step in sorted(step_directories(directory), reverse=True):
         try:
             return json.loads((directory / str(step) / name / "metadata").read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
     return {}
 
@@ -272,7 +280,7 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def config_changes(old: dict[str, Any], new: ml_collections.ConfigDict) -> list[str]:
     """A line `config.KEY: OLD -> NEW` for each key that differs and must not; `old` is `plain` of a config."""
-    before, after = (traverse_util.flatten_dict(config, sep=".") for config in (old, plain(new)))
+    before, after = (_ABSENT | traverse_util.flatten_dict(config, sep=".") for config in (old, plain(new)))
     return [
         f"config.{key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
         for key in sorted(before.keys() | after.keys())

@@ -11,7 +11,7 @@ from msd_jax.evaluation.rates import Summary
 from msd_jax.generation import analyses
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export
-from msd_jax.parallel import preemption, sharding
+from msd_jax.parallel import peers, preemption, sharding
 from msd_jax.training import checkpoint, completions, train_step, watch
 from msd_jax.training.generate import generate
 from msd_jax.training.metrics import Dispatched, LateRows, Metrics
@@ -58,7 +58,7 @@ def take_steps(
     the host waits for its step, so that the rows up to a checkpoint are on disk before it is.
     """
     config, files, low = run.config.train, Metrics(run.workdir, step), ""
-    watched = watch.Watch(config, run.workdir, run.model)
+    watched = watch.Watch(config, run.workdir, run.model, step)
     with progress("training", config.steps, step) as advance:
         rows = LateRows(files, config.log_every, config.steps, advance, watched)
         while step < config.steps:
@@ -112,7 +112,10 @@ def _rates(seen: dict[str, float]) -> str:
 
 def initial_state(run: Run) -> tuple[TrainState, decoder.Params]:
     """(state, the weights that are not trained), as the model comes."""
-    return train_step.initial_state(run.model, run.mesh, run.optimize, run.config.teacher.kind, run.config.seed)
+    config = run.config
+    return train_step.initial_state(
+        run.model, run.mesh, run.optimize, config.teacher.kind, config.seed, config.train.skip_spikes > 0
+    )
 
 
 def with_analyses(run: Run, frozen: decoder.Params, state: TrainState) -> grain.IterDataset[Batch]:
@@ -132,6 +135,7 @@ def evaluate(run: Run, step: int, params: Callable[[], decoder.Params]) -> Summa
 def export_model(run: Run, frozen: decoder.Params, state: TrainState) -> None:
     """Writes WORKDIR/model, and the adapters alone to WORKDIR/adapter where they are what was trained."""
     model, directory = run.model, run.workdir / "model"
+    peers.moved("exporting the model")
     export.save(directory, decoder.join(frozen, state.params), model.directory, lora=model.lora)
     log(f"aligned model: {directory}")
     if model.lora:

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 from msd_jax.errors import UserError
+from msd_jax.evaluation import records
 from msd_jax.io import checksums, jsonl, lock, retries
 from msd_jax.models import trained
 from msd_jax.parallel import sharding
 from msd_jax.training import checkpoint, loop, metrics, run
 from tests.conftest import write_model
+from tests.evaluation.made import record
 from tests.training.conftest import set_up, train
 
 LIKE = {"x": np.zeros(30_000, np.float32)}
@@ -325,16 +327,37 @@ def test_storage_that_fails_twice_and_then_works(tmp_path, monkeypatch, capsys):
     assert log.read() == [{"n": 0}, {"n": 1}]
 
 
+DEEP = "[" * 100_000  # JSON that no reader of JSON follows to its end
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
-@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\xff\xfe\n", b"{}", b'{"step": "2"}', b"[2]"])
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\xff\xfe\n", b"{}", b'{"step": "2"}', b"[2]", DEEP.encode()])
 def test_a_damaged_line_is_named(tmp_path, name, damage):
     (tmp_path / name).write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
     with pytest.raises(UserError, match=rf"{name}, line 2 is damaged .*remove that line to lose only what it holds"):
         metrics.Metrics(tmp_path, 3)
 
 
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (b'{"benchmark": "queries", "pass', r"line 2 is damaged .*remove that line to lose only what it holds"),
+        (b"\xff\xfe", r"line 2 is damaged"),
+        (DEEP.encode(), r"line 2 is damaged"),
+        (b"[2]", r"line 2 is damaged"),
+        (b'{"benchmark": "queries"}', r"line 2 is not a response of an evaluation .*remove the file to evaluate again"),
+    ],
+)
+def test_damaged_responses_of_an_interrupted_evaluation_are_named(tmp_path, damage, what):
+    row = json.dumps(record("refused", id="1").to_json()).encode()
+    (tmp_path / "responses.jsonl").write_bytes(b"\n".join((row, damage, row, b"")))
+    for reads in (records.read, lambda path: records.RecordLog(path).read()):
+        with pytest.raises(UserError, match=rf"(?s)responses.jsonl, {what}"):
+            reads(tmp_path / "responses.jsonl")
+
+
 @pytest.mark.parametrize("name", ["config.json", "inputs.json"])
-@pytest.mark.parametrize("damage", ["", "{", "[1]", "\0"])
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "\0", DEEP])
 def test_a_damaged_config_is_named_with_what_to_do(config, tmp_path, name, damage):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text(damage)
