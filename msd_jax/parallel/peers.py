@@ -183,6 +183,10 @@ class Peers:
         text = json.dumps(dataclasses.asdict(sign))
         self._store.key_value_set(f"msd_jax/sign/{self._me}", text, allow_overwrite=True)
 
+    def _publish_if_possible(self) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._publish()
+
     def _signs(self) -> dict[int, Sign]:
         """The latest sign of each process that has given one."""
         entries = self._store.key_value_dir_get("msd_jax/sign/")
@@ -221,8 +225,7 @@ class Peers:
     def end(self, code: int) -> NoReturn:
         """Ends this process after the others can have read why, in its sign."""
         self._stop.set()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._publish()
+        threading.Thread(target=self._publish_if_possible, daemon=True).start()  # a stopped coordinator never answers
         time.sleep((3 if self.first else 1.5) * SECONDS_BETWEEN_BEATS)  # the store ends with process 0
         quit_process(code)
 

@@ -121,7 +121,8 @@ def train_step(
 
     # A step that is not finite, or a spike, leaves the weights, the optimizer and the teacher as they were.
     accepted, mean_of_loss = jnp.isfinite(norm) & jnp.isfinite(total), losses.mean_loss(total, normaliser)
-    recent, usual = state.recent, {}
+    recent = state.recent
+    usual: dict[str, jax.Array] = {}
     if recent is not None:
         seen_2 = jnp.stack([mean_of_loss, norm])
         usual = dict(zip(("median_loss", "median_grad_norm"), spikes.medians(recent)))

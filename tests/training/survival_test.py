@@ -129,6 +129,18 @@ def test_an_incomplete_checkpoint_is_passed_over(saved, capsys, fault, sealed):
     assert "Traceback" not in said.err
 
 
+def test_a_manifest_of_blake2b_hashes_as_earlier_releases_wrote_it_is_checked_too(saved):
+    step = saved / "checkpoints" / "12"
+    manifest = step / "MANIFEST-0-of-1.json"
+    sums = json.loads(manifest.read_text())
+    assert all(digest.startswith("xxh3:") for _, digest in sums.values())
+    sums = {name: (size, checksums.of_file(step / name)) for name, (size, _) in sums.items()}
+    manifest.write_text(json.dumps(sums))
+    assert checkpoint.damage_of(step) is None
+    flip_a_bit(arrays(saved, 12))
+    assert "has another content" in checkpoint.damage_of(step)
+
+
 def test_no_whole_checkpoint_is_one_error_that_says_what_to_do(saved):
     for step in (4, 8, 12):
         flip_a_bit(arrays(saved, step))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,22 @@ def test_what_a_collapse_is(now, message):
 def test_looping():
     response = np.stack([np.arange(32), np.arange(32) % 3, np.arange(32) % 3])
     assert watch.looping(response, np.array([32, 32, 8])) == pytest.approx(1 / 3)
+
+
+def test_a_resumed_run_compares_its_rollouts_with_those_of_the_first_steps(config, tmp_path, capsys):
+    def see(watched, steps, length):
+        tokens = types.SimpleNamespace(response_BxR=np.zeros((2, 64), int), length_B=np.array([length, length]))
+        for step in steps:
+            dispatched = types.SimpleNamespace(step=step, generated=types.SimpleNamespace(responses=tokens))
+            watched.notes(dispatched, {"response_length": float(length), "stopped": 1.0, "skip": 0.0})
+
+    see(watch.Watch(config.train, tmp_path, None, 0), range(1, 8), 40)
+    see(watch.Watch(config.train, tmp_path, None, 4), range(5, 15), 40)  # the last checkpoint was that of step 4
+    assert [row["step"] for row in jsonl.read(tmp_path / "first_rollouts.jsonl")] == list(range(1, 11))
+    assert "warning" not in capsys.readouterr().out
+    see(watch.Watch(config.train, tmp_path, None, 14), range(15, 25), 9)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: step 24: responses have shrunk: 9.0 tokens in the last 10 steps, 40.0 at first" in said
 
 
 @pytest.mark.parametrize("stops", [False, True])
