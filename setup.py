@@ -50,6 +50,7 @@ setuptools.setup(
         "tensorboardX",
         "tensorflow-datasets",
         "transformers>=5.24",  # sanitize_control_tokens
+        "xxhash",
     ],
     # Releases of the harness after 0.4.13 look here; before, `python -m msd_jax.lm_eval` adds the model.
     entry_points={"lm_eval.models": ["msd_jax = msd_jax.lm_eval:MsdJaxLM"]},

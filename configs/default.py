@@ -127,8 +127,12 @@ def get_config() -> ml_collections.ConfigDict:
     # A step whose loss or gradient is not finite is skipped: nothing moves, and metrics.jsonl names its queries. This
     # many in a row end the run with an error and without an export.
     config.train.max_skipped = 10
+    # So is one whose loss or gradient norm is this many times the median of the last 32 accepted steps; 0: none is.
+    config.train.skip_spikes = 0.0
     # Rollouts that collapse (empty, far shorter than at first, endless, or looping) are warned of; True ends the run.
     config.train.stop_on_collapse = False
+    # Seconds after which a run ends (exit code 42) in which no process has moved on: a device or a file system hangs.
+    config.train.stall_limit = 7200.0  # 0: never
     config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard
     config.train.export = True  # write the aligned model to WORKDIR/model, in Hugging Face's layout
     config.train.checkpoints = ml_collections.ConfigDict()

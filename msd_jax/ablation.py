@@ -13,6 +13,8 @@ import ml_collections
 from msd_jax import report, settings
 from msd_jax.configs import default
 from msd_jax.errors import UserError
+from msd_jax.evaluation.rates import Summary
+from msd_jax.io import jsonl
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed
 from msd_jax.training import loop, run
@@ -75,6 +77,20 @@ def compare(grid: Grid, workdir: pathlib.Path) -> None:
     for name, seed in grid:
         directories.setdefault(name, []).append(_directory(workdir, name, seed))
     report.compare_named(directories, workdir / "report")
+
+
+def summaries(grid: Grid, workdir: pathlib.Path) -> list[Summary]:
+    """The last evaluation of each run."""
+
+    def look_up() -> list[Summary]:
+        found = []
+        for name, seed in grid:
+            evaluations = (_directory(workdir, name, seed) / "eval").glob("*/summary.json")
+            if last := max(evaluations, key=lambda path: int(path.parent.name), default=None):
+                found.append(jsonl.read_object(last))
+        return found
+
+    return distributed.from_first(look_up)
 
 
 def _directory(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:

@@ -16,7 +16,7 @@ from msd_jax import settings
 from msd_jax.errors import UserError
 from msd_jax.evaluation import rates
 from msd_jax.io import places
-from msd_jax.parallel import distributed
+from msd_jax.parallel import distributed, peers
 from msd_jax.training import former_keys
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
@@ -49,12 +49,13 @@ def config() -> ml_collections.ConfigDict:
         path = config_flags.get_config_filename(FLAGS["config"])
         raise UserError(f"--config={path} does not load: {str(error).strip().splitlines()[-1].strip()}") from error
     settings.check(loaded)
+    peers.end_when_stalled(loaded.train.stall_limit)
     return loaded
 
 
-def require_verdicts(summary: rates.Summary) -> None:
-    """After everything is written: ends the process with exit code 3 where the judge gave no verdict at all."""
-    if rates.without_verdict(summary):
+def require_verdicts(*summaries: rates.Summary) -> None:
+    """After everything is written: ends the process with exit code 3 where the judge of one gave no verdict at all."""
+    if any(map(rates.without_verdict, summaries)):
         if distributed.is_first():
             print("error: the judge gave no verdict: attack success is unknown; see docs/judges.md", file=sys.stderr)
         sys.exit(3)

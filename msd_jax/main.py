@@ -20,6 +20,7 @@ def main(argv: list[str]) -> None:
     if grid:
         ablation.train(grid, workdir)
         ablation.compare(grid, workdir)
+        cli.require_verdicts(*ablation.summaries(grid, workdir))
     elif single:
         summary = loop.train(single)
         report.write(workdir)

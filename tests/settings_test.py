@@ -52,6 +52,7 @@ def test_the_defaults_pass(config):
         ("teacher.ema_decay", float("nan"), r"config.teacher.ema_decay=nan must be a finite number"),
         ("loss.beta", float("nan"), r"config.loss.beta=nan must be a finite number"),
         ("train.steps", 10**12, r"config.train.steps=10+ must be at least 0 and at most 10000000"),
+        ("train.skip_spikes", 0.5, r"config.train.skip_spikes=0.5 must be 0, or greater than 1"),
         ("train.micro_batches", 5, r"micro_batches=5 does not divide config.data.batch_size=32"),
     ],
 )

@@ -81,8 +81,8 @@ class Evaluator:
           {benchmark: {"languages": {language: {"asr", ...}}, "groups": {...}}}; see `rates.summarise`.
         """
         path = directory / "summary.json"
-        earlier = distributed.from_first(lambda: json.loads(path.read_text("utf-8")) if path.exists() else None)
-        if earlier is not None:
+        earlier = distributed.from_first(lambda: jsonl.read_object(path, "responses.jsonl holds the responses"))
+        if earlier:
             return earlier
         weights = self._evaluate_with(params)
         record_log = RecordLog(directory / "responses.jsonl")

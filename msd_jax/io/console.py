@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import rich.console
 import rich.progress
 
-from msd_jax.parallel import distributed
+from msd_jax.parallel import distributed, peers
 
 # Only process 0 of a pod prints. Off a terminal, rich would fold wide tables at 80 columns.
 _width = None if rich.console.Console().is_terminal else 140
@@ -17,6 +17,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def log(text: str) -> None:
     """One line of plain text, from process 0."""
+    peers.moved()
     if distributed.is_first():
         console.print(text, markup=False, soft_wrap=True)
 
@@ -24,6 +25,23 @@ def log(text: str) -> None:
 @contextlib.contextmanager
 def progress(what: str, total: int, done: int = 0, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
     """Yields advance(done, status): how many of `total` are done, and a few words on how it goes."""
+
+    def note(done: int) -> None:
+        peers.moved(f"{what} {done}/{total}")
+
+    note(done)
+    with _display(what, total, done, shown) as display:
+
+        def advance(done: int, status: str) -> None:
+            note(done)
+            display(done, status)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _display(what: str, total: int, done: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
+    """What process 0 shows of a progress; the others show nothing."""
     if not distributed.is_first() or not shown:
         yield _ignore
     elif console.is_terminal:

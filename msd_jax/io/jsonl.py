@@ -9,7 +9,7 @@ from typing import Any
 
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.io.retries import retried
-from msd_jax.parallel import distributed
+from msd_jax.parallel import distributed, peers
 
 Row = dict[str, Any]
 
@@ -40,6 +40,7 @@ class JsonLines:
         Raises:
           UserFileError: they cannot be written.
         """
+        peers.moved()
         if distributed.is_first():
             with could_be_written(self._path):
                 size = self._path.stat().st_size if self._path.exists() else 0
@@ -85,7 +86,7 @@ def read(path: pathlib.Path, **columns: type) -> list[Row]:
             for name, kind in columns.items():
                 if not isinstance(row.get(name), kind):
                     raise ValueError(f"{name!r} is not of type {kind.__name__}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number} is damaged ({error}); remove that line to lose only what it holds, or the "
                 "whole file, which is then made anew"
@@ -94,8 +95,12 @@ def read(path: pathlib.Path, **columns: type) -> list[Row]:
     return rows
 
 
-def read_object(path: pathlib.Path) -> Row:
+def read_object(path: pathlib.Path, otherwise: str = "checkpoints keep a copy of what it says") -> Row:
     """The JSON object that a file holds; {} if there is no file.
+
+    Args:
+      path: of the file.
+      otherwise: where what it holds comes from if it is removed, for the message.
 
     Raises:
       UserError: the file is damaged; the message names it.
@@ -106,10 +111,8 @@ def read_object(path: pathlib.Path) -> Row:
         value = json.loads(retried(path.read_bytes))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}); remove it: it is written anew, and checkpoints keep a copy of what it says"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it: it is written anew, and {otherwise}") from None
     return value
 
 

@@ -18,7 +18,7 @@ import uuid
 from typing import Any
 
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.parallel import distributed
+from msd_jax.parallel import peers
 
 NAME = "lock.json"
 SECONDS_BETWEEN_BEATS = 3.0
@@ -51,7 +51,7 @@ def take(directory: pathlib.Path) -> "Lock":
         _held[path] = lock
         if len(_held) == 1:
             threading.Thread(target=_beat, daemon=True).start()
-            distributed.at_end(release_all)
+            peers.at_end(release_all)
         return lock
 
 

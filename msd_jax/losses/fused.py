@@ -25,8 +25,8 @@ from msd_jax.losses.settings import LossSettings
 
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]  # loss_sum, normaliser, aux
 Gradients = tuple[jax.Array | None, jax.Array | None]  # of the student's hidden states and head; None: not wanted
-# Teacher's hidden states and head (None where the loss reads no teacher), response, mask, and the beta of the divergence
-# where that is an array.
+# The teacher's hidden states and head (None where the loss reads no teacher), response, mask, and beta where that is an
+# array.
 Data = tuple[jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array | None]
 Axes = str | tuple[str, ...] | None  # mesh axes that split one axis of an array
 

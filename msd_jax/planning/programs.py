@@ -59,7 +59,8 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
     """
     train_step.check_batch(config, mesh)
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    state, frozen = train_step.abstract_state(model, mesh, optimize, train_step.kept_teacher(config))
+    kept, spikes = train_step.kept_teacher(config), config.train.skip_spikes > 0
+    state, frozen = train_step.abstract_state(model, mesh, optimize, kept, spikes)
     state_bytes = bytes_per_device((state, frozen))
     weights, relaid = decoder.join(frozen, state.params), rollout_params(model, mesh)
 

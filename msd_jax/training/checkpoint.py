@@ -22,7 +22,7 @@ from flax import traverse_util
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.io import checksums
 from msd_jax.io.console import log
-from msd_jax.parallel import distributed
+from msd_jax.parallel import distributed, peers
 from msd_jax.training import former_keys
 
 # Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
@@ -30,6 +30,7 @@ from msd_jax.training import former_keys
 MAY_CHANGE = (
     "train.steps",
     "train.max_skipped",
+    "train.stall_limit",
     "train.stop_on_collapse",
     "train.checkpoints.",
     "train.log_every",
@@ -106,6 +107,7 @@ class Checkpoints:
         Raises:
           UserFileError: this step, or the one that was saved before, cannot be written.
         """
+        peers.moved(f"saving step {step}")
         self._wait_for_seal()  # or Orbax could remove a step that is being hashed
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
         try:
@@ -169,6 +171,7 @@ class Checkpoints:
     def _restore_checked(self, step: int, abstract_state: Any) -> tuple[Any, str | None]:
         """(what `restore` gives, None), or (None, what is damaged)."""
         directory = self._directory / str(step)
+        peers.moved(f"restoring step {step}")
         if damage := damage_of(directory):
             return None, damage
         sealed = distributed.from_first(lambda: checksums.sealed(directory))
@@ -199,11 +202,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until every save is complete. Raises as `check`."""
+        peers.moved("waiting for the last save")
         self._wait_for_seal()
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until every save is complete, and lets go of the directory. Raises as `check`."""
+        peers.moved("waiting for the last save")
         self._wait_for_seal()
         self._manager.close()
 
@@ -249,14 +254,14 @@ def recorded(workdir: pathlib.Path, name: str) -> dict[str, Any]:
     for step in sorted(step_directories(directory), reverse=True):
         try:
             return json.loads((directory / str(step) / name / "metadata").read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
     return {}
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """False: whether the run is preempted the loop asks, by distributed.preempted, which counts the questions."""
+        """False: whether the run is preempted the loop asks, by preemption.preempted."""
         del step
         return False
 

@@ -30,6 +30,13 @@ REMOVED = {
     "data.data_dir": _Removed("part of config.data.path='tfds://NAME:VERSION/SPLIT?data_dir=DIR'", ""),
     "optimizer.final_fraction": _Removed("a tenth, always", 0.1),
 }
+# Keys that earlier releases lacked, and the value that is as they were.
+ADDED = {
+    "loss.beta_ramp": 0.0,
+    "loss.entropy_scale": "linear",
+    "loss.token_cap": 0.0,
+    "train.skip_spikes": 0.0,
+}
 
 
 def today(key: str) -> str:
@@ -41,7 +48,7 @@ def today(key: str) -> str:
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config of any release, by dotted keys, with today's; a removed key stays if its value changed something."""
-    return {
+    return ADDED | {
         RENAMED.get(key, key): value
         for key, value in values.items()
         if key not in REMOVED or value != REMOVED[key].neutral

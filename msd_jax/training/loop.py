@@ -11,7 +11,7 @@ from msd_jax.evaluation.rates import Summary
 from msd_jax.generation import analyses
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export
-from msd_jax.parallel import distributed, sharding
+from msd_jax.parallel import peers, preemption, sharding
 from msd_jax.training import checkpoint, completions, train_step, watch
 from msd_jax.training.generate import generate
 from msd_jax.training.metrics import Dispatched, LateRows, Metrics
@@ -36,7 +36,7 @@ def train(run: Run) -> Summary:
     evaluate(run, 0, lambda: rollout_params(run, frozen, run.model.params(run.mesh)))
     if run.monitor:
         run.monitor.start(run.workdir / "eval" / "0")
-    with distributed.finishing_steps():
+    with preemption.finishing_steps():
         try:
             step, state = take_steps(run, frozen, state, queries, step)
         except UserError:  # on every process; what was saved before is whole
@@ -58,7 +58,7 @@ def take_steps(
     the host waits for its step, so that the rows up to a checkpoint are on disk before it is.
     """
     config, files, low = run.config.train, Metrics(run.workdir, step), ""
-    watched = watch.Watch(config, run.workdir, run.model)
+    watched = watch.Watch(config, run.workdir, run.model, step)
     with progress("training", config.steps, step) as advance:
         rows = LateRows(files, config.log_every, config.steps, advance, watched)
         while step < config.steps:
@@ -76,14 +76,14 @@ def take_steps(
                 if fault := run.monitor.fault(row):
                     low = f"the slice's {fault}"
                     break
-            preempted = distributed.preempted()
+            preempted = preemption.preempted()
             if preempted or step % config.checkpoints.every == 0 or step == config.steps:
                 rows.flush()
                 if not watched.skipping or preempted or step == config.steps:  # else good ones would make room for it
                     run.checkpoints.save(step, state, queries.get_state())
             if preempted and step < config.steps:
                 run.checkpoints.close()
-                distributed.end_preempted(f"preempted: step {step} is saved; run the same command again to resume")
+                preemption.end_preempted(f"preempted: step {step} is saved; run the same command again to resume")
     files.close()
     return go_back(run, frozen, state, step, low) if low else (step, state)
 
@@ -112,8 +112,9 @@ def _rates(seen: dict[str, float]) -> str:
 
 def initial_state(run: Run) -> tuple[TrainState, decoder.Params]:
     """(state, the weights that are not trained), as the model comes."""
-    kind = train_step.kept_teacher(run.config)
-    return train_step.initial_state(run.model, run.mesh, run.optimize, kind, run.config.seed)
+    config = run.config
+    kept, spikes = train_step.kept_teacher(config), config.train.skip_spikes > 0
+    return train_step.initial_state(run.model, run.mesh, run.optimize, kept, config.seed, spikes)
 
 
 def with_analyses(run: Run, frozen: decoder.Params, state: TrainState) -> grain.IterDataset[Batch]:
@@ -133,6 +134,7 @@ def evaluate(run: Run, step: int, params: Callable[[], decoder.Params]) -> Summa
 def export_model(run: Run, frozen: decoder.Params, state: TrainState) -> None:
     """Writes WORKDIR/model, and the adapters alone to WORKDIR/adapter where they are what was trained."""
     model, directory = run.model, run.workdir / "model"
+    peers.moved("exporting the model")
     export.save(directory, decoder.join(frozen, state.params), model.directory, lora=model.lora)
     log(f"aligned model: {directory}")
     if model.lora:

@@ -18,7 +18,7 @@ from msd_jax.data import prompts
 from msd_jax.errors import UserError
 from msd_jax.models import decoder, forward, pretrained
 from msd_jax.parallel import compiler_options, sharding
-from msd_jax.training import optimizer
+from msd_jax.training import optimizer, spikes
 
 Array = Any  # of NumPy on the host, of JAX on devices
 TEACHERS = ("frozen", "live", "ema", "periodic")  # of config.teacher.kind, see `next_teacher`
@@ -35,7 +35,8 @@ class TrainState:
       teacher: the same part of the teacher's weights; None for a live teacher, which is the student itself, and where
         nothing reads a teacher.
       opt_state: of the optax chain.
-      skipped: int32 number of steps whose loss or gradient was not finite.
+      skipped: int32 number of steps that were skipped: their loss or gradient was not finite, or a spike.
+      recent: losses and gradient norms of the last accepted steps, see spikes.py; None where spikes are not skipped.
     """
 
     step: jax.Array
@@ -43,6 +44,7 @@ class TrainState:
     teacher: decoder.Params | None
     opt_state: Any
     skipped: jax.Array
+    recent: jax.Array | None = None
 
     @property
     def teacher_params(self) -> decoder.Params:
@@ -89,6 +91,7 @@ def train_step(
     beta: optax.Schedule,
     teacher: ml_collections.ConfigDict,
     micro_batches: int,
+    skip_spikes: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. Gradients of the summed loss are added over micro-batches and divided once, by one denominator.
 
@@ -100,12 +103,13 @@ def train_step(
       loss: static; losses.fused_dpsw_loss with its options bound, but for beta.
       beta: static; the loss's, by the number of finished steps.
       teacher: static; config.teacher.
+      skip_spikes: static; config.train.skip_spikes, without effect where `state.recent` is None.
 
     Returns:
       The next state, and scalars: means over the response tokens of the batch, and of the weighted divergence
       (`weighted_kl`); the loss, the share of it that is saturated (`saturated`), the number of tokens (`tokens`), the
-      loss's `beta`, the gradient's norm before clipping (`grad_norm`), whether the step is skipped (`skip`), and the
-      steps skipped so far (`skipped`).
+      loss's `beta`, the gradient's norm before clipping (`grad_norm`), whether the step is skipped (`skip`), the steps
+      skipped so far (`skipped`), and with `state.recent` what is usual (`median_loss`, `median_grad_norm`).
     """
 
     def loss_sum(params, micro):
@@ -127,21 +131,29 @@ def train_step(
         updates, opt_state = rule.update(mean_grads, opt_state, params, norm=norm)
         return optax.apply_updates(params, updates), opt_state
 
-    # A step that is not finite leaves the weights, the optimizer and the teacher as they were.
-    finite = jnp.isfinite(norm) & jnp.isfinite(total)
-    params, opt_state = jax.lax.cond(finite, update, lambda *old: old, state.params, state.opt_state)
-    step, skipped = state.step + 1, state.skipped + ~finite
-    new_teacher = next_teacher(teacher, step, state.teacher, params, finite)
-    new_state = TrainState(step, params, new_teacher, opt_state, skipped)
+    # A step that is not finite, or a spike, leaves the weights, the optimizer and the teacher as they were.
+    accepted, mean_of_loss = jnp.isfinite(norm) & jnp.isfinite(total), losses.mean_loss(total, normaliser)
+    recent = state.recent
+    usual: dict[str, jax.Array] = {}
+    if recent is not None:
+        seen_2 = jnp.stack([mean_of_loss, norm])
+        usual = dict(zip(("median_loss", "median_grad_norm"), spikes.medians(recent)))
+        accepted &= ~spikes.is_spike(recent, seen_2, skip_spikes)
+        recent = spikes.remember(recent, seen_2, accepted)
+    params, opt_state = jax.lax.cond(accepted, update, lambda *old: old, state.params, state.opt_state)
+    step, skipped = state.step + 1, state.skipped + ~accepted
+    new_teacher = next_teacher(teacher, step, state.teacher, params, accepted)
+    new_state = TrainState(step, params, new_teacher, opt_state, skipped, recent)
     means = {name: value / jnp.maximum(aux["tokens"], 1) for name, value in aux.items() if name != "tokens"}
-    return new_state, means | {
-        "loss": losses.mean_loss(total, normaliser),
+    if "saturated" in aux:  # not where nothing reads a teacher
+        means["saturated"] = losses.mean_loss(aux["saturated"], total)
+    return new_state, means | usual | {
+        "loss": mean_of_loss,
         "weighted_kl": total / jnp.maximum(aux["tokens"], 1),
-        "saturated": losses.mean_loss(aux["saturated"], total),
         "tokens": aux["tokens"],
         "beta": jnp.asarray(beta(state.step), jnp.float32),
         "grad_norm": norm,
-        "skip": ~finite,
+        "skip": ~accepted,
         "skipped": skipped,
     }
 
@@ -231,8 +243,10 @@ def jit_train_step(
         beta=beta_schedule(config),
         teacher=config.teacher,
         micro_batches=config.train.micro_batches,
+        skip_spikes=config.train.skip_spikes,
     )
-    state, frozen = _shardings(abstract_state(model, mesh, optimize, kept_teacher(config)))
+    kept, spikes_too = kept_teacher(config), config.train.skip_spikes > 0
+    state, frozen = _shardings(abstract_state(model, mesh, optimize, kept, spikes_too))
     return jax.jit(
         step,
         in_shardings=(state, frozen, sharding.batch_sharding(mesh)),
@@ -243,7 +257,11 @@ def jit_train_step(
 
 
 def abstract_state(
-    model: pretrained.Architecture, mesh: Mesh, optimize: optax.GradientTransformation, teacher_kind: str
+    model: pretrained.Architecture,
+    mesh: Mesh,
+    optimize: optax.GradientTransformation,
+    teacher_kind: str,
+    skips_spikes: bool = False,
 ) -> tuple[TrainState, decoder.Params]:
     """(state, frozen) of a run as ShapeDtypeStructs in the training layout.
 
@@ -256,11 +274,19 @@ def abstract_state(
     teacher = params if teacher_kind in ("ema", "periodic") else None
     if teacher_kind == "frozen":
         teacher = model.frozen_teacher(params)
-    return TrainState(scalar, params, teacher, opt_state, scalar), frozen
+    recent = None
+    if skips_spikes:
+        recent = jax.ShapeDtypeStruct((2, spikes.WINDOW), jnp.float32, sharding=scalar.sharding)
+    return TrainState(scalar, params, teacher, opt_state, scalar, recent), frozen
 
 
 def initial_state(
-    model: pretrained.Pretrained, mesh: Mesh, optimize: optax.GradientTransformation, teacher_kind: str, seed: int
+    model: pretrained.Pretrained,
+    mesh: Mesh,
+    optimize: optax.GradientTransformation,
+    teacher_kind: str,
+    seed: int,
+    skips_spikes: bool = False,
 ) -> tuple[TrainState, decoder.Params]:
     """(state, frozen) at step 0, in the layout of `abstract_state`; reads the weights, `seed` draws new adapters."""
     params, frozen = model.split(model.params(mesh, seed=seed))
@@ -274,7 +300,8 @@ def initial_state(
     teacher = None
     if target.teacher is not None:
         teacher = jax.jit(copy, out_shardings=_shardings(target.teacher))(params)
-    return TrainState(step, params, teacher, opt_state, skipped), frozen
+    recent = sharding.put_replicated(mesh, spikes.none_seen()) if skips_spikes else None
+    return TrainState(step, params, teacher, opt_state, skipped, recent), frozen
 
 
 def _shardings(abstract: Any) -> Any:

@@ -29,17 +29,27 @@ BETWEEN_WARNINGS = 50  # steps
 class Watch:
     """Names every skipped step, and ends a run in which too many follow each other, or whose rollouts collapse."""
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, model: pretrained.Pretrained):
+    def __init__(
+        self, config: ml_collections.ConfigDict, workdir: pathlib.Path, model: pretrained.Pretrained, resume_step: int
+    ):
         """
         Args:
-          config: config.train, with max_skipped and stop_on_collapse.
-          workdir: where the batch that ended a run is written, as skipped_batch.json.
-          model: whose tokenizer decodes it.
+          config: config.train, with max_skipped, skip_spikes and stop_on_collapse.
+          workdir: where the batch that ended a run is written, as skipped_batch.json, and what the rollouts of the
+            first steps were, as first_rollouts.jsonl: a resumed run compares with them too.
+          model: whose tokenizer decodes the batch.
+          resume_step: the number of steps that are finished.
         """
         self._most, self._stops = config.max_skipped, config.stop_on_collapse
+        self._or_a_spike = ""
+        if config.skip_spikes:
+            self._or_a_spike = f", or more than {config.skip_spikes:g} times the median (config.train.skip_spikes)"
         self._path, self._model = workdir / "skipped_batch.json", model
         self._skipped = 0  # steps in a row up to the last that was seen
-        self._first: list[Rollouts] = []
+        self._kept = jsonl.JsonLines(workdir / "first_rollouts.jsonl")
+        rows = [row for row in self._kept.read(step=int, **ROLLOUTS) if row["step"] <= resume_step]
+        self._kept.replace(rows)  # those of later steps are computed again
+        self._first = [Rollouts(*(row[name] for name in ROLLOUTS)) for row in rows]
         self._last: collections.deque[Rollouts] = collections.deque(maxlen=WINDOW)
         self._warned, self._collapse = -BETWEEN_WARNINGS, ""
         self._first_losses: list[Loss] = []
@@ -62,8 +72,11 @@ class Watch:
         examples = dispatched.generated.queries.examples
         ids = [f"{example.query_id} ({example.language})" for example in examples]
         if self._skipped <= self._most:
+            usual = ""
+            if "median_loss" in row:
+                usual = f" (medians {row['median_loss']:.4g} and {row['median_grad_norm']:.4g})"
             log(
-                f"step {dispatched.step} skipped: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}; "
+                f"step {dispatched.step} skipped: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}{usual}; "
                 f"queries: {', '.join(ids[:8])}" + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
             )
         return {"skipped_queries": ids}
@@ -80,8 +93,9 @@ class Watch:
         self._dump(dispatched)
         raise UserError(
             f"{self._skipped} steps in a row were skipped up to step {dispatched.step} (config.train.max_skipped="
-            f"{self._most}): their loss or gradient is not finite, and no model is exported. {self._path} holds the "
-            "batch. Lower config.optimizer.learning_rate, or look at the queries, and train in a new --workdir"
+            f"{self._most}): their loss or gradient is not finite{self._or_a_spike}, and no model is exported. "
+            f"{self._path} holds the batch. Lower config.optimizer.learning_rate, or look at the queries, and train in "
+            "a new --workdir"
         )
 
     def _look_at_rollouts(self, dispatched: Dispatched, row: dict[str, float]) -> None:
@@ -90,6 +104,7 @@ class Watch:
         self._last.append(seen)
         if len(self._first) < WINDOW:
             self._first.append(seen)
+            self._kept.append([{"step": dispatched.step} | seen._asdict()])
         self._collapse = collapse(mean(self._first), mean(self._last)) if len(self._last) == WINDOW else ""
         if self._collapse and dispatched.step >= self._warned + BETWEEN_WARNINGS:
             self._warned = dispatched.step
@@ -137,6 +152,9 @@ class Rollouts(NamedTuple):
     length: float
     stopped: float
     loops: float
+
+
+ROLLOUTS = dict.fromkeys(Rollouts._fields, float)
 
 
 class Loss(NamedTuple):

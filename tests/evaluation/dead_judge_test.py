@@ -11,12 +11,31 @@ from msd_jax.evaluation import rates
 from tests.conftest import REPOSITORY
 from tests.evaluation.judges.server import Server, send
 
+GRID = """
+import ml_collections
+from msd_jax.configs import quickstart
 
-@pytest.mark.parametrize("command", ["main", "evaluate"])
-def test_a_dead_judge_is_exit_code_3(tmp_path, command):
+def get_config():
+    config = quickstart.get_config()
+    config.ablation.variants = ml_collections.ConfigDict({"one": {}})
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "evaluation"),
+    [
+        ("main", "configs/quickstart.py", "eval/0"),
+        ("evaluate", "configs/quickstart.py", "."),
+        ("main", "grid.py", "one/0/eval/0"),  # a grid of runs
+    ],
+)
+def test_a_dead_judge_is_exit_code_3(tmp_path, command, config, evaluation):
+    (tmp_path / "grid.py").write_text(GRID)
+    config = REPOSITORY / config if config.startswith("configs/") else tmp_path / config
     server, out = Server(lambda number, body: send(404, {"error": "gone"})), tmp_path / "out"
     flags = [
-        *("--config=configs/quickstart.py", "--config.eval.limit=3", "--config.eval.max_new_tokens=4"),
+        *(f"--config={config}", "--config.eval.limit=3", "--config.eval.max_new_tokens=4"),
         *("--config.judge.kind=openai", f"--config.judge.openai.url={server.url}", "--config.judge.openai.model=x"),
         *("--config.judge.openai.addresses=private", "--config.judge.openai.key_variable="),
         *("--config.judge.openai.retries=0", "--config.train.steps=0", "--config.eval.languages=('en', 'sw')"),
@@ -30,7 +49,7 @@ def test_a_dead_judge_is_exit_code_3(tmp_path, command):
     assert done.returncode == 3, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: the judge gave no verdict") and server.requests
     assert "Traceback" not in done.stderr and "0.0% to 0.0%" not in done.stdout
-    summary = json.loads((out / ("eval/0" if command == "main" else ".") / "summary.json").read_text())
+    summary = json.loads((out / evaluation / "summary.json").read_text())
     entries = [entry for levels in summary.values() for entry in levels["languages"].values()]
     assert all(entry["asr"] is None for entry in entries) and any(entry["unjudged"] for entry in entries)
 

@@ -85,6 +85,15 @@ def test_a_key_that_only_one_release_has_is_named():
     ]
 
 
+def test_a_workdir_from_before_spikes_could_be_skipped_is_one_that_skips_none():
+    config = default.get_config()
+    old = checkpoint.plain(config)
+    del old["train"]["skip_spikes"]
+    assert checkpoint.config_changes(old, config) == []
+    config.train.skip_spikes = 5.0
+    assert checkpoint.config_changes(old, config) == ["config.train.skip_spikes: 0.0 -> 5.0"]
+
+
 def test_paths_may_differ_between_machines():
     config = ml_collections.ConfigDict({"model": {"path": "/here", "dtype": "float32"}, "data": {"path": "/there"}})
     assert checkpoint.without_paths(config) == {"model.dtype": "float32"}

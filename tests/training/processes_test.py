@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from safetensors.numpy import load_file
 
 from msd_jax.io import jsonl
 from tests.conftest import REPOSITORY
@@ -96,6 +97,45 @@ def test_sigterm_during_evaluation_ends_within_seconds_and_keeps_what_was_answer
     assert json.loads((workdir / "eval/2/summary.json").read_text())
 
 
+def test_a_second_sigterm_ends_the_run_at_once(tmp_path):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    with started(workdir, log, *STEPS_ONLY, *ENDLESS, "--config.data.batch_size=1024") as process:  # long steps
+        wait_for(lambda: "sampling: temperature" in log.read_text(), process, log)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        assert process.poll() is None, log.read_text()  # it waits for the step, or its compilation
+        process.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        assert process.wait(timeout=30) == 143
+        assert time.monotonic() - begin < 5
+    assert not (workdir / "lock.json").exists() and "Traceback" not in log.read_text()
+    assert "is saved" not in log.read_text()
+
+
+def test_sigterm_during_export_leaves_a_whole_model_or_none(tmp_path):
+    """Stopped in the middle of writing it; the same command then writes it whole."""
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    flags, unfinished = ("--config.eval.path=", "--config.train.steps=2"), workdir / "model.unfinished"
+    with started(workdir, log, *flags) as process:
+        deadline = time.monotonic() + 170
+        while not unfinished.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGSTOP)
+        if process.poll() is not None or not unfinished.exists():
+            pytest.skip("the export was over before it was seen")
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        begin = time.monotonic()
+        assert process.wait(timeout=30) == 143, log.read_text()
+        assert time.monotonic() - begin < 10
+    assert log.read_text().endswith("preempted: nothing finished is lost; run the same command again to resume\n")
+    assert not (workdir / "model").exists() or load_file(workdir / "model/model.safetensors")
+    with started(workdir, log, *flags) as process:
+        assert process.wait(timeout=170) == 0, log.read_text()
+    assert "resumed from step 2" in log.read_text() and not unfinished.exists()
+    assert load_file(workdir / "model/model.safetensors") and steps(workdir) == [1, 2]
+
+
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[pathlib.Path]:
     """A file system of 12 MB: three checkpoints and some."""
@@ -124,3 +164,25 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_resumes(tmp_path, 
         assert process.wait(timeout=150) == 0, log.read_text()
     assert f"resumed from step {failed - 20}" in log.read_text()
     assert not list((workdir / "checkpoints").glob("*tmp*"))  # what the failed save left behind took room
+
+
+def test_a_workdir_that_becomes_read_only_is_told_in_one_line_and_the_same_command_resumes(tmp_path, small_disk):
+    """A read-only mount over the workdir, as after an error of the disk: chmod would not stop root."""
+    workdir, log = small_disk / "run", tmp_path / "log"
+    every = "--config.train.checkpoints.every=20"
+    with started(workdir, log, *STEPS_ONLY, *ENDLESS, every) as process:
+        wait_for((workdir / "checkpoints/20/MANIFEST-0-of-1.json").exists, process, log)
+        for options in (["--bind"], ["-o", "remount,ro,bind"]):
+            of_what = [str(small_disk), str(small_disk)] if options == ["--bind"] else [str(small_disk)]
+            subprocess.run(["mount", *options, *of_what], check=True)
+        try:
+            assert process.wait(timeout=60) == 1
+        finally:
+            subprocess.run(["umount", "-l", str(small_disk)], check=True)
+    *_, line = log.read_text().splitlines()
+    assert re.match(r"error: (checkpoint \d+|\S+) could not be written: Read-only file system", line), line
+    assert "Traceback" not in log.read_text()
+    last = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    with started(workdir, log, *STEPS_ONLY, f"--config.train.steps={last + 1}", every) as process:
+        assert process.wait(timeout=150) == 0, log.read_text()
+    assert f"resumed from step {last}" in log.read_text() and steps(workdir) == list(range(1, last + 2))

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 from msd_jax.errors import UserError
+from msd_jax.evaluation import records
 from msd_jax.io import checksums, jsonl, lock, retries
 from msd_jax.models import trained
 from msd_jax.parallel import sharding
 from msd_jax.training import checkpoint, loop, metrics, run
 from tests.conftest import write_model
+from tests.evaluation.made import record
 from tests.training.conftest import set_up, train
 
 LIKE = {"x": np.zeros(30_000, np.float32)}
@@ -125,6 +127,18 @@ def test_an_incomplete_checkpoint_is_passed_over(saved, capsys, fault, sealed):
     said = capsys.readouterr()
     assert "step 12 is damaged (" in said.out and "); going on from step 8" in " ".join(said.out.split())
     assert "Traceback" not in said.err
+
+
+def test_a_manifest_of_blake2b_hashes_as_earlier_releases_wrote_it_is_checked_too(saved):
+    step = saved / "checkpoints" / "12"
+    manifest = step / "MANIFEST-0-of-1.json"
+    sums = json.loads(manifest.read_text())
+    assert all(digest.startswith("xxh3:") for _, digest in sums.values())
+    sums = {name: (size, checksums.of_file(step / name)) for name, (size, _) in sums.items()}
+    manifest.write_text(json.dumps(sums))
+    assert checkpoint.damage_of(step) is None
+    flip_a_bit(arrays(saved, 12))
+    assert "has another content" in checkpoint.damage_of(step)
 
 
 def test_no_whole_checkpoint_is_one_error_that_says_what_to_do(saved):
@@ -325,16 +339,37 @@ def test_storage_that_fails_twice_and_then_works(tmp_path, monkeypatch, capsys):
     assert log.read() == [{"n": 0}, {"n": 1}]
 
 
+DEEP = "[" * 100_000  # JSON that no reader of JSON follows to its end
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
-@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\xff\xfe\n", b"{}", b'{"step": "2"}', b"[2]"])
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\xff\xfe\n", b"{}", b'{"step": "2"}', b"[2]", DEEP.encode()])
 def test_a_damaged_line_is_named(tmp_path, name, damage):
     (tmp_path / name).write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
     with pytest.raises(UserError, match=rf"{name}, line 2 is damaged .*remove that line to lose only what it holds"):
         metrics.Metrics(tmp_path, 3)
 
 
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (b'{"benchmark": "queries", "pass', r"line 2 is damaged .*remove that line to lose only what it holds"),
+        (b"\xff\xfe", r"line 2 is damaged"),
+        (DEEP.encode(), r"line 2 is damaged"),
+        (b"[2]", r"line 2 is damaged"),
+        (b'{"benchmark": "queries"}', r"line 2 is not a response of an evaluation .*remove the file to evaluate again"),
+    ],
+)
+def test_damaged_responses_of_an_interrupted_evaluation_are_named(tmp_path, damage, what):
+    row = json.dumps(record("refused", id="1").to_json()).encode()
+    (tmp_path / "responses.jsonl").write_bytes(b"\n".join((row, damage, row, b"")))
+    for reads in (records.read, lambda path: records.RecordLog(path).read()):
+        with pytest.raises(UserError, match=rf"(?s)responses.jsonl, {what}"):
+            reads(tmp_path / "responses.jsonl")
+
+
 @pytest.mark.parametrize("name", ["config.json", "inputs.json"])
-@pytest.mark.parametrize("damage", ["", "{", "[1]", "\0"])
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "\0", DEEP])
 def test_a_damaged_config_is_named_with_what_to_do(config, tmp_path, name, damage):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text(damage)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,22 @@ def test_a_certain_student_is_warned_of_once_under_reverse_kl(config, tmp_path, 
     else:
         assert saturated == 0
     assert all(row["weighted_kl"] > 0 and row["beta"] == 0.5 for row in rows)
+
+
+def test_a_resumed_run_compares_its_rollouts_with_those_of_the_first_steps(config, tmp_path, capsys):
+    def see(watched, steps, length):
+        tokens = types.SimpleNamespace(response_BxR=np.zeros((2, 64), int), length_B=np.array([length, length]))
+        for step in steps:
+            dispatched = types.SimpleNamespace(step=step, generated=types.SimpleNamespace(responses=tokens))
+            watched.notes(dispatched, {"response_length": float(length), "stopped": 1.0, "skip": 0.0})
+
+    see(watch.Watch(config.train, tmp_path, None, 0), range(1, 8), 40)
+    see(watch.Watch(config.train, tmp_path, None, 4), range(5, 15), 40)  # the last checkpoint was that of step 4
+    assert [row["step"] for row in jsonl.read(tmp_path / "first_rollouts.jsonl")] == list(range(1, 11))
+    assert "warning" not in capsys.readouterr().out
+    see(watch.Watch(config.train, tmp_path, None, 14), range(15, 25), 9)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: step 24: responses have shrunk: 9.0 tokens in the last 10 steps, 40.0 at first" in said
 
 
 @pytest.mark.parametrize("stops", [False, True])

@@ -4,158 +4,18 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 
-from msd_jax import losses
 from msd_jax.configs import default
-from msd_jax.data import near_duplicates, prompts, records, sources
+from msd_jax.data import prompts, records, sources
 from msd_jax.errors import UserError
-from msd_jax.evaluation import answering, benchmarks, judges
-from msd_jax.evaluation.judges import endpoint, formats, guard
-from msd_jax.generation import responses
+from msd_jax.evaluation import judges
 from msd_jax.io import places
-from msd_jax.models import attention, decoder, lora
-from msd_jax.planning import hardware, launch
-from msd_jax.training import former_keys, optimizer, train_step
-
-# Mappings whose keys are the user's own, and the type of their values (None: any).
-_FREE = {
-    "ablation.variants": None,
-    "data.languages": float,
-    "data.sources": None,
-    "prompts.student_template_kwargs": None,
-    "prompts.teacher_template_kwargs": None,
-    "judge.openai.request": None,
-}
-
-_DTYPES = ("float32", "bfloat16")
-_CHOICES = {
-    "model.param_dtype": _DTYPES,
-    "model.dtype": _DTYPES,
-    "model.attention": attention.CHOICES,
-    "model.remat": tuple(decoder.REMAT_POLICIES),
-    "model.lora.base_dtype": _DTYPES,
-    "data.harmful": tuple(records.LABELS),
-    "data.near_duplicates": near_duplicates.ACTIONS,
-    "prompts.cot": prompts.COT,
-    "teacher.kind": train_step.TEACHERS,
-    "rollout.policy": responses.POLICIES,
-    "loss.divergence": ("auto", *losses.OBJECTIVES),
-    "loss.weighting": tuple(losses.WEIGHTINGS),
-    "loss.entropy_scale": tuple(losses.ENTROPY_SCALES),
-    "loss.student_token": losses.STUDENT_TOKENS,
-    "loss.normalize": losses.NORMALIZATIONS,
-    "optimizer.name": optimizer.RULES,
-    "optimizer.moments_dtype": _DTYPES,
-    "optimizer.schedule": optimizer.SCHEDULES,
-    "eval.harmful": tuple(records.LABELS),
-    "eval.sample": benchmarks.SAMPLES,
-    "launch.accelerator": launch.ACCELERATORS,
-    "judge.kind": judges.KINDS,
-    "judge.translate": judges.TRANSLATORS,
-    "judge.guard.format": guard.FORMATS,
-    "judge.guard.dtype": _DTYPES,
-    "judge.openai.format": tuple(formats.FORMATS),
-    "judge.openai.addresses": endpoint.ADDRESSES,
-}
-# Tuples of choices, each at most once: what they are chosen from, and the fewest.
-_SELECTIONS = {
-    "model.lora.targets": (tuple(lora.ADAPTABLE), 1),
-    "eval.benchmarks": (benchmarks.NAMES, 0),
-    "eval.passes": (tuple(answering.TEMPERATURES), 1),
-}
-
-
-class _Range(NamedTuple):
-    """The numbers from `low` to `high`, `low` itself only if not `above`."""
-
-    low: float
-    high: float = math.inf
-    above: bool = False
-
-    def __contains__(self, value: Any) -> bool:
-        return (self.low < value if self.above else self.low <= value) and value <= self.high
-
-    def __str__(self) -> str:
-        return f"{'greater than' if self.above else 'at least'} {self.low}" + (
-            f" and at most {self.high}" if self.high < math.inf else ""
-        )
-
-
-_MOST = 10_000_000  # more steps, rows or tokens than any run has: what is larger is a slip of the keyboard
-_COUNT, _COUNT_OR_NONE = _Range(1, _MOST), _Range(0, _MOST)
-_SHARE, _AMOUNT, _POSITIVE = _Range(0, 1), _Range(0), _Range(0, above=True)
-_AXIS = _Range(-1, _MOST)
-_RANGES = {
-    "seed": _Range(0, 2**32 - 1),
-    "model.lora.rank": _COUNT_OR_NONE,
-    "model.lora.alpha": _POSITIVE,
-    "data.batch_size": _COUNT,
-    "data.length_window": _Range(1, 64),
-    "data.retain_fraction": _SHARE,
-    "prompts.student_limit": _COUNT,
-    "prompts.teacher_limit": _COUNT,
-    "prompts.analysis_tokens": _COUNT,
-    "teacher.ema_decay": _SHARE,
-    "teacher.period": _COUNT,
-    "rollout.on_policy_fraction": _SHARE,
-    "rollout.max_new_tokens": _COUNT,
-    "rollout.temperature": _AMOUNT,
-    "rollout.top_k": _COUNT_OR_NONE,
-    "rollout.top_p": _Range(0, 1, above=True),
-    "loss.beta": _SHARE,
-    "loss.beta_ramp": _SHARE,
-    "loss.token_cap": _AMOUNT,
-    "loss.top_k": _COUNT_OR_NONE,
-    "loss.temperature": _POSITIVE,
-    "loss.weight_top_k": _Range(2, _MOST),
-    "optimizer.learning_rate": _Range(0, 1),  # of an update whose entries are about 1
-    "optimizer.warmup_steps": _COUNT_OR_NONE,
-    "optimizer.adamw.b1": _SHARE,
-    "optimizer.adamw.b2": _SHARE,
-    "optimizer.adamw.eps": _POSITIVE,
-    "optimizer.weight_decay": _AMOUNT,
-    "optimizer.clip_norm": _POSITIVE,
-    "train.steps": _COUNT_OR_NONE,
-    "train.micro_batches": _COUNT,
-    "train.loss_chunk": _COUNT,
-    "train.max_skipped": _COUNT,
-    "train.checkpoints.every": _COUNT,
-    "train.checkpoints.kept": _COUNT,
-    "train.log_every": _COUNT,
-    "train.completions.every": _COUNT,
-    "train.completions.kept": _COUNT_OR_NONE,
-    "eval.limit": _COUNT_OR_NONE,
-    "eval.monitor.every": _COUNT_OR_NONE,
-    "eval.monitor.slice": _COUNT,
-    "eval.monitor.utility_floor": _SHARE,
-    "eval.monitor.over_refusal_ceiling": _SHARE,
-    "eval.prompt_limit": _COUNT_OR_NONE,
-    "eval.batch_size": _COUNT,
-    "eval.max_new_tokens": _COUNT,
-    **{f"eval.{name}.limit": _COUNT_OR_NONE for name in benchmarks.NAMES},
-    "preflight.min_flip": _SHARE,
-    "preflight.min_language_match": _SHARE,
-    "preflight.max_over_refusal_rise": _SHARE,
-    "judge.translation_tokens": _COUNT,
-    "judge.guard.threshold": _SHARE,
-    "judge.guard.limit": _COUNT,
-    "judge.guard.batch_size": _COUNT,
-    "judge.openai.concurrency": _Range(1, 256),
-    "judge.openai.timeout": _POSITIVE,
-    "judge.openai.retries": _Range(0, 100),
-    "judge.openai.price_per_million_prompt_tokens": _AMOUNT,
-    "judge.openai.price_per_million_completion_tokens": _AMOUNT,
-    "ablation.seeds": _COUNT,
-    "mesh.data": _AXIS,
-    "mesh.fsdp": _AXIS,
-    "mesh.tensor": _AXIS,
-    "launch.slices": _COUNT,
-    "launch.nodes": _COUNT,
-    "launch.gpus_per_node": _COUNT_OR_NONE,
-}
+from msd_jax.planning import hardware
+from msd_jax.settings import allowed
+from msd_jax.training import former_keys
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -181,8 +41,8 @@ def _structure(config: Any, reference: Any, prefix: str) -> Iterator[str]:
             yield f"config.{name} is missing; start your config from msd_jax.configs.default"
             continue
         value, expected = config[key], reference[key]
-        if name in _FREE:
-            if (kind := _FREE[name]) is not None:
+        if name in allowed.FREE:
+            if (kind := allowed.FREE[name]) is not None:
                 for inner, item in dict(value).items():
                     yield from _mistyped(f"config.{name}.{inner}", item, kind())
         elif isinstance(expected, ml_collections.ConfigDict):
@@ -220,13 +80,13 @@ def _value(config: Any, key: str) -> Any:
 
 def _values(config: Any) -> Iterator[str]:
     """Values that are not among a key's choices, or not in its range."""
-    for key, choices in _CHOICES.items():
+    for key, choices in allowed.CHOICES.items():
         yield from _other_than(f"config.{key}", _value(config, key), choices)
-    for key, (choices, fewest) in _SELECTIONS.items():
+    for key, (choices, fewest) in allowed.SELECTIONS.items():
         yield from _selection(f"config.{key}", tuple(_value(config, key)), choices, fewest)
-    for key, allowed in _RANGES.items():
-        if (value := _value(config, key)) not in allowed:
-            yield f"config.{key}={value!r} must be {allowed}"
+    for key, numbers in allowed.RANGES.items():
+        if (value := _value(config, key)) not in numbers:
+            yield f"config.{key}={value!r} must be {numbers}"
 
 
 def _other_than(name: str, value: Any, choices: Sequence[str]) -> Iterator[str]:
@@ -268,7 +128,7 @@ def _languages(config: Any) -> Iterator[str]:
 def _queries(config: Any) -> Iterator[str]:
     """What is wrong with where the queries come from."""
     data = config.data
-    if data.harmful_share != -1 and data.harmful_share not in _SHARE:
+    if data.harmful_share != -1 and data.harmful_share not in allowed.SHARE:
         yield f"config.data.harmful_share={data.harmful_share!r} must be from 0 to 1, or -1 for queries as they come"
     if data.sources and data.path:
         yield "config.data.sources beside config.data.path: make that one a source too"
@@ -315,7 +175,9 @@ def _places(config: Any, prefix: str = "config") -> Iterator[str]:
                 yield str(error)
 
 
-def _micro_batches(config: Any) -> Iterator[str]:
+def _steps(config: Any) -> Iterator[str]:
+    if 0 < config.train.skip_spikes <= 1:
+        yield f"config.train.skip_spikes={config.train.skip_spikes!r} must be 0, or greater than 1"
     size, parts = config.data.batch_size, config.train.micro_batches
     if parts and size % parts:
         yield f"config.train.micro_batches={parts} does not divide config.data.batch_size={size}"
@@ -403,6 +265,6 @@ def _evaluation(config: Any) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[[Any], Iterator[str]], ...] = (
-    *(_values, _places, _judge, _launch, _languages, _queries, _micro_batches),
+    *(_values, _places, _judge, _launch, _languages, _queries, _steps),
     *(_teacher, _reference, _retention, _loss, _evaluation),
 )
