@@ -1,4 +1,7 @@
-"""Prints what the student and the teacher are shown: `python -m msd_jax.prompts --config configs/NAME.py --n 3`."""
+"""Prints what the student and the teacher are shown (`python -m msd_jax.prompts`).
+
+python -m msd_jax.prompts --config configs/NAME.py --n 3
+"""
 
 import unicodedata
 

@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "msd_jax"
 COMMANDS = (
     *("main", "evaluate", "plan", "export", "prompts", "queries", "judges", "topology", "lm_eval", "report.__main__"),
-    "cli",  # what they share
+    *("command", "cli", "recipes"),  # what they share
 )
 # From the top down: a module imports from its own wing and from those below.
 WINGS = (
