@@ -53,7 +53,10 @@ setuptools.setup(
         "xxhash",
     ],
     # Releases of the harness after 0.4.13 look here; before, `python -m msd_jax.lm_eval` adds the model.
-    entry_points={"lm_eval.models": ["msd_jax = msd_jax.lm_eval:MsdJaxLM"]},
+    entry_points={
+        "console_scripts": ["msd-jax = msd_jax.command:main"],
+        "lm_eval.models": ["msd_jax = msd_jax.lm_eval:MsdJaxLM"],
+    },
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],

@@ -17,7 +17,7 @@ from msd_jax.configs import paper
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    config = paper.get_config()
+    config = paper.shared()
     config.model.path = "google/gemma-3-1b-it"
     config.data.batch_size = 32
     config.train.micro_batches = 4

@@ -17,7 +17,7 @@ from msd_jax.configs import paper
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    config = paper.get_config()
+    config = paper.shared()
     config.model.path = "meta-llama/Llama-2-7b-chat-hf"
     config.prompts.student_limit = 1024
     config.prompts.teacher_limit = 1024

@@ -18,7 +18,7 @@ from msd_jax.configs import paper
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    config = paper.get_config()
+    config = paper.shared()
     config.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
     for role in ("student", "teacher"):
         config.prompts[f"{role}_template_kwargs"] = ml_collections.ConfigDict({"date_string": "26 Jul 2024"})

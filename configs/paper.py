@@ -12,7 +12,7 @@ from msd_jax import testbed
 from msd_jax.errors import UserError
 
 
-def get_config() -> ml_collections.ConfigDict:
+def shared() -> ml_collections.ConfigDict:
     config = default.get_config()
     config.model.dtype = "bfloat16"
     config.data.languages = ml_collections.ConfigDict(dict.fromkeys(("zh", "ar", "bn", "sw", "jv"), 1.0))

@@ -15,7 +15,7 @@ from msd_jax.configs import paper
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    config = paper.get_config()
+    config = paper.shared()
     config.model.path = "Qwen/Qwen2.5-7B-Instruct"
     config.mesh.tensor = 4
     return paper.variant(config, "qwen2_5_7b", variant)

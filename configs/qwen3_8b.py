@@ -18,7 +18,7 @@ from msd_jax.configs import paper
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    config = paper.get_config()
+    config = paper.shared()
     config.model.path = "Qwen/Qwen3-8B"
     config.mesh.tensor = 4
     return paper.variant(config, "qwen3_8b", variant)

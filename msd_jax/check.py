@@ -1,4 +1,4 @@
-"""Checks devices and network in a minute, before a long run: `python -m msd_jax.check`, started like the run itself.
+"""Checks devices and network in a minute, before a long run (`python -m msd_jax.check`), and is started like it.
 
     srun --ntasks-per-node=8 python -m msd_jax.check      # or launch/local.sh, with COMMAND=msd_jax.check
 

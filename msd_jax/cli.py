@@ -12,7 +12,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from msd_jax import settings
+from msd_jax import recipes, settings
 from msd_jax.errors import UserError
 from msd_jax.evaluation import rates
 from msd_jax.io import places
@@ -22,7 +22,16 @@ from msd_jax.training import former_keys
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
 
 FLAGS = flags.FLAGS
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, or your own.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A recipe's name (`msd-jax recipes`) or file, or a file of your own.", lock_config=True
+)
+_OVERRIDES = """
+Every key of configs/default.py is a flag too:
+
+  --config.train.steps=50 --config.model.path=HF_DIRECTORY_OR_HUB_ID
+  --config.data.languages="{'sw': 1.0, 'bn': 2.0}"
+  --config.eval.benchmarks="('multijail','mgsm')"
+"""
 
 
 @contextlib.contextmanager
@@ -61,21 +70,22 @@ def require_verdicts(*summaries: rates.Summary) -> None:
         sys.exit(3)
 
 
-def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: str | None) -> None:
-    """Parses the command line, with one-line errors, and runs `main`.
+def run(main: Callable[[list[str]], None], *, alone: bool = False) -> None:
+    """Parses the command line, with one-line errors, and runs `main`; --help prints the command's docstring and flags.
 
     Args:
-      main: the command; it gets what of the command line is not a flag.
+      main: the command, of the module that runs as __main__; it gets what of the command line is not a flag.
       alone: whether the process stays by itself; otherwise it first joins the others of its run, see distributed.py.
-      **strings: string flags and their defaults; None for a required one.
     """
-    for name, default in strings.items():
-        flags.DEFINE_string(name, default, f"See the top of {sys.argv[0]}.", required=default is None)
     if FLAGS["config"].default is None:
         flags.mark_flag_as_required("config")
 
     def parse(argv: list[str]) -> list[str]:
+        if {"--help", "-help", "-h"} & set(argv):
+            print(_usage(alone))
+            sys.exit(0)
         try:
+            argv = recipes.resolve(argv)
             if not alone:
                 distributed.start(argv)
             rest = FLAGS(argv)
@@ -96,6 +106,20 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False, **strings: st
     faulthandler.register(signal.SIGUSR1)  # what every thread does, without ending the process: kill -USR1
     with distributed.together():
         app.run(guarded, flags_parser=parse)
+
+
+def _usage(alone: bool) -> str:
+    """What --help prints: the docstring of the command, its own flags, and how those of the config work."""
+    own = [flag for flag in FLAGS.get_key_flags_for_module(sys.argv[0]) if flag.name != "config"]
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:", ""]
+    for flag in [FLAGS["config"], *own]:
+        value = {"bool": "", "int": " N"}.get(flag.flag_type(), " TEXT")
+        default = f" (default: {flag.default})" if flag.default and flag in own else ""
+        lines.append(f"  --{flag.name + value:18} {flag.help.strip()}{default}")
+    lines.append(_OVERRIDES.rstrip())
+    if not alone:
+        lines += ["", "For a run of several processes (--coordinator, --processes, --process_id) see docs/pods.md."]
+    return "\n".join(lines)
 
 
 def _explain(error: Exception, argv: list[str]) -> str:

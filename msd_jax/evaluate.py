@@ -42,5 +42,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    cli.flags.DEFINE_string("checkpoint", "", "What to evaluate; without it, the model of the config.")
+    cli.flags.DEFINE_string("out", "runs/evaluation", "Directory for responses, verdicts and summary.")
     cli.flags.DEFINE_bool("preflight", False, "Ask what training can gain at most.")
-    cli.run(main, checkpoint="", out="runs/evaluation")
+    cli.run(main)

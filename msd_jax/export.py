@@ -28,4 +28,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, checkpoint=None, out=None)
+    cli.flags.DEFINE_string("checkpoint", None, "Step of a run, WORKDIR/checkpoints/STEP.", required=True)
+    cli.flags.DEFINE_string("out", None, "New directory for the model.", required=True)
+    cli.run(main)

@@ -42,4 +42,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.FLAGS.set_default("config", default.__file__)
-    cli.run(main, agreement=None, json="")
+    flags.DEFINE_string("agreement", None, "JSONL or CSV with labelled responses.", required=True)
+    flags.DEFINE_string("json", "", "File to write the figures to.")
+    cli.run(main)

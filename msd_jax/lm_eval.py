@@ -1,4 +1,4 @@
-"""lm-evaluation-harness with our models added: `python -m msd_jax.lm_eval run --model msd_jax ...`.
+"""lm-evaluation-harness with our models added (`python -m msd_jax.lm_eval`).
 
     pip install -e '.[eval]'
     python -m msd_jax.lm_eval run --model msd_jax --model_args pretrained=HF_DIR,dtype=bfloat16 --tasks TASK ...
@@ -12,7 +12,10 @@ The command is the harness's own; see evaluation/harness.py. In Python:
 
 import sys
 
-from lm_eval.__main__ import cli_evaluate
+try:
+    from lm_eval.__main__ import cli_evaluate
+except ImportError:
+    sys.exit("error: msd_jax.lm_eval needs lm-evaluation-harness: pip install 'msd-jax[eval]'")
 
 from msd_jax import cli
 from msd_jax.evaluation.harness import MsdJaxLM

@@ -1,4 +1,10 @@
-"""Aligns a model across languages: `python -m msd_jax.main --config configs/NAME.py --workdir DIR`."""
+"""Aligns a model across languages (`python -m msd_jax.main`).
+
+    python -m msd_jax.main --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...]
+
+Evaluates the model, trains it, exports it, evaluates it again and writes WORKDIR/report. The same command resumes an
+interrupted run.
+"""
 
 import pathlib
 
@@ -29,4 +35,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     jax.config.parse_flags_with_absl()
-    cli.run(main, workdir=None)
+    cli.flags.DEFINE_string("workdir", None, "Directory of the run; the same one resumes it.", required=True)
+    cli.run(main)

@@ -30,5 +30,8 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
+    flags.DEFINE_string("topology", "", "TPU slice, as v5e:8x8, in place of config.launch's.")
+    flags.DEFINE_string("mesh", "", "DATA,FSDP,TENSOR in place of config.mesh.")
+    flags.DEFINE_string("json", "", "File to write the plan to.")
     flags.DEFINE_bool("search", False, "Try meshes, micro-batches and remat; print the fastest that fits.")
-    cli.run(main, alone=True, topology="", mesh="", json="")
+    cli.run(main, alone=True)

@@ -1,6 +1,7 @@
-"""Prints what the student and the teacher are shown: `python -m msd_jax.prompts --config configs/NAME.py --n 3`."""
+"""Prints what the student and the teacher are shown (`python -m msd_jax.prompts`).
 
-import unicodedata
+python -m msd_jax.prompts --config configs/NAME.py --n 3
+"""
 
 import ml_collections
 import rich.console
@@ -36,17 +37,10 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
                 over = f", over config.prompts.{role}_limit={limit}: dropped in training" if length > limit else ""
                 title = f"{record.id}  {language_name(language)} ({language})  {role}: {length} tokens{over}"
                 # As text, not as markup: data is shown, never obeyed.
-                screen.print(Text(printable(title), style="bold"), soft_wrap=True)
-                screen.print(Text(printable(render(tokenizer, messages, variables)) + "\n"), soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """`text` with its control and invisible formatting characters escaped, so that it cannot steer a terminal."""
-    keep = "\n\t\u200c\u200d"  # joiners belong to the spelling in Bengali, Persian and others
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cf") and c not in keep else c
-        for c in text
-    )
+                screen.print(Text(visible(title), style="bold"), soft_wrap=True)
+                for line in render(tokenizer, messages, variables).split("\n"):
+                    screen.print(Text(visible(line)), soft_wrap=True)
+                screen.print()
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What config.launch asks for, in the terms of gcloud, GKE and Slurm (`python -m msd_jax.topology --config FILE`).
+"""What config.launch asks for, in the terms of gcloud, GKE and Slurm (`python -m msd_jax.topology`).
 
 Prints NAME=VALUE for each fact that the scripts in launch/ need, or a one-line error if config.mesh does not fit
 config.launch. With --want=tpu (or gpu) a config that is planned for the other is an error. It touches no device.
@@ -28,4 +28,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     jax.config.parse_flags_with_absl()
-    cli.run(main, alone=True, want="", workdir="")
+    cli.flags.DEFINE_string("want", "", "tpu or gpu: what the config must be planned for.")
+    cli.flags.DEFINE_string("workdir", "", "Ignored: launchers pass on the flags of the run.")
+    cli.run(main, alone=True)

@@ -13,8 +13,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "msd_jax"
 COMMANDS = (
     *("main", "evaluate", "plan", "export", "prompts", "queries", "judges", "topology", "check", "lm_eval"),
-    "report.__main__",
-    "cli",  # what they share
+    *("report.__main__", "command", "cli", "recipes"),
 )
 # From the top down: a module imports from its own wing and from those below.
 WINGS = (

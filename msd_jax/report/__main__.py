@@ -1,4 +1,9 @@
-"""python -m msd_jax.report: see __init__.py."""
+"""Writes the report of a run, of an evaluation, or a comparison of runs (`python -m msd_jax.report`).
+
+python -m msd_jax.report --workdir DIR                 a run's tables, page, figures and model card
+python -m msd_jax.report --workdir DIR1,DIR2,...       several runs compared
+python -m msd_jax.report --evaluation DIR1,DIR2,...    evaluations of msd_jax.evaluate
+"""
 
 import pathlib
 
@@ -30,4 +35,7 @@ def _paths(text: str) -> list[pathlib.Path]:
 
 if __name__ == "__main__":
     flags.FLAGS.set_default("config", default.__file__)  # a run brings its own
-    cli.run(main, alone=True, workdir="", evaluation="", out="")
+    flags.DEFINE_string("workdir", "", "Runs, separated by commas.")
+    flags.DEFINE_string("evaluation", "", "Evaluations, separated by commas.")
+    flags.DEFINE_string("out", "", "Directory for the report; by default in the last of them.")
+    cli.run(main, alone=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
-import tensorboardX
 
 from msd_jax.io import jsonl
 from msd_jax.parallel import distributed, sharding
@@ -26,6 +25,8 @@ class Metrics:
             file.replace(row for row in file.read(step=int) if row["step"] <= resume_step)
         self._board = None
         if distributed.is_first():
+            import tensorboardX  # which imports PyTorch, seconds of every command's start, where that is installed
+
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def scalars(self, step: int, values: dict[str, float], notes: jsonl.Row | None = None) -> None:
