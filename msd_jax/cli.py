@@ -89,8 +89,9 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False) -> None:
             if not alone:
                 distributed.start(argv)
             rest = FLAGS(argv)
-            for name in strings:
-                places.require_directory(f"--{name}", FLAGS[name].value or "")
+            for flag in _own_flags():
+                if flag.flag_type() == "string":
+                    places.require_directory(f"--{flag.name}", flag.value or "")
             return rest
         except Exception as error:  # a typo in a key, a wrong type, a config that does not exist or does not load
             sys.exit(f"error: {_explain(error, argv)}")
@@ -110,7 +111,7 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False) -> None:
 
 def _usage(alone: bool) -> str:
     """What --help prints: the docstring of the command, its own flags, and how those of the config work."""
-    own = [flag for flag in FLAGS.get_key_flags_for_module(sys.argv[0]) if flag.name != "config"]
+    own = _own_flags()
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:", ""]
     for flag in [FLAGS["config"], *own]:
         value = {"bool": "", "int": " N"}.get(flag.flag_type(), " TEXT")
@@ -120,6 +121,11 @@ def _usage(alone: bool) -> str:
     if not alone:
         lines += ["", "For a run of several processes (--coordinator, --processes, --process_id) see docs/pods.md."]
     return "\n".join(lines)
+
+
+def _own_flags() -> list[flags.Flag]:
+    """Those that the command itself defines."""
+    return [flag for flag in FLAGS.get_key_flags_for_module(sys.argv[0]) if flag.name != "config"]
 
 
 def _explain(error: Exception, argv: list[str]) -> str:

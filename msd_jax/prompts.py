@@ -14,6 +14,7 @@ from msd_jax.data.prompts import check_templates, shows_teacher, student_message
 from msd_jax.data.records import Query, language_name
 from msd_jax.io import console
 from msd_jax.models.tokenizer import Messages, load_tokenizer, render, token_ids
+from msd_jax.report.untrusted import visible
 
 
 def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console) -> None:

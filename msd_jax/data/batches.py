@@ -152,7 +152,8 @@ def encode_all(
         if targets:
             queries.append(EncodedQuery(record.id, record.harmful, tuple(targets), next(iter(retained), None)))
     encoded = Encoded(
-        *(tuple(queries), tuple(languages)),
+        tuple(queries),
+        tuple(languages),
         **limits.tokens,
         dropped=dict(limits.dropped),
         hostile=hostile,

@@ -96,7 +96,7 @@ class GivenResponder:
         teacher: Callable[[], decoder.Params],
     ) -> Responses:
         """As `Responder`."""
-        given = [example.response_ids for example in batch.examples]
+        given = [ids for example in batch.examples if (ids := example.response_ids) is not None]
         B, R = len(given), self._generator.sampling.max_new_tokens
         response_BxR = np.full((B, R), self._generator.pad_id, np.int32)
         for row, ids in zip(response_BxR, given):

@@ -1,6 +1,7 @@
 """Whether every device computes, and how fast the links between them are: measured in a minute, before a long run."""
 
 import dataclasses
+import functools
 import itertools
 import socket
 import statistics
@@ -59,7 +60,7 @@ def measure(mebibytes: int, stage: Callable[[str], None] = lambda name: None) ->
             stage(f"an all-reduce between {hosts[one]} and {hosts[other]}")
             # Only the processes of both take part, and all hear of it.
             speed = _all_reduce(both, mebibytes)[0] if any(d.process_index == jax.process_index() for d in both) else 0
-            speed = max(distributed.from_all(lambda speed=speed: speed))
+            speed = max(distributed.from_all(functools.partial(float, speed)))
             for host in (hosts[one], hosts[other]):
                 neighbours[host] = max(neighbours.get(host, 0.0), speed)
     devices = {host: sum(len(flops) for name, flops, _ in told if name == host) for host in hosts}
@@ -116,7 +117,7 @@ def _all_reduce(devices: Sequence[jax.Device], mebibytes: int) -> tuple[float, b
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.transfer_guard("allow"):
         ranks = jax.make_array_from_callback(
-            (count, 1), rows, lambda index: np.arange(1.0, count + 1, dtype=np.float32)[index[0]][:, None]
+            (count, 1), rows, lambda index: np.arange(1.0, count + 1, dtype=np.float32)[:, None][index]
         )
         array = jax.jit(lambda x: jnp.broadcast_to(x, (count, size)), out_shardings=rows)(ranks)
         reduce = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=whole)

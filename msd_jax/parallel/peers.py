@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
 from jax._src import distributed as jax_distributed  # there is no other way to the processes' key-value store
@@ -135,7 +135,7 @@ class Peers:
         """Waits for the others. See `join`."""
         # Not from jax.process_index(), which would set up the devices before --jax_platforms is read.
         state = jax_distributed.global_state
-        self._store: Any = state.client
+        self._store = cast(Any, state.client)
         self._me, count = state.process_id, state.num_processes
         self._terminate, self._end_at_once = terminate, end_at_once
         self._stop, self._meetings = threading.Event(), 0

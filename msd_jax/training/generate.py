@@ -48,10 +48,12 @@ def generate(run: Run, frozen: decoder.Params, state: TrainState, queries: batch
     )
     had = time.perf_counter()
     R = padding.bucket(max(int(responses.length_B.max()), 1), run.config.rollout.max_new_tokens)
+    read = reads_teacher(run.config)
     batch = TrainBatch(
         queries.student_prompt_BxP,
         queries.student_length_B,
-        *((queries.teacher_prompt_BxP, queries.teacher_length_B) if reads_teacher(run.config) else (None, None)),
+        queries.teacher_prompt_BxP if read else None,
+        queries.teacher_length_B if read else None,
         responses.response_BxR[:, :R],
         responses.length_B,
     )

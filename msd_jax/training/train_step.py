@@ -274,7 +274,7 @@ def abstract_state(
     teacher = params if teacher_kind in ("ema", "periodic") else None
     if teacher_kind == "frozen":
         teacher = model.frozen_teacher(params)
-    recent = None
+    recent: Any = None
     if skips_spikes:
         recent = jax.ShapeDtypeStruct((2, spikes.WINDOW), jnp.float32, sharding=scalar.sharding)
     return TrainState(scalar, params, teacher, opt_state, scalar, recent), frozen
