@@ -46,4 +46,4 @@ if __name__ == "__main__":
     flags.FLAGS.set_default("config", default.__file__)  # which no measurement depends on
     flags.DEFINE_integer("seconds", 60, "The most that the check may take.", lower_bound=1)
     flags.DEFINE_integer("mebibytes", 256, "Size of the array that is added up.", lower_bound=1)
-    cli.run(main)
+    cli.run(main, workdir="")  # which the launchers pass

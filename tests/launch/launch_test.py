@@ -366,6 +366,7 @@ VARIABLE = {"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": s
 CONTAINER = {
     "name": str,
     "image": str,
+    "command": [str],
     "args": [str],
     "env": [VARIABLE],
     "envFrom": [{"secretRef": {"name": str, "optional": bool}}],
@@ -451,14 +452,15 @@ def test_the_jobset_of_a_slice():
         "cloud.google.com/gke-tpu-topology": "8x8",
     }
     assert pod["tolerations"] == [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert container["command"] == ["python", "-m", "msd_jax.main"]
     assert container["args"] == ["--config=configs/qwen2_5_7b.py", *flags]
     assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
     assert {port["containerPort"] for port in container["ports"]} == {8471, 8482, 8080}
 
 
-def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it():
+def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it(known_slice):
     """Exit codes 1, 2 and 3 fail a job for the reason PodFailurePolicy, others for BackoffLimitExceeded."""
-    jobset = manifest("--workdir=/mnt/runs/x", RESTARTS="7")
+    jobset = manifest("--workdir=/mnt/runs/x", RESTARTS="7", **known_slice)
     job, pod, container = job_of(jobset)
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["containerName"] == container["name"]
@@ -471,6 +473,16 @@ def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it():
     }
 
 
+@pytest.fixture
+def known_slice(tmp_path) -> dict[str, str]:
+    """A PYTHON that knows one slice's facts without a second's work; otherwise it is the real one."""
+    facts = "ACCELERATOR=tpu SLICES=1 HOSTS=2 CHIPS_PER_HOST=4 GKE_ACCELERATOR=a GKE_TOPOLOGY=2x4"
+    program = f'#!/bin/sh\n[ "$1" = -m ] && echo {facts} && exit\nexec {sys.executable} "$@"\n'
+    (tmp_path / "python").write_text(program)
+    (tmp_path / "python").chmod(0o755)
+    return {"PYTHON": str(tmp_path / "python")}
+
+
 @pytest.mark.parametrize(
     "capacity, label, value",
     [
@@ -480,8 +492,14 @@ def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it():
         ("reservation=ours", "cloud.google.com/reservation-name", "ours"),
     ],
 )
-def test_queue_priority_and_capacity(capacity, label, value):
-    given = {"QUEUE": "team", "PRIORITY": "high", "CAPACITY": capacity, "NODE_LABELS": "a/b=c d=e", "GRACE": "15"}
+def test_queue_priority_and_capacity(known_slice, capacity, label, value):
+    given = known_slice | {
+        "QUEUE": "team",
+        "PRIORITY": "high",
+        "CAPACITY": capacity,
+        "NODE_LABELS": "a/b=c d=e",
+        "GRACE": "15",
+    }
     jobset = manifest("--workdir=/mnt/runs/x", **given)
     _, pod, _ = job_of(jobset)
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
@@ -490,8 +508,8 @@ def test_queue_priority_and_capacity(capacity, label, value):
     assert {entry["key"] for entry in pod["tolerations"]} >= ({label} if capacity in ("spot", "queued") else set())
 
 
-def test_an_unknown_capacity_is_refused():
-    variables = {"NAME": "n", "IMAGE": "i", "BUCKET": "b", "DRY_RUN": "1", "CAPACITY": "cheap"}
+def test_an_unknown_capacity_is_refused(known_slice):
+    variables = known_slice | {"NAME": "n", "IMAGE": "i", "BUCKET": "b", "DRY_RUN": "1", "CAPACITY": "cheap"}
     done = script("launch/gke_jobset.sh", "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", **variables)
     assert done.returncode == 1 and "CAPACITY=cheap: choose spot, flex-start" in done.stderr
 
