@@ -538,6 +538,17 @@ def test_a_jobset_of_several_slices_and_of_one_host():
     assert (job["parallelism"], container["resources"]["limits"]) == (2, {"google.com/tpu": 4})
 
 
+def test_the_commands_of_the_docs_have_settings_that_exist():
+    text = (REPOSITORY / "docs/reproduce.md").read_text()
+    flags = re.search(r'flags="(.*?)"', text, re.DOTALL)[1].split()
+    command = [sys.executable, "-m", "msd_jax.topology", "--config=configs/llama2_7b.py", *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ACCELERATOR_TYPE=v6e-16" in done.stdout
+    models = re.findall(r"for model in (\w+_\S.*?);", text)
+    assert all((REPOSITORY / f"configs/{name}.py").exists() for line in models for name in line.split()) and models
+
+
 def test_the_image_holds_the_recipes_and_starts_the_command():
     lines = (REPOSITORY / "launch/Dockerfile").read_text().splitlines()
     extras = (REPOSITORY / "setup.py").read_text()
