@@ -25,6 +25,7 @@ setuptools.setup(
     install_requires=[
         "absl-py",
         "einops",
+        "filelock",
         "flax>=0.12",
         "grain>=0.2.18",
         "httpx2",
