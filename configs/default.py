@@ -232,6 +232,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.launch.accelerator = "tpu"  # tpu | gpu
     config.launch.topology = "v5e:2x4"  # TPU slice, as GENERATION:SHAPE
     config.launch.slices = 1  # TPU slices, connected by the data-centre network, which config.mesh.data goes across
-    config.launch.nodes = 1  # gpu: machines
+    config.launch.nodes = 1  # gpu: machines, joined by a network, which config.mesh.data and then fsdp go across
     config.launch.gpus_per_node = 8  # gpu; 0 for one process per machine on its CPUs
     return config

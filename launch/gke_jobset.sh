@@ -26,6 +26,7 @@ NODE_LABELS=${NODE_LABELS:-}     # further labels that nodes must have, as KEY=V
 CHIPS_PER_NODE=${CHIPS_PER_NODE:-} # of your node pool if it has others, such as 4 for v6e:2x4 on ct6e-standard-4t
 GPU=${GPU:-nvidia-h100-80gb}     # label cloud.google.com/gke-accelerator of the nodes
 NAMESPACE=${NAMESPACE:-default}
+export MODULE=${MODULE:-msd_jax.main} # msd_jax.check measures devices and network instead
 PYTHON=${PYTHON:-python} # on this machine, with msd_jax installed
 shift
 

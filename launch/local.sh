@@ -11,6 +11,7 @@ PROCESSES=${PROCESSES:-}                       # default: one per GPU (nvidia-sm
 DEVICES_PER_PROCESS=${DEVICES_PER_PROCESS:-1}  # on CPUs: devices that each process simulates
 PORT=${PORT:-0}                                # of process 0 on 127.0.0.1; 0 picks a free one
 PYTHON=${PYTHON:-python}
+MODULE=${MODULE:-msd_jax.main}                 # msd_jax.check measures devices and network instead
 shift
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
@@ -35,7 +36,7 @@ for ((id = 0; id < PROCESSES; id++)); do
     variables+=("JAX_COORDINATOR_ADDRESS=127.0.0.1:$PORT" "JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$PORT")
     variables+=("JAX_NUM_PROCESSES=$PROCESSES" "JAX_PROCESS_ID=$id")
   fi
-  env "${variables[@]}" "$PYTHON" -m msd_jax.main --config="$CONFIG" "$@" &
+  env "${variables[@]}" "$PYTHON" -m "$MODULE" --config="$CONFIG" "$@" &
   pids+=($!)
 done
 

@@ -21,6 +21,7 @@ SSH_FLAGS=${SSH_FLAGS:-}    # of `tpu-vm ssh` and `scp`, such as "--tunnel-throu
 ENV_FILE=${ENV_FILE:-}      # NAME=VALUE lines for the run (HF_TOKEN, a judge's key, LIBTPU_INIT_ARGS); mode 600
 LOGS=${LOGS:-runs/$TPU}     # where the workers' logs are copied to
 PYTHON=${PYTHON:-python}    # on this machine, with msd_jax installed
+MODULE=${MODULE:-msd_jax.main} # msd_jax.check measures devices and network instead
 # Before anything else on a worker. The TPU runtime of v5e and newer starts faster with huge pages.
 PREPARE=${PREPARE:-'echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null'}
 # How a worker installs the copied repository. The images' own Python may be older than 3.11.
@@ -137,7 +138,7 @@ else
   [[ -z $BUCKET ]] || on_all "$MOUNT"
   main="{ [ ! -e ../msd_jax.env ] || { chmod 600 ../msd_jax.env && set -a && . ../msd_jax.env && set +a; }; } &&
     ${BUCKET:+export JAX_COMPILATION_CACHE_DIR=/mnt/runs/.jax-cache &&}
-    .venv/bin/python -u -m msd_jax.main --config=${CONFIG@Q} ${*@Q}"
+    .venv/bin/python -u -m ${MODULE@Q} --config=${CONFIG@Q} ${*@Q}"
   # In a session of its own, it survives the end of this connection. JAX finds the other workers by the pod's metadata.
   detached="exec 9>run.lock && flock --timeout 30 9 || { echo 75 >run.status; exit; }; $main; echo \$? >run.status"
   on_all "cd msd_jax && rm -f run.status && { setsid --fork bash -c ${detached@Q} </dev/null >run.log 2>&1; }"

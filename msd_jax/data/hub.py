@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterable
 
 from msd_jax.errors import UserError, UserFileError
+from msd_jax.io import snapshots
 
 # The data files of a repository; the rest (archives, pictures, scripts) is not downloaded.
 DATA_FILES = ("*.jsonl", "*.csv", "*.tsv", "*.parquet", "*.xlsx")
@@ -32,8 +33,7 @@ def fetch(uri: str, files: Iterable[str] = DATA_FILES, key: str = "config.data.p
       UserError: `uri` is malformed.
       UserFileError: neither the hub nor the cache has it; the message names both ways to get it.
     """
-    import huggingface_hub  # here, for files on this machine do without
-    from huggingface_hub.utils import parse_hf_uri
+    from huggingface_hub.utils import parse_hf_uri  # here, for files on this machine do without
 
     given = f"{key}={uri!r}"
     try:
@@ -43,9 +43,7 @@ def fetch(uri: str, files: Iterable[str] = DATA_FILES, key: str = "config.data.p
     path = place.path_in_repo
     patterns = [path, *(f"{path}/{pattern}" for pattern in files)] if path else list(files)
     try:
-        snapshot = huggingface_hub.snapshot_download(
-            place.id, repo_type="dataset", revision=place.revision, allow_patterns=patterns
-        )
+        snapshot = snapshots.fetch(place.id, patterns, "dataset", place.revision)
     except Exception as error:  # the hub's own errors are many; what the user can do is always the same
         revision = f" --revision {shlex.quote(place.revision)}" if place.revision else ""
         raise UserFileError(

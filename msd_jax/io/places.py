@@ -1,7 +1,8 @@
 """Where a run may read and write: directories of this machine, among them mounted buckets."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from msd_jax.errors import UserError
 
@@ -26,3 +27,15 @@ def require_directory(name: str, place: str, schemes: Iterable[str] = ()) -> Non
             f"{name}={place}: {scheme[1]}:// is not read or written directly; mount it {mount} and give the path below "
             "the mount point (launch/tpu_vm.sh and launch/gke_jobset.sh mount BUCKET at /mnt/runs: /mnt/runs/NAME)"
         )
+
+
+def faults(name: str, section: Any, keys: Iterable[str], schemes: Iterable[str]) -> Iterator[str]:
+    """A line for each value of `keys`, in a config or a section of it, that `require_directory` refuses."""
+    for key, value in section.items():
+        if hasattr(value, "items"):
+            yield from faults(f"{name}.{key}", value, keys, schemes)
+        elif key in keys and isinstance(value, str):
+            try:
+                require_directory(f"{name}.{key}", value, schemes)
+            except UserError as error:
+                yield str(error)

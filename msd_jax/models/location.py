@@ -4,6 +4,7 @@ import pathlib
 import re
 
 from msd_jax.errors import UserFileError
+from msd_jax.io import snapshots
 
 # The files of a model directory beside its weights; none that holds code or pickles.
 COMPANIONS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -32,10 +33,8 @@ def resolve(path: str) -> pathlib.Path:
     """
     if is_local(path):
         return pathlib.Path(path).expanduser()
-    import huggingface_hub
-
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=["*.safetensors", *COMPANIONS]))
+        return snapshots.fetch(path, ["*.safetensors", *COMPANIONS])
     except Exception as error:  # the hub's own errors are many; what the user can do is always the same
         raise UserFileError(
             f"config.model.path={path!r} is not a directory here, and the hub did not give it "

