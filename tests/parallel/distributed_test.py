@@ -204,6 +204,11 @@ def test_a_stopped_coordinator_is_named_within_30_seconds_and_killed(tmp_path):
     assert "process 0 ended with exit code 137" in output(workdir)
 
 
+def answers(workdir: pathlib.Path) -> dict[tuple[str, str, str], str]:
+    rows = jsonl.read(workdir / "eval/0/responses.jsonl")
+    return {(row["pass"], row["language"], row["id"]): row["response"] for row in rows}
+
+
 def test_sigterm_in_the_evaluation_ends_both_at_once(tmp_path):
     workdir = tmp_path / "run"
     launcher = start(2, workdir, *LONG[:2], "--config.eval.batch_size=64", devices=2)
@@ -214,11 +219,10 @@ def test_sigterm_in_the_evaluation_ends_both_at_once(tmp_path):
     assert not (workdir / "lock.json").exists() and "Traceback" not in output(workdir)
 
     # The same command goes on where they were.
-    kept = {(row["id"], row["language"]): row["response"] for row in jsonl.read(workdir / "eval/0/responses.jsonl")}
+    kept = answers(workdir)
     launcher = start(2, workdir, "--config.train.steps=0", "--config.eval.batch_size=64", devices=2)
     assert kept and launcher.wait(timeout=170) == 0, output(workdir)
-    rows = jsonl.read(workdir / "eval/0/responses.jsonl")
-    assert kept.items() <= {(row["id"], row["language"]): row["response"] for row in rows}.items()
+    assert kept.items() <= answers(workdir).items()
 
 
 def test_sigterm_in_the_export_ends_both_and_leaves_no_half_of_a_model(tmp_path):
