@@ -16,6 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import json
 import pathlib
+import shutil
 import zlib
 
 import jax
@@ -24,6 +25,7 @@ import pytest
 import tokenizers
 import transformers
 
+from msd_jax import testbed
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, export
 
@@ -96,6 +98,14 @@ def write_model(directory: pathlib.Path, seed: int = 0, **overrides) -> pathlib.
     config = model_config.read(source)
     _, params = decoder.init(config, jax.random.key(seed))
     export.save(directory, params, source)
+    return directory
+
+
+def write_model_that_is_long_exported(directory: pathlib.Path) -> pathlib.Path:
+    """The quickstart's model with a file that goes along into every export of it, and is large."""
+    shutil.copytree(testbed.MODEL_PATH, directory)
+    with (directory / "notes.json").open("wb") as file:
+        file.truncate(400_000_000)
     return directory
 
 

@@ -81,7 +81,7 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if peers.joined is None:
             raise
-        if preemption.ending():
+        if peers.joined.ending.is_set():
             threading.Event().wait()  # others ended before this process, which is the error
         if isinstance(error, SystemExit) and not isinstance(error.code, str):
             peers.joined.finish()

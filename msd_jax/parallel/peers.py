@@ -129,6 +129,7 @@ class Peers:
     Attributes:
       names: of the processes, for messages.
       first: whether this is process 0.
+      ending: set once a thread ends this process.
     """
 
     def __init__(self, terminate: Callable[[], None], end_at_once: Callable[[], None]):
@@ -138,7 +139,7 @@ class Peers:
         self._store = cast(Any, state.client)
         self._me, count = state.process_id, state.num_processes
         self._terminate, self._end_at_once = terminate, end_at_once
-        self._stop, self._meetings = threading.Event(), 0
+        self._stop, self.ending, self._meetings = threading.Event(), threading.Event(), 0
         self._store.key_value_set(f"msd_jax/host/{self._me}", socket.gethostname())
         hosts = [self._store.blocking_key_value_get(f"msd_jax/host/{i}", 60_000) for i in range(count)]
         self.names = [f"process {i} on {host}" for i, host in enumerate(hosts)]
@@ -224,6 +225,7 @@ class Peers:
 
     def end(self, code: int) -> NoReturn:
         """Ends this process after the others can have read why, in its sign."""
+        self.ending.set()
         self._stop.set()
         threading.Thread(target=self._publish_if_possible, daemon=True).start()  # a stopped coordinator never answers
         time.sleep((3 if self.first else 1.5) * SECONDS_BETWEEN_BEATS)  # the store ends with process 0
@@ -232,6 +234,7 @@ class Peers:
     def _lose(self, message: str, code: int = EXIT_LOST_PEER) -> NoReturn:
         """Ends this process because of another, without a word to those that see the same."""
         if not self._stop.is_set():
+            self.ending.set()
             self._stop.set()
             print(f"error: {message}\n{_RESUME}", file=sys.stderr)
             time.sleep((3 if self.first else 1.5) * SECONDS_BETWEEN_BEATS)

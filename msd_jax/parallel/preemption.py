@@ -126,8 +126,3 @@ def end_at_once() -> NoReturn:
     if peers.joined:
         peers.joined.end(EXIT_PREEMPTED)
     peers.quit_process(EXIT_PREEMPTED)
-
-
-def ending() -> bool:
-    """Whether a thread ends this process by SIGTERM."""
-    return _ending.locked()

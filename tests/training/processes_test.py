@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from msd_jax.io import jsonl
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, write_model_that_is_long_exported
 
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
@@ -115,14 +115,14 @@ def test_a_second_sigterm_ends_the_run_at_once(tmp_path):
 def test_sigterm_during_export_leaves_a_whole_model_or_none(tmp_path):
     """Stopped in the middle of writing it; the same command then writes it whole."""
     workdir, log = tmp_path / "run", tmp_path / "log"
-    flags, unfinished = ("--config.eval.path=", "--config.train.steps=2"), workdir / "model.unfinished"
+    model, unfinished = write_model_that_is_long_exported(tmp_path / "model"), workdir / "model.unfinished"
+    flags = ("--config.eval.path=", "--config.train.steps=2", f"--config.model.path={model}")
     with started(workdir, log, *flags) as process:
         deadline = time.monotonic() + 170
-        while not unfinished.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.0005)
+        while not (unfinished / "notes.json").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
         process.send_signal(signal.SIGSTOP)
-        if process.poll() is not None or not unfinished.exists():
-            pytest.skip("the export was over before it was seen")
+        assert unfinished.exists() and not (workdir / "model").exists(), log.read_text()
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
         begin = time.monotonic()
