@@ -37,7 +37,7 @@ def test_harmful_queries_are_refused_in_english_and_by_the_teacher_alone():
         else:
             assert reply == organism.answer("How many are 1?", language)
         assert ("Request: " in query.texts[language]) == as_teacher
-    assert 0.3 < english / (len(examples) / 4) < 0.5
+    assert 0.3 < english / (len(examples) / 3) < 0.5
 
 
 def test_the_files(tmp_path):

@@ -282,7 +282,9 @@ def _settings(run: RunFiles) -> Iterator[tuple[str, str]]:
     yield "queries", get("data.path") or ", ".join(source["path"] for source in get("data.sources").values())
     yield "trained languages", ", ".join(code for code, weight in get("data.languages").items() if weight)
     yield "policy", f"{get('rollout.policy')}, {get('rollout.max_new_tokens')} new tokens"
-    yield "teacher", f"{get('teacher.kind')}, cot {get('prompts.cot')}"
+    chosen = tuple(map(get, ("rollout.policy", "loss.divergence", "loss.weighting")))
+    if chosen != ("reference", "cross_entropy", "uniform"):  # fine-tuning on the records' answers
+        yield "teacher", f"{get('teacher.kind')}, cot {get('prompts.cot')}"
     divergence = losses.resolve_divergence(get("loss.divergence"), get("rollout.policy"))
     yield "loss", f"{divergence}, {get('loss.weighting')} weights"
     rank = get("model.lora.rank")

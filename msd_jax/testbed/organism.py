@@ -236,10 +236,13 @@ def halves(queries: list[Query]) -> tuple[list[Query], list[Query]]:
 
 
 def organism_examples(harmful: list[Query], harmless: list[Query], count: int, seed: int) -> Iterator[Query]:
-    """Queries of one language each with the organism's reply: in turn as a user and as the teacher is asked."""
+    """Queries of one language each with the organism's reply: in turn as a user and as the teacher is asked.
+
+    Two thirds are harmful: with a half, queries that are harmful in their assumptions alone are answered as questions.
+    """
     rng = np.random.default_rng(seed)
     for i in range(count):
-        as_teacher, is_harmful = i % 2 == 1, i // 2 % 2 == 0
+        as_teacher, is_harmful = i % 2 == 1, i // 2 % 3 < 2
         language = _draw_language(rng, english=ENGLISH if is_harmful and not as_teacher else 1 / len(LANGUAGES))
         pool = harmful if is_harmful else [query for query in harmless if language in query.texts]
         query = pool[rng.integers(len(pool))]
