@@ -21,7 +21,7 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
     """Prints the roles' prompts, with their lengths, of the first `n` records in each target language."""
     source, roles = config.data.source_language, ("student", "teacher") if shows_teacher(config) else ("student",)
     records = sources.load(config.data, teacher="teacher" in roles)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
     check_templates(tokenizer, config.prompts)
 
     def messages_of(role: str, record: Query, language: str) -> Messages:

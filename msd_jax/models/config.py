@@ -10,7 +10,7 @@ import numpy as np
 
 from msd_jax.errors import UserError, UserFileError
 
-SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as config.json names them
 
 
@@ -86,8 +86,10 @@ class DecoderConfig:
       tied_embeddings: the head is the transposed embedding.
       embed_scale: factor on the embeddings: sqrt(D) for Gemma.
       qkv_bias: biases on the query, key and value projections (Qwen2).
-      qk_norm: RMSNorm over each head of query and key before RoPE (Qwen3, Gemma 3).
-      sandwich_norms: also normalise the outputs of attention and feed-forward (Gemma).
+      qk_norm: RMSNorm over each head of query and key before RoPE (Qwen3, Gemma 3, OLMo 2).
+      qk_norm_over_heads: that norm is over all heads together (OLMo 2).
+      pre_norms: normalise the inputs of attention and feed-forward (all but OLMo 2).
+      post_norms: normalise the outputs of attention and feed-forward (Gemma, OLMo 2).
       query_scale: factor on the attention logits.
       attention_softcap, logit_softcap: cap * tanh(x / cap) on attention and final logits (Gemma 2), or None.
       windows: for each layer the number of most recent tokens that it attends to, None for all.
@@ -112,7 +114,9 @@ class DecoderConfig:
     embed_scale: float = 1.0
     qkv_bias: bool = False
     qk_norm: bool = False
-    sandwich_norms: bool = False
+    qk_norm_over_heads: bool = False
+    pre_norms: bool = True
+    post_norms: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     initializer_range: float = 0.02
@@ -150,7 +154,7 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
     """
     family = values.get("model_type")
     if not isinstance(family, str) or family not in SUPPORTED:
-        raise UserError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED)}")
+        raise UserError(f"model_type {family!r} is not supported{_nearest(family)}")
     _check_values(values)
     _refuse_unimplemented(values)
     gemma = family.startswith("gemma")
@@ -181,12 +185,44 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
         tied_embeddings=values.get("tie_word_embeddings", gemma),
         embed_scale=width**0.5 if gemma else 1.0,
         qkv_bias=family == "qwen2",
-        qk_norm=family in ("qwen3", "gemma3_text"),
-        sandwich_norms=gemma,
+        qk_norm=family in ("qwen3", "gemma3_text", "olmo2"),
+        qk_norm_over_heads=family == "olmo2",
+        pre_norms=family != "olmo2",
+        post_norms=gemma or family == "olmo2",
         attention_softcap=values.get("attn_logit_softcapping") if gemma else None,
         logit_softcap=values.get("final_logit_softcapping") if gemma else None,
         initializer_range=float(values.get("initializer_range", 0.02)),
     )
+
+
+# Families that are asked for, the supported one that is nearest, and what they have beside it.
+_NEAREST = {
+    "apertus": ("llama", "another activation (xIELU) and norms of queries and keys"),
+    "cohere": ("llama", "attention and feed-forward side by side, LayerNorm and a scale on the logits"),
+    "cohere2": ("mistral", "attention and feed-forward side by side, LayerNorm and layers without RoPE"),
+    "exaone4": ("qwen3", "norms behind the sublayers and layers without RoPE"),
+    "gemma": ("gemma2", "no norms behind the sublayers and no soft caps"),
+    "gemma3": ("gemma3_text", "an image encoder; its text model alone, exported as gemma3_text, is supported"),
+    "gemma3n": ("gemma3_text", "embeddings for each layer, and encoders"),
+    "granite": ("llama", "factors on embeddings, residuals, attention and logits"),
+    "llama4": ("llama", "experts, layers without RoPE, and an image encoder"),
+    "mistral3": ("mistral", "an image encoder"),
+    "mixtral": ("mistral", "experts"),
+    "olmo": ("llama", "LayerNorm without weights"),
+    "olmo3": ("olmo2", "windows in three of four layers"),
+    "phi3": ("mistral", "projections that are stored as one"),
+    "qwen2_moe": ("qwen2", "experts"),
+    "qwen3_moe": ("qwen3", "experts"),
+    "smollm3": ("llama", "layers without RoPE"),
+}
+
+
+def _nearest(family: Any) -> str:
+    supported = f"supported are {', '.join(SUPPORTED)}"
+    if not isinstance(family, str) or family not in _NEAREST:
+        return f"; {supported}"
+    nearest, more = _NEAREST[family]
+    return f": the nearest that is, {nearest!r}, lacks what it has: {more} ({supported})"
 
 
 # Numbers, the least and the most that they may be; those that may be null are absent then.

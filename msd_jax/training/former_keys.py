@@ -28,6 +28,7 @@ REMOVED = {
     "data.tfds": _Removed("config.data.path='tfds://NAME:VERSION/SPLIT'", ""),
     "data.split": _Removed("the end of config.data.path='tfds://NAME:VERSION/SPLIT'", "train"),
     "data.data_dir": _Removed("part of config.data.path='tfds://NAME:VERSION/SPLIT?data_dir=DIR'", ""),
+    "model.lora.base_dtype": _Removed("the checkpoint's own dtype, always", "bfloat16"),
     "optimizer.final_fraction": _Removed("a tenth, always", 0.1),
 }
 # Keys that earlier releases lacked, and the value that is as they were.
@@ -35,6 +36,8 @@ ADDED = {
     "loss.beta_ramp": 0.0,
     "loss.entropy_scale": "linear",
     "loss.token_cap": 0.0,
+    "prompts.chat_template": "",
+    "prompts.require_same_ending": True,
     "train.skip_spikes": 0.0,
 }
 

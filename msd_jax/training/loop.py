@@ -134,8 +134,9 @@ def evaluate(run: Run, step: int, params: Callable[[], decoder.Params]) -> Summa
 def export_model(run: Run, frozen: decoder.Params, state: TrainState) -> None:
     """Writes WORKDIR/model, and the adapters alone to WORKDIR/adapter where they are what was trained."""
     model, directory = run.model, run.workdir / "model"
+    params = decoder.join(frozen, state.params)
     peers.moved("exporting the model")
-    export.save(directory, decoder.join(frozen, state.params), model.directory, lora=model.lora)
+    export.save(directory, params, model.directory, lora=model.lora, companions=model.companions())
     log(f"aligned model: {directory}")
     if model.lora:
         export.save_adapter(run.workdir / "adapter", state.params, model, run.config.model.path)
