@@ -60,6 +60,8 @@ def test_sigterm_saves_the_step_and_the_same_command_resumes(tmp_path, alone):
     workdir, log = tmp_path / "run", tmp_path / "log"
     with started(workdir, log, *STEPS_ONLY, *ENDLESS, *alone(), "--config.train.checkpoints.every=100000") as process:
         wait_for(lambda: len(steps(workdir)) > 3, process, log)
+        process.send_signal(signal.SIGUSR1)  # shows what every thread does, and goes on
+        wait_for(lambda: "Current thread" in log.read_text() and "loop.py" in log.read_text(), process, log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 143
     saved = int(
