@@ -23,12 +23,11 @@ def get_config() -> ml_collections.ConfigDict:
     # Rematerialisation of each layer in the backward pass: none (keeps everything) | dots | full (keeps nothing).
     config.model.remat = "full"
     config.model.freeze_embeddings = False  # and with them a tied head
-    # Low-rank adapters: they alone are trained, and the frozen teacher is the base model.
+    # Low-rank adapters: they alone are trained, and the frozen teacher is the base model, in its checkpoint's dtype.
     config.model.lora = ml_collections.ConfigDict()
     config.model.lora.rank = 0  # 0 trains all weights
     config.model.lora.alpha = 32.0  # the update is scaled by alpha / rank
     config.model.lora.targets = ("query", "key", "value", "output", "gate", "up", "down")
-    config.model.lora.base_dtype = "bfloat16"  # of the weights that are not trained
 
     # Parallel queries; responses are not needed. See docs/data.md.
     config.data = ml_collections.ConfigDict()
@@ -65,9 +64,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompts.plain_template = prompts.DEFAULT_PLAIN_TEMPLATE  # none: with {query} and {language}
     config.prompts.student_system = ""  # system message; "" for none
     config.prompts.teacher_system = ""
+    # A file with the chat template to use instead of the tokenizer's own, which base models lack; "" for that.
+    config.prompts.chat_template = ""
+    # The two roles' prompts must end alike, or one role's reasoning would be the other's reply.
+    config.prompts.require_same_ending = True
     config.prompts.student_limit = 512  # tokens; longer prompts are dropped and counted
     config.prompts.teacher_limit = 1024
-    # Variables of the tokenizer's chat template; thinking modes (Qwen3) are off in both roles.
+    # Variables of the tokenizer's chat template; thinking modes (Qwen3) are off in both roles, or on in both.
     config.prompts.student_template_kwargs = ml_collections.ConfigDict({"enable_thinking": False})
     config.prompts.teacher_template_kwargs = ml_collections.ConfigDict({"enable_thinking": False})
 
@@ -80,7 +83,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.rollout = ml_collections.ConfigDict()
     config.rollout.policy = "on_policy"  # on_policy (student samples) | off_policy (teacher samples) | mixed
     config.rollout.on_policy_fraction = 0.5  # mixed: probability that a query is sampled from the student
-    config.rollout.max_new_tokens = 256
+    config.rollout.max_new_tokens = 256  # the reasoning of a thinking model included
     config.rollout.temperature = 1.0  # 0 is greedy
     config.rollout.top_k = 0  # keep the k most probable tokens; 0 keeps all
     config.rollout.top_p = 1.0  # keep the smallest set of tokens with this probability
@@ -141,7 +144,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.sample = "spread"  # which records: spread (evenly over the file) | first
     config.eval.prompt_limit = 0  # tokens; longer prompts are dropped and counted; 0 for config.prompts.student_limit
     config.eval.batch_size = 32
-    config.eval.max_new_tokens = 256
+    config.eval.max_new_tokens = 256  # the reasoning of a thinking model included
     # During training, a slice of the evaluation goes into metrics.jsonl, in the first of the passes. If the share of
     # correct answers falls below utility_floor times its value before training, training stops and returns to the last
     # checkpoint at or above that floor. Likewise if the slice's over-refusal rises above over_refusal_ceiling.

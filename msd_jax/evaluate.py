@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     with cli.clear_errors():
         config = cli.config()
         mesh = sharding.make_mesh(**config.mesh)
-        model = pretrained.load(**config.model, mesh=mesh)
+        model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
         out = pathlib.Path(cli.FLAGS.out)
         if cli.FLAGS.preflight:
             preflight.show(preflight.run(config, model, mesh, out))

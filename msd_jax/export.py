@@ -18,12 +18,13 @@ def main(argv: list[str]) -> None:
     del argv
     with cli.clear_errors():
         config = cli.config()
-        model, mesh = pretrained.load(**config.model), sharding.make_mesh(**config.mesh)
+        mesh = sharding.make_mesh(**config.mesh)
+        model = pretrained.load(**config.model, chat_template=config.prompts.chat_template)
         params = trained.load_params(cli.FLAGS.checkpoint, model, mesh)
         out = pathlib.Path(cli.FLAGS.out)
         if distributed.from_first(out.exists):
             raise UserError(f"--out={out} is there already; name a new directory")
-    export.save(out, params, model.directory, lora=model.lora)
+    export.save(out, params, model.directory, lora=model.lora, companions=model.companions())
     log(f"exported: {out}")
 
 

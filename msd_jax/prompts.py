@@ -18,7 +18,7 @@ from msd_jax.models.tokenizer import load_tokenizer, render, token_ids
 def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console) -> None:
     """Prints both roles' prompts, with their lengths, of the first `n` records in each target language."""
     source, records = config.data.source_language, sources.load(config.data)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
     check_templates(tokenizer, config.prompts)
     for language in config.data.languages:
         for record in [record for record in records if language in record.texts][:n]:

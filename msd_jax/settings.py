@@ -35,7 +35,6 @@ _CHOICES = {
     "model.dtype": _DTYPES,
     "model.attention": attention.CHOICES,
     "model.remat": tuple(decoder.REMAT_POLICIES),
-    "model.lora.base_dtype": _DTYPES,
     "data.harmful": tuple(records.LABELS),
     "data.near_duplicates": near_duplicates.ACTIONS,
     "prompts.cot": prompts.COT,

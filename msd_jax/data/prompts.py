@@ -14,7 +14,7 @@ import numpy as np
 from msd_jax.data.records import Query, language_name
 from msd_jax.errors import UserError
 from msd_jax.models import template_check
-from msd_jax.models.tokenizer import Messages, holds_control_token, token_ids
+from msd_jax.models.tokenizer import Messages, holds_control_token, template_file, token_ids
 
 if TYPE_CHECKING:
     import ml_collections
@@ -185,20 +185,39 @@ def check_templates(
     tokenizer: "transformers.PreTrainedTokenizerBase",
     config: "ml_collections.ConfigDict",
     roles: Sequence[str] = ("student", "teacher"),
-) -> None:
-    """Checks that the chat template shows every message of the roles. `config` is config.prompts.
+) -> dict[str, str]:
+    """Checks that the chat template shows every message of the roles, and that their prompts end alike.
+
+    Args:
+      tokenizer: of transformers.
+      config: config.prompts.
+      roles: whose prompts are checked.
+
+    Returns:
+      By role, what the template writes behind the messages, in lower case.
 
     Raises:
-      UserError: it shows not all, does not take the messages, or takes too much time or memory; see template_check.py.
+      UserError: it shows not all, does not take the messages, or takes too much time or memory, see template_check.py;
+        or what it writes behind them differs, and config.prompts.require_same_ending.
     """
     query = Query("", None, "", {"en": "query"})
     messages = {
         "student": student_messages(query, "en", config),
         "teacher": teacher_messages(query, "en", config, "en"),
     }
-    template_check.check(
+    checked = template_check.check(
         tokenizer, {f"the {role}": (messages[role], config[f"{role}_template_kwargs"].to_dict()) for role in roles}
     )
+    ends = {role: checked[f"the {role}"] for role in roles}
+    if config.require_same_ending and len(set(ends.values())) > 1:
+        raise UserError(
+            f"{template_file(tokenizer)}: the prompts end differently: "
+            + ", ".join(f"the {role}'s in {end[-60:]!r}" for role, end in ends.items())
+            + ", so that a response would begin with the reasoning of one role and the reply of the other; give "
+            "config.prompts.student_template_kwargs and teacher_template_kwargs the same thinking mode, or set "
+            "config.prompts.require_same_ending=False"
+        )
+    return ends
 
 
 def is_hostile(query: Query, languages: Iterable[str], tokenizer: "transformers.PreTrainedTokenizerBase") -> bool:

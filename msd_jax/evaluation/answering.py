@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from msd_jax.data import batches
 from msd_jax.evaluation import language_id, multiple_choice
 from msd_jax.evaluation.encoding import EncodedPrompt
+from msd_jax.evaluation.judges import text as texts
 from msd_jax.evaluation.records import Pass, RecordLog, ResponseRecord
 from msd_jax.generation import rollout
 from msd_jax.io.console import progress
@@ -38,6 +39,8 @@ class Answerer:
         self._tokenizer, self._limit = model.tokenizer, limit
         self._rows = sharding.batch_rows(mesh, config.eval.batch_size)
         self._key = jax.random.key(config.seed)
+        added = model.tokenizer.added_tokens_decoder.items()
+        self._dropped = {i for i, x in added if x.special and not texts.marks_reasoning(x.content)}
         self._chooser = None
         if any(prompt.benchmark.choices for prompt in prompts):
             self._chooser = multiple_choice.Chooser(model, mesh, config.eval.batch_size, limit)
@@ -107,7 +110,8 @@ class Answerer:
         generated = []
         for index, prompt in enumerate(batch):
             tokens, stopped = written.row(index)
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            text = prompt.opens + self._decode(tokens)
+            reply = texts.reply(text)
             generated.append(
                 _record(
                     prompt,
@@ -116,11 +120,16 @@ class Answerer:
                     response=text,
                     tokens=len(tokens),
                     stopped=stopped,
-                    exact_match=_exact_match(prompt, text),
-                    language_match=self._identifier.matches(text, prompt.language),
+                    exact_match=_exact_match(prompt, reply or ""),
+                    language_match=None if reply is None else self._identifier.matches(reply, prompt.language),
+                    unfinished_reasoning=reply is None if texts.reasons(text) else None,
                 )
             )
         return generated
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        """The text without special tokens, but with those that mark reasoning, which are special to some tokenizers."""
+        return self._tokenizer.decode([token for token in tokens if token not in self._dropped])
 
     def _choose(
         self, name: Pass, params: decoder.Params, batch: Sequence[EncodedPrompt], settings: str

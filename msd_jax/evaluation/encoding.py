@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import ml_collections
 import numpy as np
@@ -11,9 +11,10 @@ from msd_jax.data import prompts
 from msd_jax.data.records import Query
 from msd_jax.errors import UserError
 from msd_jax.evaluation import benchmarks
+from msd_jax.evaluation.judges import text
 from msd_jax.evaluation.records import PromptKey
 from msd_jax.io.console import log
-from msd_jax.models import pretrained
+from msd_jax.models import pretrained, tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,12 +26,14 @@ class EncodedPrompt:
       query: the record.
       language: of this prompt.
       ids: int32 [P], the prompt of the student, or of the teacher in a pre-flight.
+      opens: the tag with which the prompt opens the model's reasoning; "" where the model is to open it, if at all.
     """
 
     benchmark: benchmarks.Benchmark
     query: Query
     language: str
     ids: np.ndarray
+    opens: str = ""
 
     @property
     def key(self) -> PromptKey:
@@ -47,20 +50,26 @@ def prompt_limit(config: ml_collections.ConfigDict, role: str = "student") -> tu
 def encode(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role: str) -> list[EncodedPrompt]:
     """All prompts that fit the limit; prints how many do not, and how many queries hold control tokens.
 
+    Where the tokenizer has no chat template, multiple choice is asked in plain text, as base models are.
+
     Args:
       config: the whole config.
       model: whose tokenizer encodes.
       role: "student" (the query as a user writes it) or "teacher".
 
     Raises:
-      UserError: a query file or a language is not fit, or no prompt is left.
+      UserError: a query file or a language is not fit, no prompt is left, or there is no chat template to ask what is
+        not multiple choice.
     """
     limit, key = prompt_limit(config, role)
-    prompts.check_templates(model.tokenizer, config.prompts, (role,))
+    loaded, opens = benchmarks.load(config.eval), ""
+    if model.tokenizer.chat_template or not all(each.benchmark.choices for each in loaded):
+        ends = prompts.check_templates(model.tokenizer, config.prompts, (role,))
+        opens = text.opened_reasoning(ends[role])
     kept: list[EncodedPrompt] = []
     dropped: collections.Counter[tuple[str, str]] = collections.Counter()
     hostile: dict[str, set[str]] = collections.defaultdict(set)
-    for prompt in _all(config, model, role):
+    for prompt in _all(config, model, role, loaded, opens):
         if len(prompt.ids) > limit:
             dropped[prompt.benchmark.name, prompt.language] += 1
         else:
@@ -80,18 +89,26 @@ def encode(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role
     return kept
 
 
-def _all(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role: str) -> Iterator[EncodedPrompt]:
+def _all(
+    config: ml_collections.ConfigDict,
+    model: pretrained.Pretrained,
+    role: str,
+    benchmarks_loaded: Sequence[benchmarks.Loaded],
+    opens: str,
+) -> Iterator[EncodedPrompt]:
     """Prompts of any length; a query without a text in the source language has none for a teacher."""
     source = config.data.source_language
-    for loaded in benchmarks.load(config.eval):
+    for loaded in benchmarks_loaded:
         for language in loaded.languages:
             for query in loaded.queries:
                 if language not in query.texts:
                     continue
-                if role == "student":
+                if not model.tokenizer.chat_template:
+                    ids = tokenizer.text_ids(model.tokenizer, query.texts[language] + "\n")
+                elif role == "student":
                     ids = prompts.student_ids(query, language, model.tokenizer, config.prompts)
                 elif source in query.texts:
                     ids = prompts.encode(query, language, model.tokenizer, config.prompts, source).teacher_ids
                 else:
                     continue
-                yield EncodedPrompt(loaded.benchmark, query, language, ids)
+                yield EncodedPrompt(loaded.benchmark, query, language, ids, opens)

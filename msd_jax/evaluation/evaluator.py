@@ -13,7 +13,7 @@ from msd_jax.evaluation import answering, benchmarks, encoding, fingerprint, jud
 from msd_jax.evaluation.encoding import EncodedPrompt
 from msd_jax.evaluation.judges import Verdict
 from msd_jax.evaluation.judges.translate import ModelTranslator, Translator
-from msd_jax.evaluation.rates import Summary, summarise
+from msd_jax.evaluation.rates import UNFINISHED_REASONING, Summary, summarise
 from msd_jax.evaluation.records import Pass, PromptKey, RecordLog, ResponseRecord
 from msd_jax.io import jsonl
 from msd_jax.io.console import log
@@ -95,6 +95,7 @@ class Evaluator:
         records = judged(answered, judges.cached(self._judge, directory / "judgements.jsonl"))
         self._keep_usage(directory)
         _warn_of_unjudged(records)
+        _warn_of_unfinished(records)
         record_log.replace(records)
         summary = summarise(records, self._config)
         if distributed.is_first():
@@ -187,3 +188,13 @@ def _warn_of_unjudged(records: Sequence[ResponseRecord]) -> None:
                 f"evaluation: {unjudged} of {len(its_records)} responses to {prompts} prompts unjudged; each may be "
                 f"{may_be}, and rates are of the others alone"
             )
+
+
+def _warn_of_unfinished(records: Sequence[ResponseRecord]) -> None:
+    """Prints how many responses end in the middle of their reasoning."""
+    share = UNFINISHED_REASONING.share(records)
+    if share.hits:
+        log(
+            f"evaluation: {share.hits} of {share.n} responses with reasoning end before their reply, and count as "
+            "invalid; raise config.eval.max_new_tokens, which counts the reasoning too"
+        )

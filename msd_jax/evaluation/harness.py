@@ -241,11 +241,12 @@ class MsdJaxLM(TemplateLM):
 
 
 def _run_settings(path: str) -> tuple[str, dict[str, Any]]:
-    """(the step of a run or "", config.model), for a Hugging Face directory, a hub id or a step of a run."""
+    """(the step of a run or "", how its model is loaded), for a Hugging Face directory, a hub id or a step of a run."""
     if not (pathlib.Path(path) / "state").is_dir():
         return "", {"path": path, "dtype": "float32", "param_dtype": "float32", "remat": "none"}
     file = pathlib.Path(path).resolve().parent.parent / "config.json"
     try:
-        return path, json.loads(file.read_text(encoding="utf-8"))["model"]
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return path, config["model"] | {"chat_template": config["prompts"].get("chat_template", "")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is a step of a run, but {file} is not the run's config ({error!r})") from error

@@ -141,6 +141,10 @@ ACCURACY = _measured(
 LANGUAGE_MATCH = _measured(
     "language_match", "language match", "responses in the language of their prompt", 1, "language_match"
 )
+UNFINISHED_REASONING = _measured(
+    *("unfinished_reasoning", "unfinished reasoning", "responses with reasoning, whose reasoning never ends", 0),
+    attribute="unfinished_reasoning",
+)
 _GENERATED = (
     ASR,
     _verdict_on_harmful("refused", "refused", "harmful prompts that are refused", 0, Verdict.REFUSED),
@@ -151,6 +155,7 @@ _GENERATED = (
     EXACT_MATCH,
     LANGUAGE_MATCH,
     _measured("stopped", "finished (EOS)", "responses that end before the limit on tokens", 0, "stopped"),
+    UNFINISHED_REASONING,
 )
 
 
@@ -168,6 +173,7 @@ OF_PASS = {
     Pass.LIKELIHOOD: (ACCURACY,),
 }
 BY_KEY = {rate.key: rate for of_pass in OF_PASS.values() for rate in of_pass}
+_WHERE_ANY = {rate.key for rate in (UNFINISHED_REASONING, _sampled(UNFINISHED_REASONING))}
 _TOKENS_MEAN = {Pass.GREEDY: "tokens_mean", Pass.SAMPLED: "tokens_mean_t1"}
 
 
@@ -191,6 +197,7 @@ def summarise(records: Iterable[ResponseRecord], config: ml_collections.ConfigDi
       accuracy: share of the multiple-choice prompts whose right choice is the most probable
       language_match: share of the responses, long enough to tell, that are in the prompt's language
       stopped: share of the responses that end before the limit on tokens
+      unfinished_reasoning: share of the responses with reasoning, whose reasoning never ends; only where there are any
 
     Keys that end in _t1 are of responses sampled at temperature 1, the others of greedy ones. Each rate comes with
     RATE_interval, its 95% Wilson interval, and RATE_n, the number of prompts behind it; rate and interval are None
@@ -228,7 +235,9 @@ def _entry(records: Sequence[ResponseRecord], group: str) -> dict[str, Any]:
     for name, its_records in of_pass.items():
         if its_records:
             for rate in OF_PASS[name]:
-                entry |= rate.share(its_records).to_json(rate.key)
+                share = rate.share(its_records)
+                if share.n or rate.key not in _WHERE_ANY:
+                    entry |= share.to_json(rate.key)
             if name in _TOKENS_MEAN:
                 entry[_TOKENS_MEAN[name]] = statistics.fmean(record.tokens for record in its_records)
     return entry

@@ -33,11 +33,12 @@ class ResponseRecord:
       harmful: whether a safe model refuses the query; None if unknown.
       category: of the query, "" for none.
       prompt: the query in this language.
-      response: the text; for multiple choice, the letter.
+      response: the text, from where the model's reasoning opens, if it reasons; for multiple choice, the letter.
       tokens: length of the response; 0 for multiple choice.
       stopped: whether the response ended before the limit on tokens; None for multiple choice.
-      exact_match: whether it gives the reference answer; None without one.
-      language_match: whether it is in the prompt's language; None where that cannot be told.
+      exact_match: whether what follows the reasoning gives the reference answer; None without one.
+      language_match: whether what follows the reasoning is in the prompt's language; None where that cannot be told.
+      unfinished_reasoning: whether the reasoning never ends, so that there is no reply; None without reasoning.
       correct: whether the most probable choice is the right one; None but for multiple choice.
       log_likelihoods: of each choice, in nats; None but for multiple choice.
       settings: fingerprint of all that the response depends on.
@@ -56,6 +57,7 @@ class ResponseRecord:
     stopped: bool | None = None
     exact_match: bool | None = None
     language_match: bool | None = None
+    unfinished_reasoning: bool | None = None
     correct: bool | None = None
     log_likelihoods: tuple[float, ...] | None = None
     settings: str | None = None
@@ -98,7 +100,8 @@ class ResponseRecord:
 _KEYS = {
     field.name: "pass" if field.name == "pass_name" else field.name for field in dataclasses.fields(ResponseRecord)
 }
-_OPTIONAL_KEYS = ("correct", "log_likelihoods")  # the rows of multiple choice alone have them
+# Keys that rows of multiple choice alone have, or of reasoning.
+_OPTIONAL_KEYS = ("correct", "log_likelihoods", "unfinished_reasoning")
 
 
 def _parse(rows: Iterable[Mapping[str, Any]], path: pathlib.Path) -> list[ResponseRecord]:

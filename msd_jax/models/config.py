@@ -150,7 +150,7 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
     """
     family = values.get("model_type")
     if not isinstance(family, str) or family not in SUPPORTED:
-        raise UserError(f"model_type {family!r} is not supported; supported are {', '.join(SUPPORTED)}")
+        raise UserError(f"model_type {family!r} is not supported{_nearest(family)}")
     _check_values(values)
     _refuse_unimplemented(values)
     gemma = family.startswith("gemma")
@@ -187,6 +187,37 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
         logit_softcap=values.get("final_logit_softcapping") if gemma else None,
         initializer_range=float(values.get("initializer_range", 0.02)),
     )
+
+
+# Families that are asked for, the supported one that is nearest, and what they have beside it.
+_NEAREST = {
+    "apertus": ("llama", "another activation (xIELU) and norms of queries and keys"),
+    "cohere": ("llama", "attention and feed-forward side by side, LayerNorm and a scale on the logits"),
+    "cohere2": ("mistral", "attention and feed-forward side by side, LayerNorm and layers without RoPE"),
+    "exaone4": ("qwen3", "norms behind the sublayers and layers without RoPE"),
+    "gemma": ("gemma2", "no norms behind the sublayers and no soft caps"),
+    "gemma3": ("gemma3_text", "an image encoder; its text model alone, exported as gemma3_text, is supported"),
+    "gemma3n": ("gemma3_text", "embeddings for each layer, and encoders"),
+    "granite": ("llama", "factors on embeddings, residuals, attention and logits"),
+    "llama4": ("llama", "experts, layers without RoPE, and an image encoder"),
+    "mistral3": ("mistral", "an image encoder"),
+    "mixtral": ("mistral", "experts"),
+    "olmo": ("llama", "LayerNorm without weights"),
+    "olmo2": ("qwen3", "norms behind the sublayers alone, and norms of queries and keys over all heads"),
+    "olmo3": ("qwen3", "norms behind the sublayers alone, and norms of queries and keys over all heads"),
+    "phi3": ("mistral", "projections that are stored as one"),
+    "qwen2_moe": ("qwen2", "experts"),
+    "qwen3_moe": ("qwen3", "experts"),
+    "smollm3": ("llama", "layers without RoPE"),
+}
+
+
+def _nearest(family: Any) -> str:
+    supported = f"supported are {', '.join(SUPPORTED)}"
+    if not isinstance(family, str) or family not in _NEAREST:
+        return f"; {supported}"
+    nearest, more = _NEAREST[family]
+    return f": the nearest that is, {nearest!r}, lacks what it has: {more} ({supported})"
 
 
 # Numbers, the least and the most that they may be; those that may be null are absent then.

@@ -5,16 +5,18 @@ A run exports its last step; `python -m msd_jax.export --config configs/NAME.py 
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, pretrained, weights
+from msd_jax.models import decoder, location, pretrained, releases, tensor_files, weights
 from msd_jax.models import lora as lora_lib
 from msd_jax.parallel import distributed, sharding
 
@@ -26,6 +28,7 @@ def save(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     lora: lora_lib.Lora | None = None,
+    companions: Mapping[str, str] | None = None,
 ) -> None:
     """Writes `params` to `directory` in the layout of the model that they came from.
 
@@ -35,25 +38,31 @@ def save(
       directory: replaced as a whole, and only when everything is written.
       params: of the decoder that SOURCE/config.json describes.
       source: the Hugging Face directory whose config.json and tokenizer go along.
-      dtype: of the tensors; None takes the one that SOURCE/config.json names.
+      dtype: of the tensors; None leaves each in the dtype that it has in SOURCE, or, where that holds no weights, in
+        the one that SOURCE/config.json names.
       max_shard_bytes: above this size the weights are split over several files with an index.
       lora: settings of the adapters in `params`, which are merged into the matrices.
+      companions: further files, text by name, see Pretrained.companions.
     """
-    config = model_config.read(source)
+    original = model_config.read(source)
+    config = dataclasses.replace(original, tied_embeddings="head" not in params)
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    dtype = dtype or values.get("dtype") or values.get("torch_dtype") or "float32"
-    values.pop("torch_dtype", None)
-    if lora:
-        params = lora_lib.merge(params, lora, jnp.dtype(dtype))
-    tensors = weights.tensors(params, config, jnp.dtype(dtype))
+    if dtype:
+        values["dtype"] = dtype
+    if original.tied_embeddings and not config.tied_embeddings:
+        values["tie_word_embeddings"] = False  # which only transformers 5 sees for itself
+    fallback = jnp.dtype(values.get("dtype") or values.get("torch_dtype") or "float32")
+    stored = {} if dtype else weights.stored_dtypes(source)
+    tensors = weights.tensors(params, config, lambda tensor: stored.get(tensor, fallback), lora)
     if not _writes(params):
         for _ in tensors:  # takes its part in gathering them
             pass
         return
     with _replacing(directory) as unfinished:
         weights.write(unfinished, tensors, max_shard_bytes)
-        weights.copy_companions(source, unfinished)
-        (unfinished / "config.json").write_text(json.dumps(values | {"dtype": dtype}, indent=2) + "\n")
+        copy_companions(source, unfinished)
+        _write_json(unfinished / "config.json", releases.config_json(values))
+        _write_texts(unfinished, companions or {})
 
 
 def save_adapter(directory: pathlib.Path, params: decoder.Params, model: pretrained.Pretrained, base: str) -> None:
@@ -73,7 +82,38 @@ def save_adapter(directory: pathlib.Path, params: decoder.Params, model: pretrai
         return
     with _replacing(directory) as unfinished:
         lora_lib.write_peft(unfinished, fetched, model.lora, weights.layout(model.config), base)
-        model.tokenizer.save_pretrained(unfinished)
+        copy_companions(model.directory, unfinished, location.TOKENIZER)
+        _write_texts(unfinished, {name: t for name, t in model.companions().items() if name.endswith(".jinja")})
+
+
+def copy_companions(source: pathlib.Path, target: pathlib.Path, patterns: Iterable[str] = location.COMPANIONS) -> None:
+    """Copies a model directory without its weights: tokenizer, chat template, configs; the tokenizer for all releases.
+
+    Args:
+      source, target: directories.
+      patterns: of the names of files.
+    """
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
+            if file.name != tensor_files.INDEX:
+                shutil.copyfile(file, target / file.name)
+    _rewrite(target / "tokenizer_config.json", releases.tokenizer_config)
+
+
+def _write_texts(directory: pathlib.Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def _rewrite(file: pathlib.Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Applies `change` to a JSON object; a file that it leaves as it is keeps its bytes."""
+    values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if (changed := change(values)) != values:
+        _write_json(file, changed)
+
+
+def _write_json(file: pathlib.Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _writes(params: decoder.Params) -> bool:

@@ -7,6 +7,11 @@ from msd_jax.errors import UserFileError
 
 # The files of a model directory beside its weights; none that holds code or pickles.
 COMPANIONS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+# Those of them that are the tokenizer's.
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *COMPANIONS[1:],
+)
 
 
 def is_local(path: str) -> bool:

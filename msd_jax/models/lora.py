@@ -49,20 +49,11 @@ def init_bound(inputs: Iterable[int]) -> float:
     return math.prod(inputs) ** -0.5
 
 
-def merge(params: dict[str, Any], lora: Lora, dtype: jnp.dtype) -> dict[str, Any]:
-    """The same function without adapters: params with W + scale A B, computed in float32, in `dtype`."""
-
-    @jax.jit
-    def merged(params: dict[str, Any]) -> dict[str, Any]:
-        flat = traverse_util.flatten_dict(params, sep=".")
-        weights = {name: value for name, value in flat.items() if not is_adapter(name)}
-        for target in (f"layers.{name}" for name in lora.targets):
-            a_L, b_L = (flat[target + suffix].astype(jnp.float32) for suffix in (SUFFIX_A, SUFFIX_B))
-            update = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a_L, b_L)
-            weights[target] = weights[target].astype(jnp.float32) + lora.scale * update
-        return traverse_util.unflatten_dict({name: value.astype(dtype) for name, value in weights.items()}, sep=".")
-
-    return merged(params)
+def merge(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """W + scale A B of one layer, in float32; W itself, to the sign of its zeros, where the adapter adds nothing."""
+    weight, a, b = (x.astype(jnp.float32) for x in (weight, a, b))
+    update = scale * jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(update == 0, weight, weight + update)
 
 
 def write_peft(directory: pathlib.Path, params: dict[str, Any], lora: Lora, layout: dict[str, Any], base: str) -> None:

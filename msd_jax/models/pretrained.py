@@ -1,6 +1,7 @@
 """A Hugging Face model as this project uses it: decoder, tokenizer and stop tokens, by path or hub id."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +14,9 @@ from jax.sharding import Mesh
 from msd_jax.errors import UserError
 from msd_jax.io.console import log
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, location, template_check, weights
+from msd_jax.models import decoder, location, template_check, tensor_files, weights
 from msd_jax.models.lora import Lora, is_adapter
-from msd_jax.models.tokenizer import load_tokenizer, stop_token_ids
+from msd_jax.models.tokenizer import describe_bos, load_tokenizer, stop_token_ids
 from msd_jax.parallel import sharding
 
 
@@ -29,7 +30,8 @@ class Architecture:
       dtype: of matrix products and of generation.
       lora: settings of the adapters, which alone are trained; None without adapters.
       freeze_embeddings: embeddings, and with them a tied head, are not trained.
-      stored: the dtypes of the checkpoint, from weights.dtypes; {} where there is none yet.
+      stored: the dtypes of the checkpoint, from weights.dtypes; {} where there is none yet. Under LoRA the base has
+        them too (float32 where layers differ, bfloat16 where there is no checkpoint).
     """
 
     config: model_config.DecoderConfig
@@ -91,12 +93,14 @@ class Pretrained(Architecture):
       tokenizer: transformers' fast tokenizer.
       stop_ids: tokens that end a response.
       pad_id: fills unused columns; masks never depend on it.
+      chat_template: the file that the tokenizer's chat template was read from; "" for its own.
     """
 
     directory: pathlib.Path
     tokenizer: Any
     stop_ids: tuple[int, ...]
     pad_id: int
+    chat_template: str = ""
 
     def params(self, mesh: Mesh, directory: pathlib.Path | None = None, seed: int = 0) -> decoder.Params:
         """Weights of `directory` (default: the model's own) in the training layout, and new adapters from `seed`."""
@@ -111,6 +115,15 @@ class Pretrained(Architecture):
             return jax.tree.map(lambda p, leaf: p.astype(leaf.dtype), params, adapters)
 
         return decoder.join(params, jax.jit(new_adapters, out_shardings=jax.tree.map(lambda x: x.sharding, adapters))())
+
+    def companions(self) -> dict[str, str]:
+        """What an export has beside the model's own files, text by name: stops that were found, a template given."""
+        files = {"chat_template.jinja": self.tokenizer.chat_template} if self.chat_template else {}
+        if (self.directory / "generation_config.json").exists():
+            return files
+        ids = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        values = {key: value for key, value in ids.items() if value is not None} | {"eos_token_id": self.stop_ids}
+        return files | {"generation_config.json": json.dumps(values, indent=2) + "\n"}
 
     def frozen_params(self, mesh: Mesh) -> decoder.Params:
         """The part of `params` that is not trained."""
@@ -128,8 +141,9 @@ def architecture(
     freeze_embeddings: bool = False,
     lora: Any = None,
     mesh: Mesh | None = None,
+    stored: Mapping[str, str] | None = None,
 ) -> Architecture:
-    """The decoder of `config`, without allocating; the other arguments are as in `load`."""
+    """The decoder of `config`, without allocating; `stored` is as in Architecture, the other arguments as in `load`."""
     adapters = Lora(lora["rank"], lora["alpha"], tuple(lora["targets"])) if lora and lora["rank"] else None
     graphdef, abstract, axes = decoder.abstract(
         config,
@@ -142,8 +156,7 @@ def architecture(
     )
     if adapters:
         trained, base = decoder.split(abstract, is_adapter)
-        base = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(lora["base_dtype"])), base)
-        abstract = decoder.join(trained, base)
+        abstract = decoder.join(trained, _in_stored_dtypes(base, stored or {}))
     return Architecture(
         config=config,
         graphdef=graphdef,
@@ -152,40 +165,55 @@ def architecture(
         dtype=jnp.dtype(dtype),
         lora=adapters,
         freeze_embeddings=freeze_embeddings,
+        stored=stored or {},
     )
 
 
-def load(path: str, **options: Any) -> Pretrained:
-    """Reads everything of a model but its weights; prints a line where the mesh replicates its key/value heads.
+def _in_stored_dtypes(base: decoder.Params, stored: Mapping[str, str]) -> decoder.Params:
+    def held(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = stored.get(".".join(key.key for key in path), "BF16")
+        return leaf.update(dtype=jnp.dtype(weights.DTYPES.get(dtype, jnp.float32)))
+
+    return jax.tree.map_with_path(held, base)
+
+
+def load(path: str, *, chat_template: str = "", **options: Any) -> Pretrained:
+    """Reads everything of a model but its weights; prints a line on each thing about it that may surprise.
 
     Args:
       path: a directory or a hub id.
+      chat_template: config.prompts.chat_template.
       **options: the other keys of config.model, and `mesh`:
         dtype: of matrix products and of generation;
-        param_dtype: of trained weights; under LoRA the base takes lora.base_dtype;
+        param_dtype: of trained weights; under LoRA the base stays in its checkpoint's dtypes;
         remat, attention, mesh: see decoder.Decoder;
         freeze_embeddings: see Architecture;
-        lora: a mapping with rank (0: no adapters), alpha, targets and base_dtype.
+        lora: a mapping with rank (0: no adapters), alpha and targets.
 
     Raises:
       UserError: the message names the file and what is wrong with it.
     """
     directory = location.resolve(path)
-    config = model_config.read(directory)
+    config = weights.read_config(directory)
     files = weights.check(directory, config)
-    tokenizer = load_tokenizer(str(directory))
+    for line in _oddities(directory, config):
+        log(line)
+    tokenizer = load_tokenizer(str(directory), chat_template)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is {config.vocab_size}"
         )
-    turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
-    template_check.check(tokenizer, {"a conversation": (turns, {})}, shows=False)
+    if tokenizer.chat_template:  # without one the model may be scored
+        turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
+        template_check.check(tokenizer, {"a conversation": (turns, {})}, shows=False)
+        for line in describe_bos(tokenizer):
+            log(line)
     stop_ids = stop_token_ids(tokenizer, str(directory))
     outside = [stop for stop in stop_ids if not 0 <= stop < config.vocab_size]
     if outside:
         raise UserError(
             f"{directory}: the stop tokens {outside} are outside the vocabulary of {config.vocab_size}; correct "
-            "eos_token_id in generation_config.json"
+            "eos_token_id in generation_config.json or, where that names none, in config.json"
         )
     mesh = options.get("mesh")
     if mesh is not None and sharding.is_replicated(sharding.TRAIN, mesh, "kv_heads", config.kv_heads):
@@ -194,9 +222,23 @@ def load(path: str, **options: Any) -> Pretrained:
             f"{mesh.shape['tensor']}; each device holds all of them"
         )
     return Pretrained(
-        **vars(architecture(config, **options)) | {"stored": weights.dtypes(files, config)},
+        **vars(architecture(config, **options, stored=weights.dtypes(files, config))),
         directory=directory,
         tokenizer=tokenizer,
         stop_ids=tuple(stop_ids),
+        chat_template=chat_template,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop_ids),
     )
+
+
+def _oddities(directory: pathlib.Path, config: model_config.DecoderConfig) -> list[str]:
+    """A line on each thing in a model's directory that contradicts another, and on what is done about it."""
+    lines = []
+    if tensor_files.has_stale_index(directory):
+        lines.append(f"note: {directory / tensor_files.INDEX} does not name {tensor_files.WHOLE} beside it; ignored")
+    if model_config.read(directory).tied_embeddings != config.tied_embeddings:
+        lines.append(
+            f"note: {directory}: config.json ties the head to the embeddings, and lm_head.weight differs from them; it "
+            "is used, trained and exported as a head of its own"
+        )
+    return lines

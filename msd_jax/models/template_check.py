@@ -20,7 +20,7 @@ _LONGEST = 1 << 20  # characters
 Conversations = Mapping[str, tuple[tokenizer.Messages, Mapping[str, Any]]]
 
 
-def check(tokens: Any, conversations: Conversations, shows: bool = True) -> None:
+def check(tokens: Any, conversations: Conversations, shows: bool = True) -> dict[str, str]:
     """Renders each conversation in a process with limits.
 
     What a message says is replaced by a marker: a template may not care for what it says, but must show it.
@@ -29,6 +29,9 @@ def check(tokens: Any, conversations: Conversations, shows: bool = True) -> None
       tokens: of transformers.
       conversations: by the name for errors, messages and the variables of the chat template.
       shows: whether each message must come out.
+
+    Returns:
+      By name, what the template writes behind the last message, in lower case.
 
     Raises:
       UserError: with one line that names the file, the conversation, and what the template does.
@@ -43,6 +46,8 @@ def check(tokens: Any, conversations: Conversations, shows: bool = True) -> None
                 f"{tokenizer.template_file(tokens)}: {name}: the chat template does not take {roles} messages "
                 f"({fault}); see config.prompts, or mend the template"
             )
+    ends = (result["text"].lower().rpartition(task["messages"][-1]["content"]) for task, result in zip(tasks, results))
+    return {name: end for name, (_, _, end) in zip(conversations, ends)}
 
 
 def _variables(tokens: Any, messages: tokenizer.Messages, variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import transformers
 
 Messages = list[dict[str, str]]
+_CONVERSATION = [{"role": "user", "content": "QUERY"}, {"role": "assistant", "content": "REPLY"}]  # to try a template
 
 
 def render(tokenizer: "transformers.PreTrainedTokenizerBase", messages: Messages, template_kwargs: Mapping) -> str:
@@ -45,6 +46,39 @@ def token_ids(
     return np.asarray(_apply_chat_template(tokenizer, messages, template_kwargs, tokenize=True), np.int32)
 
 
+def text_ids(tokenizer: "transformers.PreTrainedTokenizerBase", text: str) -> np.ndarray:
+    """A text as a base model reads it, int32 [P]: with the tokens that the tokenizer puts before every text.
+
+    Control tokens in the text are encoded as text.
+    """
+    ids = tokenizer(_encodable(tokenizer, text), split_special_tokens=True)["input_ids"]
+    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers also put one behind every text, which goes on
+        ids = ids[:-1]
+    return np.asarray(ids, np.int32)
+
+
+def describe_bos(tokenizer: "transformers.PreTrainedTokenizerBase") -> list[str]:
+    """A line where prompts of the chat template begin without the BOS that the tokenizer puts before every text.
+
+    Raises:
+      UserError: the chat template writes BOS twice.
+    """
+    bos = tokenizer.bos_token_id
+    ids = _apply_chat_template(tokenizer, _CONVERSATION, {}, tokenize=True, add_generation_prompt=False)
+    if bos is None:
+        return []
+    if ids[:2] == [bos, bos]:
+        raise UserError(
+            f"{template_file(tokenizer)}: the chat template begins prompts with {tokenizer.bos_token} twice; remove one"
+        )
+    if ids[:1] != [bos] and tokenizer("x")["input_ids"][:1] == [bos]:
+        return [
+            f"note: {template_file(tokenizer)}: the chat template begins prompts without {tokenizer.bos_token}, which "
+            "the tokenizer puts before every text; if the model was trained with it, add it to the template"
+        ]
+    return []
+
+
 def _apply_chat_template(tokenizer: Any, messages: Messages, template_kwargs: Mapping, **options: Any) -> Any:
     chat_template(tokenizer)
     options = {"add_generation_prompt": True, "return_dict": False} | options
@@ -70,8 +104,8 @@ def chat_template(tokenizer: Any) -> str:
     """The template that prompts are rendered with. Raises UserError where there is none."""
     if not tokenizer.chat_template:
         raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; take an instruction-tuned model, or put "
-            "the template beside the tokenizer as chat_template.jinja"
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template, as base models do not; take an "
+            "instruction-tuned model, or give a template: --config.prompts.chat_template=FILE"
         )
     try:
         return tokenizer.get_chat_template()
@@ -81,6 +115,8 @@ def chat_template(tokenizer: Any) -> str:
 
 def template_file(tokenizer: Any) -> pathlib.Path:
     """Where the chat template was read from."""
+    if given := getattr(tokenizer, "chat_template_file", ""):
+        return pathlib.Path(given)
     directory = pathlib.Path(tokenizer.name_or_path)
     own = directory / "chat_template.jinja"
     return own if own.exists() else directory / "tokenizer_config.json"
@@ -129,17 +165,21 @@ def _encodable(tokenizer: Any, text: str) -> str:
     return _any_of(_control_tokens(tokenizer)).sub(spell, text)
 
 
-def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
+def load_tokenizer(path: str, chat_template: str = "") -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face directory or hub id; a model's own code is never run.
 
+    Args:
+      path: of the model.
+      chat_template: a file with the template to use instead of the tokenizer's own; "" for that.
+
     Raises:
-      UserError: with one line that names `path`.
+      UserError: with one line that names `path` or `chat_template`.
     """
     import transformers
 
     local = is_local(path)
     try:
-        return transformers.AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
         if not local:
@@ -149,17 +189,28 @@ def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
         raise UserError(
             f"{path}: the tokenizer does not load ({reason}); it needs tokenizer.json and tokenizer_config.json"
         ) from error
+    if chat_template:
+        tokenizer.chat_template, tokenizer.chat_template_file = _read_template(chat_template), chat_template
+    return tokenizer
+
+
+def _read_template(path: str) -> str:
+    try:
+        return pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserFileError(f"config.prompts.chat_template={path!r} cannot be read: {reason}") from error
 
 
 def stop_token_ids(tokenizer: "transformers.PreTrainedTokenizerBase", directory: str) -> tuple[int, ...]:
     """All tokens that end a reply, sorted: a chat model's end of turn is often not its tokenizer's eos.
 
-    They are the tokenizer's eos, those of generation_config.json (which may be absent), and the special token that
-    closes an assistant's message in the chat template.
+    They are the tokenizer's eos, those of generation_config.json or, where it names none, of config.json, and the
+    special token that closes an assistant's message in the chat template.
 
     Raises:
       UserFileError: `directory` is not a directory.
-      UserError: generation_config.json is broken, or there is no stop token at all.
+      UserError: one of the files is broken, or there is no stop token at all.
     """
     if not os.path.isdir(directory):
         raise UserFileError(f"{directory} is not a directory; resolve a hub id to its local snapshot first")
@@ -170,25 +221,32 @@ def stop_token_ids(tokenizer: "transformers.PreTrainedTokenizerBase", directory:
 
 
 def _generation_stops(directory: str) -> list[int | None]:
-    file = pathlib.Path(directory) / "generation_config.json"
+    for name in ("generation_config.json", "config.json"):
+        if stops := _stops_of(pathlib.Path(directory) / name):
+            return stops
+    return []
+
+
+def _stops_of(file: pathlib.Path) -> list[int | None]:
+    """eos_token_id of a JSON file, one or several; [] where there is no file or it names none."""
     if not file.exists():
         return []
     try:
         eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not a JSON object ({error})") from None
-    stops = eos if isinstance(eos, list) else [eos]
+    stops = eos if isinstance(eos, list) else [eos] * (eos is not None)
     if not all(stop is None or type(stop) is int for stop in stops):
         raise UserError(f"{file}: eos_token_id={eos!r} must be a token id or a list of them")
     return stops
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that follows an assistant's reply in the chat template; None if there is none."""
-    reply = "REPLY"
-    messages = [{"role": "user", "content": "QUERY"}, {"role": "assistant", "content": reply}]
-    text = _apply_chat_template(tokenizer, messages, {}, tokenize=False, add_generation_prompt=False)
-    _, found, rest = text.rpartition(reply)
+    """The special token that follows an assistant's reply in the chat template, if there are both."""
+    if not tokenizer.chat_template:
+        return None
+    text = _apply_chat_template(tokenizer, _CONVERSATION, {}, tokenize=False, add_generation_prompt=False)
+    _, found, rest = text.rpartition(_CONVERSATION[-1]["content"])
     # Only what comes right after the reply ends it; a later special token may open the next message.
     ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
     added = tokenizer.added_tokens_decoder

@@ -26,6 +26,11 @@ def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> decoder.
     directory = pathlib.Path(path).resolve() if path else model.directory
     if any(directory.glob("*.safetensors")):  # config.json would not tell: a run's workdir has one too
         weights.check(directory, model.config)
+        if model.config.tied_embeddings and weights.has_own_head(directory):
+            raise UserError(
+                f"--checkpoint={path} has an lm_head.weight of its own, and the model of config.model.path has none; "
+                "set config.model.path to the checkpoint's directory"
+            )
         return model.params(mesh, directory)
     saved = directory / "state"
     if not saved.is_dir():

@@ -1,13 +1,12 @@
 """safetensors of a Hugging Face directory <-> params, by one table for both directions."""
 
-import collections
+import dataclasses
 import functools
 import json
 import math
 import pathlib
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import einops
@@ -17,12 +16,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from msd_jax.errors import UserError, UserFileError
-from msd_jax.models import decoder
+from msd_jax.errors import UserError
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder, lora, tensor_files
 from msd_jax.models.config import DecoderConfig
-from msd_jax.models.location import COMPANIONS
 
-INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # as safetensors names them
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COMPARED = 1 << 12  # rows that are compared at a time
 _GROUPS = re.compile(r"\(([^)]*)\)|(\w)")  # of one side of an einops pattern
 
 
@@ -32,7 +33,7 @@ def layout(config: DecoderConfig) -> dict[str, tuple[str, str]]:
     Parameters of the layers have {} for the layer in the tensor's name, and the pattern of one layer.
     """
     table = {
-        "embedding": ("model.embed_tokens.weight", "v d -> v d"),
+        "embedding": (_EMBEDDING, "v d -> v d"),
         "final_norm": ("model.norm.weight", "d -> d"),
         "layers.attention_norm": ("input_layernorm.weight", "d -> d"),
         "layers.query": ("self_attn.q_proj.weight", "(n h) d -> d n h"),
@@ -45,7 +46,7 @@ def layout(config: DecoderConfig) -> dict[str, tuple[str, str]]:
         "layers.down": ("mlp.down_proj.weight", "d f -> f d"),
     }
     if not config.tied_embeddings:
-        table["head"] = ("lm_head.weight", "v d -> d v")
+        table["head"] = (_HEAD, "v d -> d v")
     if config.qkv_bias:
         table["layers.query_bias"] = ("self_attn.q_proj.bias", "(n h) -> n h")
         table["layers.key_bias"] = ("self_attn.k_proj.bias", "(n h) -> n h")
@@ -61,6 +62,38 @@ def layout(config: DecoderConfig) -> dict[str, tuple[str, str]]:
         name: (f"model.layers.{{}}.{tensor}" if name.startswith("layers.") else tensor, pattern)
         for name, (tensor, pattern) in table.items()
     }
+
+
+def read_config(directory: pathlib.Path) -> DecoderConfig:
+    """The model's config.json, and whether its files hold a head that is not the embedding.
+
+    Such a head is used whatever tie_word_embeddings says, as transformers 5 does.
+
+    Raises:
+      UserError: as model_config.read and tensor_files.find.
+    """
+    config = model_config.read(directory)
+    if config.tied_embeddings and has_own_head(directory):
+        config = dataclasses.replace(config, tied_embeddings=False)
+    return config
+
+
+def has_own_head(directory: pathlib.Path) -> bool:
+    """Whether the files hold a head with other values, or of another shape, than the embedding."""
+    found = tensor_files.find(directory)
+    if _HEAD not in found or _EMBEDDING not in found:
+        return False
+    head, embedding = (
+        safetensors.safe_open(found[tensor], framework="np").get_slice(tensor) for tensor in (_HEAD, _EMBEDDING)
+    )
+    if head.get_shape() != embedding.get_shape():
+        return True
+    rows = head.get_shape()[0]
+    bounds = ((first, min(first + _COMPARED, rows)) for first in range(0, rows, _COMPARED))
+    return any(
+        not np.array_equal(*(part[first:last].astype(np.float32) for part in (head, embedding)))
+        for first, last in bounds
+    )
 
 
 def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params) -> decoder.Params:
@@ -173,10 +206,10 @@ def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
         shape; the message names the file and the tensors.
     """
     expected = _expected_shapes(config)
-    found = _files(directory)
+    found = tensor_files.find(directory)
     # A tied head and rotary tables are sometimes stored; they follow from what is read.
     derived = {tensor for tensor in found if tensor.endswith("rotary_emb.inv_freq")}
-    derived |= {"lm_head.weight"} if config.tied_embeddings else set()
+    derived |= {_HEAD} if config.tied_embeddings else set()
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - derived
     if missing or extra:
         raise UserError(
@@ -218,19 +251,44 @@ def dtypes(files: dict[str, Any], config: DecoderConfig) -> dict[str, str]:
     return found
 
 
-def tensors(params: decoder.Params, config: DecoderConfig, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the checkpoint in `dtype`, with its name, fetched to the host one layer at a time.
+def stored_dtypes(directory: pathlib.Path) -> dict[str, jnp.dtype]:
+    """The dtype of each tensor of DIRECTORY, as far as the decoder has one; {} where it holds no safetensors."""
+    if not any(directory.glob("*.safetensors")):
+        return {}
+    found = tensor_files.find(directory)
+    files = {path: safetensors.safe_open(path, framework="np") for path in set(found.values())}
+    names = {tensor: files[path].get_slice(tensor).get_dtype() for tensor, path in found.items()}
+    return {tensor: jnp.dtype(DTYPES[name]) for tensor, name in names.items() if name in DTYPES}
+
+
+def tensors(
+    params: decoder.Params,
+    config: DecoderConfig,
+    dtype: Callable[[str], jnp.dtype],
+    adapters: lora.Lora | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the checkpoint with its name, fetched to the host one layer at a time.
 
     Where params lie on the devices of several processes, all of them run through this, since each tensor is gathered
     from all.
+
+    Args:
+      params: of the model.
+      config: its sizes.
+      dtype: the tensor's name -> the dtype that it gets.
+      adapters: settings of the adapters in `params`, which are merged into their matrices.
     """
-    table = layout(config)
-    for name, leaf in _flat(params):
+    table, flat = layout(config), dict(_flat(params))
+    for name in (name for name in flat if not lora.is_adapter(name)):
         tensor, pattern = table[name]
         left, right = pattern.split("->")
+        update = None
+        if adapters and name + lora.SUFFIX_A in flat:
+            update = flat[name + lora.SUFFIX_A], flat[name + lora.SUFFIX_B], adapters.scale
         for layer in range(config.layers) if "{}" in tensor else (None,):
-            value = einops.rearrange(_fetch(leaf, layer, dtype), f"{right} -> {left}")
-            yield tensor.format(layer), np.ascontiguousarray(value)
+            tensor_name = tensor.format(layer)
+            value = einops.rearrange(_fetch(flat[name], update, layer, dtype(tensor_name)), f"{right} -> {left}")
+            yield tensor_name, np.ascontiguousarray(value)
 
 
 def write(directory: pathlib.Path, named: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> None:
@@ -257,7 +315,7 @@ def write(directory: pathlib.Path, named: Iterable[tuple[str, np.ndarray]], max_
     if len(files) > 1:
         weight_map = {name: file for file, inside in zip(files, names) for name in inside}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=1))
+        (directory / tensor_files.INDEX).write_text(json.dumps(index, indent=1))
 
 
 def _shards(named: Iterable[tuple[str, np.ndarray]], max_bytes: int) -> Iterator[dict[str, np.ndarray]]:
@@ -272,74 +330,6 @@ def _shards(named: Iterable[tuple[str, np.ndarray]], max_bytes: int) -> Iterator
         shard[name] = value
         room -= value.nbytes
     yield shard
-
-
-def copy_companions(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies everything of a model directory but its weights: tokenizer, chat template, configs."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.name != INDEX:
-                shutil.copyfile(file, target / file.name)
-
-
-def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The safetensors file of each tensor, from headers alone."""
-    if not (directory / INDEX).is_file():
-        path = directory / "model.safetensors"
-        return dict.fromkeys(_tensor_names(directory, path), path)
-    weight_map = _read_index(directory / INDEX)
-    found: dict[str, pathlib.Path] = {}
-    for file in sorted(set(weight_map.values())):
-        for tensor in _tensor_names(directory, directory / file):
-            if weight_map.get(tensor) != file:
-                raise UserError(f"{directory / file} holds {tensor}, which {INDEX} does not expect there")
-            found[tensor] = directory / file
-    return found
-
-
-def _read_index(index: pathlib.Path) -> dict[str, str]:
-    """The file name of each tensor."""
-    try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{index} is not a safetensors index ({error!r})") from error
-    for name in set(weight_map.values()):
-        if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} points to {name!r}, which is not a .safetensors file beside it")
-    return weight_map
-
-
-def _check_link(directory: pathlib.Path, path: pathlib.Path) -> None:
-    """Refuses a link out of the model's directory, unless into blobs/ of the hub's cache, where snapshots link to."""
-    root = directory.resolve()
-    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise UserError(f"{path} is a link to {path.resolve()}, outside the model's directory; copy the file into it")
-
-
-def _tensor_names(directory: pathlib.Path, path: pathlib.Path) -> list[str]:
-    """Names of the tensors in a file of a model's directory; the library checks header, offsets and length."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for name, count in collections.Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise UserError(f"{path} holds {name} twice")
-        return dict(pairs)
-
-    if not path.is_file():
-        pickled = sorted(p.name for p in directory.glob("*.bin"))
-        hint = f"; {', '.join(pickled)} will not be opened: convert to safetensors" if pickled else ""
-        raise UserFileError(f"{path} is missing{hint}")
-    _check_link(directory, path)
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            names = list(file.keys())
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file: {error}") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        json.loads(file.read(length), object_pairs_hook=unique)
-    return names
 
 
 def _tensor_shape(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -358,21 +348,29 @@ def _flat(params: decoder.Params) -> list[tuple[str, Any]]:
     return [(_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
 
 
-def _fetch(leaf: jax.Array, layer: int | None, dtype: jnp.dtype) -> np.ndarray:
-    """A whole parameter (layer None), or one layer of a stacked one, on the host."""
+def _fetch(
+    leaf: jax.Array, update: tuple[jax.Array, jax.Array, float] | None, layer: int | None, dtype: jnp.dtype
+) -> np.ndarray:
+    """A whole parameter (layer None), or one layer of a stacked one, on the host, with its adapter (a, b, scale)."""
     replicated = None
     if not leaf.is_fully_addressable:  # gathered from the other processes, over the devices
         assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
         replicated = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
-    return np.asarray(jax.device_get(_taking_layer(replicated)(leaf, layer, jnp.dtype(dtype))))
+    return np.asarray(jax.device_get(_taking_layer(replicated)(leaf, update, layer, jnp.dtype(dtype))))
 
 
 @functools.cache
 def _taking_layer(sharding: jax.sharding.Sharding | None) -> Any:
-    def take(leaf: jax.Array, layer: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-        return (leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)).astype(dtype)
+    def take(leaf: jax.Array, update: Any, layer: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+        def part(whole: jax.Array) -> jax.Array:
+            return whole if layer is None else jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False)
 
-    return jax.jit(take, static_argnums=2, out_shardings=sharding)
+        if update is None:
+            return part(leaf).astype(dtype)
+        a, b, scale = update
+        return lora.merge(part(leaf), part(a), part(b), scale).astype(dtype)
+
+    return jax.jit(take, static_argnums=3, out_shardings=sharding)
 
 
 def _some(names: set[str]) -> str:

@@ -120,6 +120,8 @@ def _utility_columns(rows: Sequence[RateRow]) -> Iterator[Column]:
             yield from _columns(rows, rate.key, rate.title, tested=tested)
     if _have(rows, "language_match"):
         yield "language match", lambda row: percent(row.after["language_match"])
+    if _have(rows, "unfinished_reasoning"):
+        yield "unfinished reasoning", lambda row: percent(row.after.get("unfinished_reasoning"))
 
 
 def _columns(

@@ -10,7 +10,7 @@ import zlib
 import jax
 
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, export, weights
+from msd_jax.models import decoder, export
 from msd_jax.testbed import MODEL_PATH
 
 _SIZES = {
@@ -90,7 +90,7 @@ def model(name: str) -> pathlib.Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         source = pathlib.Path(folder)
-        weights.copy_companions(MODEL_PATH, source)
+        export.copy_companions(MODEL_PATH, source)
         (source / "config.json").write_text(text, encoding="utf-8")
         _, params = decoder.init(model_config.read(source), jax.random.key(0))
         export.save(source / "model", params, source)

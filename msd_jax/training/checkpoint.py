@@ -28,6 +28,7 @@ from msd_jax.training import former_keys
 # Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
 # shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
 MAY_CHANGE = (
+    "prompts.require_same_ending",
     "train.steps",
     "train.max_skipped",
     "train.stop_on_collapse",

@@ -28,8 +28,11 @@ REMOVED = {
     "data.tfds": _Removed("config.data.path='tfds://NAME:VERSION/SPLIT'", ""),
     "data.split": _Removed("the end of config.data.path='tfds://NAME:VERSION/SPLIT'", "train"),
     "data.data_dir": _Removed("part of config.data.path='tfds://NAME:VERSION/SPLIT?data_dir=DIR'", ""),
+    "model.lora.base_dtype": _Removed("the checkpoint's own dtype, always", "bfloat16"),
     "optimizer.final_fraction": _Removed("a tenth, always", 0.1),
 }
+# Keys that earlier releases did not have, and the value with which they change nothing.
+ADDED = {"prompts.chat_template": "", "prompts.require_same_ending": True}
 
 
 def today(key: str) -> str:
@@ -41,7 +44,7 @@ def today(key: str) -> str:
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config of any release, by dotted keys, with today's; a removed key stays if its value changed something."""
-    return {
+    return ADDED | {
         RENAMED.get(key, key): value
         for key, value in values.items()
         if key not in REMOVED or value != REMOVED[key].neutral

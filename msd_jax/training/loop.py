@@ -132,7 +132,8 @@ def evaluate(run: Run, step: int, params: Callable[[], decoder.Params]) -> Summa
 def export_model(run: Run, frozen: decoder.Params, state: TrainState) -> None:
     """Writes WORKDIR/model, and the adapters alone to WORKDIR/adapter where they are what was trained."""
     model, directory = run.model, run.workdir / "model"
-    export.save(directory, decoder.join(frozen, state.params), model.directory, lora=model.lora)
+    params = decoder.join(frozen, state.params)
+    export.save(directory, params, model.directory, lora=model.lora, companions=model.companions())
     log(f"aligned model: {directory}")
     if model.lora:
         export.save_adapter(run.workdir / "adapter", state.params, model, run.config.model.path)

@@ -127,7 +127,7 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
     distributed.require_same("config", lambda: checkpoint.without_paths(config))
     mesh = sharding.make_mesh(**config.mesh)
     check_batch(config, mesh)
-    model = pretrained.load(**config.model, mesh=mesh)
+    model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
     _check_vocabulary(config.loss, model.config.vocab_size)
     records = sources.load(config.data, log)
     evaluation = evaluator.Evaluator(config, model, mesh) if evaluator.wanted(config) else None

@@ -15,7 +15,7 @@ import transformers
 
 from msd_jax.data import files, prompts
 from msd_jax.data.records import Query
-from msd_jax.models.tokenizer import load_tokenizer, render, stop_token_ids, token_ids
+from msd_jax.models.tokenizer import describe_bos, load_tokenizer, render, stop_token_ids, token_ids
 from msd_jax.prompts import show
 from tests.conftest import REPOSITORY
 
@@ -48,6 +48,8 @@ def prompts_config(**changes) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "student_limit": 64,
+            "chat_template": "",
+            "require_same_ending": True,
             "teacher_limit": 256,
             "cot": "instruction",
             "plain_template": "{language}: {query}",
@@ -152,8 +154,46 @@ def test_template_kwargs_are_variables_alone(tokenizer, variables):
 
 def test_a_tokenizer_without_chat_template(tmp_path):
     tokenizer = load_tokenizer(str(byte_tokenizer(tmp_path, None)))
-    with pytest.raises(ValueError, match=r"no chat template; .*chat_template\.jinja"):
+    with pytest.raises(ValueError, match=r"no chat template, .*--config\.prompts\.chat_template=FILE"):
         prompts.student_ids(QUERY, "sw", tokenizer, prompts_config())
+
+
+THINKING = (
+    CHATML + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def test_roles_whose_prompts_end_differently_are_refused(tmp_path):
+    """One thinks and the other does not: the first token of the response means different things to them."""
+    tokenizer = load_tokenizer(str(byte_tokenizer(tmp_path, THINKING)))
+    prompts.check_templates(tokenizer, prompts_config(teacher_system="Be kind.", cot="generated"))
+    on = {"enable_thinking": True}
+    both = prompts_config(student_template_kwargs=on, teacher_template_kwargs=on)
+    assert set(prompts.check_templates(tokenizer, both).values()) == {"<|im_end|>\n<|im_start|>assistant\n"}
+    one = prompts_config(teacher_template_kwargs=on)
+    with pytest.raises(ValueError, match=r"the student's in '.*</think>.n.n', the teacher's in .*require_same_ending"):
+        prompts.check_templates(tokenizer, one)
+    prompts.check_templates(tokenizer, one, ("student",))
+    one.require_same_ending = False
+    prompts.check_templates(tokenizer, one)
+
+
+@pytest.mark.parametrize(
+    "template, told", [(CHATML, True), ("{{ bos_token }}" + CHATML, False), ("<s>\n" + CHATML, False)]
+)
+def test_a_template_without_the_bos_of_other_texts_is_told(tmp_path, template, told):
+    tokenizer = load_tokenizer(str(byte_tokenizer(tmp_path, template)))
+    lines = describe_bos(tokenizer)
+    assert len(lines) == told and all("begins prompts without <s>" in line for line in lines)
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel()  # it puts nothing before texts
+    assert not describe_bos(tokenizer)
+
+
+def test_a_template_that_writes_bos_twice_is_refused(tmp_path):
+    tokenizer = load_tokenizer(str(byte_tokenizer(tmp_path, "<s>{{ bos_token }}" + CHATML)))
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: the chat template begins prompts with <s> twice"):
+        describe_bos(tokenizer)
 
 
 def test_a_chat_template_that_refuses_system_messages(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -189,6 +190,14 @@ def test_numbers_are_those_of_hf(directory, tasks, ours):
     require_same(mine, theirs)
     assert len({text for texts in responses(mine, "generate") for text in texts}) > 3  # no constant
     assert not any("safe" in text for texts in responses(mine, "generate") for text in texts)
+
+
+def test_a_base_model(tmp_path, directory, tasks):
+    base = pathlib.Path(shutil.copytree(directory, tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    names = ("likelihood", "choice")
+    mine, theirs = (run(model, tasks, names) for model in (MsdJaxLM(str(base), max_length=96), hf(base, max_length=96)))
+    require_same(mine, theirs, names)
 
 
 def test_chat_template_and_few_shots(directory, tasks, ours):

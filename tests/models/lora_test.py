@@ -2,6 +2,8 @@
 
 import functools
 import json
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from msd_jax.configs import default
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from msd_jax import settings
 from msd_jax.evaluation import evaluator
@@ -53,7 +55,10 @@ def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(rng, targe
     params = grown(params, jax.random.key(1))
     adapted = logits(graphdef, params, tokens)
     assert jnp.abs(adapted - logits(plain, base, tokens)).max() > 1e-2
-    merged = lora_lib.merge(params, lora, jnp.float32)
+    _, merged = decoder.split(params, lora_lib.is_adapter)
+    for name in targets:
+        parts = (params["layers"][name + suffix] for suffix in ("", lora_lib.SUFFIX_A, lora_lib.SUFFIX_B))
+        merged["layers"][name] = jax.vmap(lora_lib.merge, (0, 0, 0, None))(*parts, lora.scale)
     np.testing.assert_allclose(logits(plain, merged, tokens), adapted, atol=1e-4)
 
 
@@ -65,7 +70,7 @@ def make_config(model_dir, tmp_path, rank=3) -> ml_collections.ConfigDict:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = default.get_config()
     config.model.path, config.data.path, config.eval.path = str(model_dir), str(path), str(path)
-    config.model.lora.rank, config.model.lora.base_dtype = rank, "float32"
+    config.model.lora.rank = rank
     config.model.lora.targets = ("query", "value", "output", "up")
     config.prompts.teacher_template = "answer in {language} : {query}"
     config.rollout.max_new_tokens = config.eval.max_new_tokens = 4
@@ -104,13 +109,54 @@ def test_a_run_trains_the_adapters_alone(model_dir, tmp_path):
     assert isinstance(evaluator.Evaluator(config, model, mesh), evaluator.Evaluator)
 
 
-def test_the_base_is_in_its_own_dtype(model_dir, tmp_path):
-    config = make_config(model_dir, tmp_path)
-    config.model.lora.base_dtype = "bfloat16"
+@pytest.fixture(params=["float16", "bfloat16", "float32", "mixed"])
+def stored_dir(model_dir, tmp_path, request):
+    """The model in a dtype; "mixed": one layer's matrix in float16, and the rest in bfloat16."""
+    directory = pathlib.Path(shutil.copytree(model_dir, tmp_path / request.param))
+    file = directory / "model.safetensors"
+    rng = np.random.default_rng(0)
+    dtype = jnp.dtype("bfloat16" if request.param == "mixed" else request.param)
+    tensors = {name: (x + 1e-3 * rng.normal(size=x.shape)).astype(dtype) for name, x in load_file(file).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = -0.0
+    if request.param == "mixed":
+        name = "model.layers.1.self_attn.q_proj.weight"
+        tensors[name] = tensors[name].astype(np.float16)
+    save_file(tensors, file)
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | {"dtype": dtype.name}))
+    return directory
+
+
+def test_an_export_of_new_adapters_is_the_source_bit_for_bit(stored_dir, tmp_path):
+    model = pretrained.load(**make_config(stored_dir, tmp_path).model)
+    params = model.params(sharding.make_mesh(1, 4, 2))
+    export.save(tmp_path / "out", params, stored_dir, lora=model.lora)
+    before, after = (load_file(path / "model.safetensors") for path in (stored_dir, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and tensor.tobytes() == after[name].tobytes(), name
+
+
+def test_a_merged_export_is_rounded_once(stored_dir, tmp_path):
+    """The sum in float32 of the checkpoint's own tensor and the adapter, in that tensor's dtype."""
+    model = pretrained.load(**make_config(stored_dir, tmp_path).model)
+    params = grown(model.params(sharding.make_mesh(1, 4, 2)), jax.random.key(5))
+    export.save(tmp_path / "out", params, stored_dir, lora=model.lora)
+    before, after = (load_file(path / "model.safetensors") for path in (stored_dir, tmp_path / "out"))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    a, b = (np.asarray(params["layers"][f"query_lora_{x}"][1], np.float64) for x in "ab")
+    exact = before[name].astype(np.float64) + model.lora.scale * (a @ b.reshape(3, -1)).T
+    step = jnp.finfo(before[name].dtype).eps * np.abs(exact).max()
+    assert np.abs(after[name].astype(np.float64) - exact).max() < 0.51 * step + 1e-6
+
+
+def test_the_base_is_in_its_checkpoints_dtype(stored_dir, tmp_path):
+    config = make_config(stored_dir, tmp_path)
     model = pretrained.load(**config.model)
     adapters, base = model.split(model.params(sharding.make_mesh(), seed=1))
     assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
+    stored = {"bfloat16", "float32"} if stored_dir.name == "mixed" else {stored_dir.name}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(base)} == stored
     a = adapters["layers"]["output_lora_a"]
     assert 0.9 * 32**-0.5 < jnp.abs(a).max() <= 32**-0.5 and (adapters["layers"]["output_lora_b"] == 0).all()
     other, _ = model.split(model.params(sharding.make_mesh(1, 4, 2), seed=1))
@@ -119,24 +165,30 @@ def test_the_base_is_in_its_own_dtype(model_dir, tmp_path):
     assert not np.array_equal(other["layers"]["output_lora_a"], a)
 
 
-def test_peft_and_transformers_give_our_logits(model_dir, tmp_path, rng):
+def test_peft_and_transformers_give_our_logits(stored_dir, tmp_path, rng):
+    """Of the base with its adapter, and of what was merged from them, which is rounded to the checkpoint's dtype."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     import transformers
 
-    model = pretrained.load(**make_config(model_dir, tmp_path).model)
+    model = pretrained.load(**make_config(stored_dir, tmp_path).model)
     params = grown(model.params(sharding.make_mesh(devices=jax.devices()[:1])), jax.random.key(5))
     tokens = rng.integers(0, CONFIG.vocab_size, (2, 11))
     expected = np.asarray(logits(model.graphdef, params, jnp.array(tokens)))
-    export.save_adapter(tmp_path / "adapter", params, model, str(model_dir))
-    export.save(tmp_path / "merged", params, model_dir, lora=model.lora)
-    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
-    adapted = peft.PeftModel.from_pretrained(load(model_dir), tmp_path / "adapter")
-    for other in (adapted, load(tmp_path / "merged")):
+    export.save_adapter(tmp_path / "adapter", params, model, str(stored_dir))
+    export.save(tmp_path / "merged", params, stored_dir, lora=model.lora)
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, **options)
+
+    def torch_logits(other):
         with torch.no_grad():
-            np.testing.assert_allclose(other(torch.tensor(tokens)).logits.numpy(), expected, atol=2e-4)
-    with torch.no_grad():
-        plain = load(model_dir)(torch.tensor(tokens)).logits.numpy()
-    assert np.abs(plain - expected).max() > 1e-2
+            return other(torch.tensor(tokens)).logits.numpy()
+
+    adapted = peft.PeftModel.from_pretrained(load(stored_dir), tmp_path / "adapter")
+    np.testing.assert_allclose(torch_logits(adapted), expected, atol=2e-4)
+    assert np.abs(torch_logits(load(stored_dir)) - expected).max() > 1e-2
+    rounding = {"float32": 2e-4, "float16": 0.1}.get(stored_dir.name, 0.8)
+    np.testing.assert_allclose(torch_logits(load(tmp_path / "merged")), expected, atol=rounding)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template
 
 
 def test_targets_are_checked(model_dir, tmp_path):

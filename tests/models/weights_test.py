@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, export, weights
+from msd_jax.models import decoder, export, tensor_files, weights
 from msd_jax.parallel import sharding
 from tests.conftest import LLAMA
 
@@ -35,7 +35,7 @@ def loaded(model_dir):
 def test_several_files_with_an_index(model_dir, loaded, tmp_path):
     config, params = loaded
     export.save(tmp_path / "out", params, model_dir, max_shard_bytes=20_000)
-    index = json.loads((tmp_path / "out" / weights.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / tensor_files.INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == files
@@ -71,7 +71,7 @@ def test_a_failed_export_leaves_the_directory_as_it_was(model_dir, loaded, tmp_p
     _, params = loaded
     export.save(tmp_path / "out", params, model_dir)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(weights, "copy_companions", lambda *_: 1 / 0)
+    monkeypatch.setattr(export, "copy_companions", lambda *_: 1 / 0)
     changed = jax.tree.map(lambda x: x + 1, params)
     for name in ("out", "other"):
         with pytest.raises(ZeroDivisionError):
@@ -98,7 +98,7 @@ def test_every_tensor_is_used_and_every_parameter_filled(model_dir, loaded, tmp_
 def test_an_index_that_points_outside_the_directory_is_refused(model_dir, loaded, tmp_path, name):
     config, params = loaded
     export.save(tmp_path / "out", params, model_dir)
-    (tmp_path / "out" / weights.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    (tmp_path / "out" / tensor_files.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(ValueError, match=r"index.json points to '\S+', which is not a .safetensors file beside it"):
         read(tmp_path / "out", config)
 
@@ -147,7 +147,7 @@ def test_a_tensor_where_the_index_does_not_expect_it_is_refused(model_dir, loade
     config, params = loaded
     directory = tmp_path / "out"
     export.save(directory, params, model_dir, max_shard_bytes=20_000)
-    index = json.loads((directory / weights.INDEX).read_text())
+    index = json.loads((directory / tensor_files.INDEX).read_text())
     first, second = sorted(set(index["weight_map"].values()))[:2]
     (directory / second).write_bytes((directory / first).read_bytes())
     with pytest.raises(ValueError, match=r"which \S+ does not expect there"):

@@ -43,6 +43,24 @@ def reply(text: str) -> str | None:
     return None if rest.lstrip().startswith(tuple(opening for opening, _ in _REASONING)) else rest
 
 
+def reasons(text: str) -> bool:
+    """Whether a response holds reasoning, ended or not."""
+    return reply(text) != text
+
+
+def marks_reasoning(token: str) -> bool:
+    """Whether a token opens or closes reasoning."""
+    return any(token in pair for pair in _REASONING)
+
+
+def opened_reasoning(prompt: str) -> str:
+    """The tag by which the end of a prompt opens the model's reasoning, which the response then only closes; or ""."""
+    for opening, closing in _REASONING:
+        if opening.lower() in prompt.lower().rpartition(closing.lower())[2]:
+            return opening
+    return ""
+
+
 def normalize(text: str) -> str:
     """The form in which texts and phrases are compared: words, single blanks, a line for each sentence.
 
