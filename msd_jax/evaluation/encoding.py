@@ -64,7 +64,9 @@ def encode(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role
     limit, key = prompt_limit(config, role)
     loaded, opens = benchmarks.load(config.eval), ""
     if model.tokenizer.chat_template or not all(each.benchmark.choices for each in loaded):
-        ends = prompts.check_templates(model.tokenizer, config.prompts, (role,))
+        # A teacher is evaluated beside the student alone, whose prompts must end as its own.
+        roles = ("student",) if role == "student" else ("student", "teacher")
+        ends = prompts.check_templates(model.tokenizer, config.prompts, roles)
         opens = text.opened_reasoning(ends[role])
     kept: list[EncodedPrompt] = []
     dropped: collections.Counter[tuple[str, str]] = collections.Counter()

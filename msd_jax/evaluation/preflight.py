@@ -16,7 +16,7 @@ import ml_collections
 import rich.table
 from jax.sharding import Mesh
 
-from msd_jax.data import prompts, sources
+from msd_jax.data import sources
 from msd_jax.errors import UserError
 from msd_jax.evaluation import benchmarks, rates
 from msd_jax.evaluation.evaluator import Evaluator, wanted
@@ -89,7 +89,6 @@ def run(
             "for the pre-flight"
         )
     config = _judged_and_greedy(config)
-    prompts.check_templates(model.tokenizer, config.prompts)
     evaluators = {role: Evaluator(config, model, mesh, role) for role in ("student", "teacher")}
     layout = model.shardings(mesh, sharding.ROLLOUT)
     params = rollout.reshard(model.params(mesh), model.dtype, layout)

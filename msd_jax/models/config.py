@@ -10,7 +10,7 @@ import numpy as np
 
 from msd_jax.errors import UserError, UserFileError
 
-SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("gemma2", "gemma3_text", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as config.json names them
 
 
@@ -86,8 +86,10 @@ class DecoderConfig:
       tied_embeddings: the head is the transposed embedding.
       embed_scale: factor on the embeddings: sqrt(D) for Gemma.
       qkv_bias: biases on the query, key and value projections (Qwen2).
-      qk_norm: RMSNorm over each head of query and key before RoPE (Qwen3, Gemma 3).
-      sandwich_norms: also normalise the outputs of attention and feed-forward (Gemma).
+      qk_norm: RMSNorm over each head of query and key before RoPE (Qwen3, Gemma 3, OLMo 2).
+      qk_norm_over_heads: that norm is over all heads together (OLMo 2).
+      pre_norms: normalise the inputs of attention and feed-forward (all but OLMo 2).
+      post_norms: normalise the outputs of attention and feed-forward (Gemma, OLMo 2).
       query_scale: factor on the attention logits.
       attention_softcap, logit_softcap: cap * tanh(x / cap) on attention and final logits (Gemma 2), or None.
       windows: for each layer the number of most recent tokens that it attends to, None for all.
@@ -112,7 +114,9 @@ class DecoderConfig:
     embed_scale: float = 1.0
     qkv_bias: bool = False
     qk_norm: bool = False
-    sandwich_norms: bool = False
+    qk_norm_over_heads: bool = False
+    pre_norms: bool = True
+    post_norms: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     initializer_range: float = 0.02
@@ -181,8 +185,10 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
         tied_embeddings=values.get("tie_word_embeddings", gemma),
         embed_scale=width**0.5 if gemma else 1.0,
         qkv_bias=family == "qwen2",
-        qk_norm=family in ("qwen3", "gemma3_text"),
-        sandwich_norms=gemma,
+        qk_norm=family in ("qwen3", "gemma3_text", "olmo2"),
+        qk_norm_over_heads=family == "olmo2",
+        pre_norms=family != "olmo2",
+        post_norms=gemma or family == "olmo2",
         attention_softcap=values.get("attn_logit_softcapping") if gemma else None,
         logit_softcap=values.get("final_logit_softcapping") if gemma else None,
         initializer_range=float(values.get("initializer_range", 0.02)),
@@ -203,8 +209,7 @@ _NEAREST = {
     "mistral3": ("mistral", "an image encoder"),
     "mixtral": ("mistral", "experts"),
     "olmo": ("llama", "LayerNorm without weights"),
-    "olmo2": ("qwen3", "norms behind the sublayers alone, and norms of queries and keys over all heads"),
-    "olmo3": ("qwen3", "norms behind the sublayers alone, and norms of queries and keys over all heads"),
+    "olmo3": ("olmo2", "windows in three of four layers"),
     "phi3": ("mistral", "projections that are stored as one"),
     "qwen2_moe": ("qwen2", "experts"),
     "qwen3_moe": ("qwen3", "experts"),

@@ -22,10 +22,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, dtype: jnp.dtype) -> jax.Array:
-    """RMSNorm over the last axis, in float32, returned in `dtype`."""
+def rms_norm(
+    x: jax.Array, weight: jax.Array, eps: float, offset: float, dtype: jnp.dtype, axes: tuple[int, ...] = (-1,)
+) -> jax.Array:
+    """RMSNorm over the last axis, or the last `axes`, in float32, returned in `dtype`."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
     return (x32 * (offset + weight.astype(jnp.float32))).astype(dtype)
 
 
@@ -80,28 +82,29 @@ class Layers(nnx.Module):
         def norm(axis: Axes) -> nnx.Param:
             return make.constant(layers | axis, 1.0 - c.norm_offset)
 
-        self.attention_norm = norm(features)
+        self.attention_norm = norm(features) if c.pre_norms else None
         self.query, self.query_lora_a, self.query_lora_b = matrix("query", width, heads)
         self.key, self.key_lora_a, self.key_lora_b = matrix("key", width, kv_heads)
         self.value, self.value_lora_a, self.value_lora_b = matrix("value", width, kv_heads)
         self.output, self.output_lora_a, self.output_lora_b = matrix("output", heads, width)
-        self.ffw_norm = norm(features)
+        self.ffw_norm = norm(features) if c.pre_norms else None
         self.gate, self.gate_lora_a, self.gate_lora_b = matrix("gate", width, ffw)
         self.up, self.up_lora_a, self.up_lora_b = matrix("up", width, ffw)
         self.down, self.down_lora_a, self.down_lora_b = matrix("down", ffw, width)
         self.query_bias = make.constant(layers | heads, 0.0) if c.qkv_bias else None
         self.key_bias = make.constant(layers | kv_heads, 0.0) if c.qkv_bias else None
         self.value_bias = make.constant(layers | kv_heads, 0.0) if c.qkv_bias else None
-        self.query_norm = norm(head) if c.qk_norm else None
-        self.key_norm = norm(head) if c.qk_norm else None
-        self.post_attention_norm = norm(features) if c.sandwich_norms else None
-        self.post_ffw_norm = norm(features) if c.sandwich_norms else None
+        self.query_norm = norm(heads if c.qk_norm_over_heads else head) if c.qk_norm else None
+        self.key_norm = norm(kv_heads if c.qk_norm_over_heads else head) if c.qk_norm else None
+        self.post_attention_norm = norm(features) if c.post_norms else None
+        self.post_ffw_norm = norm(features) if c.post_norms else None
 
     def norm(self, x: jax.Array, weight: nnx.Param | None) -> jax.Array:
-        """RMSNorm with `weight`; x itself where the model has no such norm."""
+        """RMSNorm with `weight`, over as many axes as that has; x itself where the model has no such norm."""
         if weight is None:
-            return x
-        return rms_norm(x, weight[...], self.config.norm_eps, self.config.norm_offset, self.dtype)
+            return x.astype(self.dtype)
+        axes = tuple(range(-weight[...].ndim, 0))
+        return rms_norm(x, weight[...], self.config.norm_eps, self.config.norm_offset, self.dtype, axes)
 
     def project(
         self, x: jax.Array, weight: nnx.Param, lora_a: nnx.Param | None, lora_b: nnx.Param | None, inputs: int = 1

@@ -179,7 +179,7 @@ def load_tokenizer(path: str, chat_template: str = "") -> "transformers.PreTrain
 
     local = is_local(path)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
         if not local:

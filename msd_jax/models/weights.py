@@ -52,12 +52,15 @@ def layout(config: DecoderConfig) -> dict[str, tuple[str, str]]:
         table["layers.key_bias"] = ("self_attn.k_proj.bias", "(n h) -> n h")
         table["layers.value_bias"] = ("self_attn.v_proj.bias", "(n h) -> n h")
     if config.qk_norm:
-        table["layers.query_norm"] = ("self_attn.q_norm.weight", "h -> h")
-        table["layers.key_norm"] = ("self_attn.k_norm.weight", "h -> h")
-    if config.sandwich_norms:
+        pattern = "(n h) -> n h" if config.qk_norm_over_heads else "h -> h"
+        table["layers.query_norm"] = ("self_attn.q_norm.weight", pattern)
+        table["layers.key_norm"] = ("self_attn.k_norm.weight", pattern)
+    if config.post_norms:
         table["layers.post_attention_norm"] = ("post_attention_layernorm.weight", "d -> d")
         table["layers.ffw_norm"] = ("pre_feedforward_layernorm.weight", "d -> d")
         table["layers.post_ffw_norm"] = ("post_feedforward_layernorm.weight", "d -> d")
+    if not config.pre_norms:
+        del table["layers.attention_norm"], table["layers.ffw_norm"]
     return {
         name: (f"model.layers.{{}}.{tensor}" if name.startswith("layers.") else tensor, pattern)
         for name, (tensor, pattern) in table.items()
