@@ -91,16 +91,16 @@ class Pretrained(Architecture):
     Attributes:
       directory: the local Hugging Face directory.
       tokenizer: transformers' fast tokenizer.
+      chat_template: the file that the tokenizer's chat template was read from; "" for its own.
       stop_ids: tokens that end a response.
       pad_id: fills unused columns; masks never depend on it.
-      chat_template: the file that the tokenizer's chat template was read from; "" for its own.
     """
 
     directory: pathlib.Path
     tokenizer: Any
+    chat_template: str = ""
     stop_ids: tuple[int, ...]
     pad_id: int
-    chat_template: str = ""
 
     def params(self, mesh: Mesh, directory: pathlib.Path | None = None, seed: int = 0) -> decoder.Params:
         """Weights of `directory` (default: the model's own) in the training layout, and new adapters from `seed`."""
@@ -116,6 +116,11 @@ class Pretrained(Architecture):
 
         return decoder.join(params, jax.jit(new_adapters, out_shardings=jax.tree.map(lambda x: x.sharding, adapters))())
 
+    def frozen_params(self, mesh: Mesh) -> decoder.Params:
+        """The part of `params` that is not trained."""
+        _, frozen = self.split(self.target(mesh))
+        return weights.read(self.directory, self.config, frozen)
+
     def companions(self) -> dict[str, str]:
         """What an export has beside the model's own files, text by name: stops that were found, a template given."""
         files = {"chat_template.jinja": self.tokenizer.chat_template} if self.chat_template else {}
@@ -124,11 +129,6 @@ class Pretrained(Architecture):
         ids = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
         values = {key: value for key, value in ids.items() if value is not None} | {"eos_token_id": self.stop_ids}
         return files | {"generation_config.json": json.dumps(values, indent=2) + "\n"}
-
-    def frozen_params(self, mesh: Mesh) -> decoder.Params:
-        """The part of `params` that is not trained."""
-        _, frozen = self.split(self.target(mesh))
-        return weights.read(self.directory, self.config, frozen)
 
 
 def architecture(
@@ -224,9 +224,9 @@ def load(path: str, *, chat_template: str = "", **options: Any) -> Pretrained:
     return Pretrained(
         **vars(architecture(config, **options, stored=weights.dtypes(files, config))),
         directory=directory,
+        chat_template=chat_template,
         tokenizer=tokenizer,
         stop_ids=tuple(stop_ids),
-        chat_template=chat_template,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop_ids),
     )
 
