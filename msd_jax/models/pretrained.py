@@ -126,7 +126,7 @@ class Pretrained(Architecture):
         files = {"chat_template.jinja": self.tokenizer.chat_template} if self.chat_template else {}
         if (self.directory / "generation_config.json").exists():
             return files
-        ids = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        ids = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.pad_id}
         values = {key: value for key, value in ids.items() if value is not None} | {"eos_token_id": self.stop_ids}
         return files | {"generation_config.json": json.dumps(values, indent=2) + "\n"}
 
