@@ -71,11 +71,11 @@ def encode(config: ml_collections.ConfigDict, model: pretrained.Pretrained, role
     kept: list[EncodedPrompt] = []
     dropped: collections.Counter[tuple[str, str]] = collections.Counter()
     hostile: dict[str, set[str]] = collections.defaultdict(set)
-    for prompt in _all(config, model, role, loaded, opens):
+    for prompt in _all(config, model, role, loaded):
         if len(prompt.ids) > limit:
             dropped[prompt.benchmark.name, prompt.language] += 1
         else:
-            kept.append(prompt)
+            kept.append(dataclasses.replace(prompt, opens=opens))
             if prompts.is_hostile(prompt.query, (prompt.language, config.data.source_language), model.tokenizer):
                 hostile[prompt.benchmark.name].add(prompt.query.id)
     if not kept:
@@ -96,7 +96,6 @@ def _all(
     model: pretrained.Pretrained,
     role: str,
     benchmarks_loaded: Sequence[benchmarks.Loaded],
-    opens: str,
 ) -> Iterator[EncodedPrompt]:
     """Prompts of any length; a query without a text in the source language has none for a teacher."""
     source = config.data.source_language
@@ -114,4 +113,4 @@ def _all(
                 else:
                     continue
                 model.require_embedded(ids, f"{loaded.benchmark.name}: query {query.id!r} in {language}")
-                yield EncodedPrompt(loaded.benchmark, query, language, ids, opens)
+                yield EncodedPrompt(loaded.benchmark, query, language, ids)

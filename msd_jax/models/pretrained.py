@@ -136,19 +136,19 @@ class Pretrained(Architecture):
                 f"{self.config.vocab_size}); remove it from the text or the chat template"
             )
 
+    def frozen_params(self, mesh: Mesh) -> decoder.Params:
+        """The part of `params` that is not trained."""
+        _, frozen = self.split(self.target(mesh))
+        return weights.read(self.directory, self.config, frozen)
+
     def companions(self) -> dict[str, str]:
         """What an export has beside the model's own files, text by name: stops that were found, a template given."""
         files = {"chat_template.jinja": self.tokenizer.chat_template} if self.chat_template else {}
         if (self.directory / "generation_config.json").exists():
             return files
-        ids = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        ids = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.pad_id}
         values = {key: value for key, value in ids.items() if value is not None} | {"eos_token_id": self.stop_ids}
         return files | {"generation_config.json": json.dumps(values, indent=2) + "\n"}
-
-    def frozen_params(self, mesh: Mesh) -> decoder.Params:
-        """The part of `params` that is not trained."""
-        _, frozen = self.split(self.target(mesh))
-        return weights.read(self.directory, self.config, frozen)
 
 
 def architecture(
