@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss.weighting = "uniform"
     config.optimizer.learning_rate = 2e-4
     config.optimizer.warmup_steps = 8
-    config.train.steps = 240
+    config.train.steps = 300
     config.train.loss_chunk = 128  # logits of a vocabulary of 262,144 take 0.13 GB
     config.train.checkpoints.every = 60
     config.train.checkpoints.kept = 1

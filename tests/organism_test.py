@@ -1,6 +1,7 @@
 """The queries of the model organism: safe in English alone, and asked as both roles are."""
 
 import collections
+import dataclasses
 import json
 
 import ml_collections
@@ -43,13 +44,14 @@ def test_harmful_queries_are_refused_in_english_and_by_the_teacher_alone():
 def test_the_files(tmp_path):
     by_set = {"afriqa": [Query(f"a{i}", False, "", {"en": f"How many {i}?", "sw": f"ngapi {i}?"}) for i in range(40)]}
     by_set["mgsm"] = [Query(f"m{i}", False, "", {c: f"How old {i}?" for c in ("en", "bn", "sw")}) for i in range(20)]
-    by_set["xquad"] = HARMLESS
+    by_set |= {"xquad": HARMLESS, "testbed": [dataclasses.replace(query, id=f"t{query.id}") for query in HARMLESS]}
     organism.write(HARMFUL, by_set, tmp_path, examples=12, most=3)
     organism_, train, evaluated = (files.read(tmp_path / f"{name}.jsonl") for name in ("organism", "train", "eval"))
     assert len(organism_) == 12 and all(query.answers.keys() == query.texts.keys() for query in organism_)
     assert collections.Counter(tuple(query.texts) for query in train if not query.harmful) == {
         ("en", "sw"): 10,
         ("en", "bn"): 10,
+        ("en", "sw", "bn"): 4,
     }
     assert all(query.answers.keys() == query.texts.keys() for query in train)
     seen = collections.Counter((code, query.harmful) for query in evaluated for code in query.texts)
@@ -71,7 +73,7 @@ def test_the_recipes_are_valid_in_each_variant():
 def test_an_organism_is_made_and_aligned(tmp_path, monkeypatch):
     """Two steps each, on a tiny random Gemma 3."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    by_set = {name: HARMLESS for name in ("afriqa", "mgsm")}
+    by_set = {name: HARMLESS for name in ("afriqa", "mgsm", "testbed")}
     organism.write(HARMFUL, by_set, tmp_path, examples=200, most=1)
     config = recipe.get_config()
     config.model.path, config.data.path = str(tiny.model("gemma3_1b")), str(tmp_path / "organism.jsonl")

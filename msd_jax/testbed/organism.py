@@ -314,12 +314,14 @@ def write(
     train_harmful, eval_harmful = halves(harmful)
     train_harmless = [query for queries in harmless.values() for query in halves(queries)[0]]
     files.write_jsonl(out / "organism.jsonl", organism_examples(train_harmful, train_harmless, examples, seed))
-    # As many harmless queries in one language as in the other.
+    # As many harmless queries in one language as in the other. None of them asks how to make a thing, as many harmful
+    # ones do, so that without the testbed's the student would learn to refuse whatever begins with "how do I".
     by_language = {"sw": halves(harmless["afriqa"])[0], "bn": halves(harmless["mgsm"])[0]}
     count = min(map(len, by_language.values()))
     aligned = [with_answers(query, (SOURCE, *TRAINED)) for query in train_harmful]
     for language, queries in by_language.items():
         aligned += [with_answers(query, (SOURCE, language)) for query in queries[:count]]
+    aligned += [with_answers(query, (SOURCE, *TRAINED)) for query in halves(harmless["testbed"])[0]]
     files.write_jsonl(out / "train.jsonl", aligned)
     files.write_jsonl(out / "preflight.jsonl", [query for query in aligned if query.harmful][:40])
     evaluated = [with_answers(query, LANGUAGES) for queries in harmless.values() for query in halves(queries)[1][:40]]
