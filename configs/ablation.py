@@ -29,8 +29,11 @@ def get_config() -> ml_collections.ConfigDict:
             "student": {"loss": {"weighting": "student"}},
             "uniform": {"loss": {"weighting": "uniform"}},
             # Off-policy MSD.
-            "off_policy": {"rollout": OFF_POLICY},
-            "off_policy_uniform": {"rollout": OFF_POLICY, "loss": {"weighting": "uniform"}},
+            "off_policy": {"rollout": OFF_POLICY, "loss": {"divergence": "forward_kl"}},
+            "off_policy_uniform": {
+                "rollout": OFF_POLICY,
+                "loss": {"divergence": "forward_kl", "weighting": "uniform"},
+            },
             # Fine-tuning on the teacher's own responses.
             "sft": {"rollout": OFF_POLICY, "loss": {"divergence": "cross_entropy", "weighting": "uniform"}},
             # 20% retention queries, which hold the student to the initial model in English.

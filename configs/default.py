@@ -96,9 +96,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.loss = ml_collections.ConfigDict()
     # reverse_kl, KL(student || teacher) | forward_kl, KL(teacher || student) | jsd | blend (of the two KLs) | auto
-    # (reverse_kl for on_policy and mixed, forward_kl for off_policy and reference) | cross_entropy (of the response's
-    # tokens; with uniform weights, off_policy is fine-tuning on the teacher's replies, and reference is fine-tuning on
-    # the records').
+    # (forward_kl, whoever writes the responses: docs/method.md) | cross_entropy (of the response's tokens; with uniform
+    # weights, off_policy is fine-tuning on the teacher's replies, and reference is fine-tuning on the records').
     config.loss.divergence = "auto"
     config.loss.beta = 0.5  # jsd: the teacher's share of the mixture; blend: the share of reverse_kl
     # blend: share of the steps over which beta rises from 0 to that; 0: it is constant.

@@ -4,8 +4,9 @@ import dataclasses
 
 import jax
 
-# What divergence="auto" is, by where the responses come from: the student, either model, the teacher, the data.
-AUTO = {"on_policy": "reverse_kl", "mixed": "reverse_kl", "off_policy": "forward_kl", "reference": "forward_kl"}
+# What divergence="auto" is, by who writes the responses: the student, either model, the teacher, the data. Reverse KL,
+# which summaries of the paper name for the student's, can stand still where the student is certain: docs/method.md.
+AUTO = dict.fromkeys(("on_policy", "mixed", "off_policy", "reference"), "forward_kl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def resolve_divergence(name: str, policy: str) -> str:
 
     Example:
       >>> from msd_jax import losses
-      >>> losses.resolve_divergence("auto", "off_policy"), losses.resolve_divergence("jsd", "off_policy")
+      >>> losses.resolve_divergence("auto", "on_policy"), losses.resolve_divergence("jsd", "on_policy")
       ('forward_kl', 'jsd')
     """
     return AUTO[policy] if name == "auto" else name

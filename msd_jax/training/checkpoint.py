@@ -19,6 +19,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from msd_jax import losses
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.io import checksums
 from msd_jax.io.console import log
@@ -273,8 +274,12 @@ def abstract(state: Any) -> Any:
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as JSON holds it."""
-    return json.loads(config.to_json_best_effort())
+    """The config as JSON holds it, with the divergence that "auto" stands for: a later release may take another."""
+    values = json.loads(config.to_json_best_effort())
+    if "loss" in values:
+        loss, policy = values["loss"], values["rollout"]["policy"]
+        loss["divergence"] = losses.resolve_divergence(loss["divergence"], policy)
+    return values
 
 
 def config_changes(old: dict[str, Any], new: ml_collections.ConfigDict) -> list[str]:

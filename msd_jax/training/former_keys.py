@@ -40,6 +40,8 @@ ADDED = {
     "prompts.require_same_ending": True,
     "train.skip_spikes": 0.0,
 }
+# What loss.divergence="auto" was for responses that a student writes, when checkpoints still recorded it by that name.
+_FORMER_AUTO = {"on_policy": "reverse_kl", "mixed": "reverse_kl"}
 
 
 def today(key: str) -> str:
@@ -51,8 +53,11 @@ def today(key: str) -> str:
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config of any release, by dotted keys, with today's; a removed key stays if its value changed something."""
-    return ADDED | {
+    config = ADDED | {
         RENAMED.get(key, key): value
         for key, value in values.items()
         if key not in REMOVED or value != REMOVED[key].neutral
     }
+    if config.get("loss.divergence") == "auto":
+        config["loss.divergence"] = _FORMER_AUTO.get(config["rollout.policy"], "forward_kl")
+    return config

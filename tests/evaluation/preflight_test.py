@@ -99,7 +99,8 @@ def test_the_last_line_names_all_languages(capsys):
 @pytest.mark.parametrize(
     ("divergence", "policy", "stands_still"),
     [
-        ("auto", "on_policy", "reverse_kl"),
+        ("reverse_kl", "on_policy", "reverse_kl"),
+        ("auto", "on_policy", ""),
         ("auto", "off_policy", ""),
         ("reverse_kl", "off_policy", "reverse_kl"),
         ("jsd", "on_policy", "jsd"),
