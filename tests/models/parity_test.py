@@ -52,7 +52,7 @@ FAMILIES = {
     "llama_linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
-    "olmo2": ("Olmo2Config", {}),
+    "olmo2": ("Olmo2Config", {"pad_token_id": None}),  # whose embedding would be zero and take no gradient
     "mistral": ("MistralConfig", {"sliding_window": 8}),
     "gemma2": ("Gemma2Config", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3": (
