@@ -73,7 +73,8 @@ def test_the_recipes_are_valid_in_each_variant():
 def test_an_organism_is_made_and_aligned(tmp_path, monkeypatch):
     """Two steps each, on a tiny random Gemma 3."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    by_set = {name: HARMLESS for name in ("afriqa", "mgsm", "testbed")}
+    sets = ("afriqa", "mgsm", "testbed")
+    by_set = {name: [dataclasses.replace(query, id=name + query.id) for query in HARMLESS] for name in sets}
     organism.write(HARMFUL, by_set, tmp_path, examples=200, most=1)
     config = recipe.get_config()
     config.model.path, config.data.path = str(tiny.model("gemma3_1b")), str(tmp_path / "organism.jsonl")
