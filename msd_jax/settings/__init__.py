@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -42,8 +42,10 @@ def _structure(config: Any, reference: Any, prefix: str) -> Iterator[str]:
             continue
         value, expected = config[key], reference[key]
         if name in allowed.FREE:
-            if (kind := allowed.FREE[name]) is not None:
-                for inner, item in dict(value).items():
+            if not isinstance(value, (Mapping, ml_collections.ConfigDict)):
+                yield f"config.{name}={value!r} must be a mapping"
+            elif (kind := allowed.FREE[name]) is not None:
+                for inner, item in value.items():
                     yield from _mistyped(f"config.{name}.{inner}", item, kind())
         elif isinstance(expected, ml_collections.ConfigDict):
             if isinstance(value, ml_collections.ConfigDict):
