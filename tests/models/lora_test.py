@@ -186,8 +186,13 @@ def test_peft_and_transformers_give_our_logits(stored_dir, tmp_path, rng):
     adapted = peft.PeftModel.from_pretrained(load(stored_dir), tmp_path / "adapter")
     np.testing.assert_allclose(torch_logits(adapted), expected, atol=2e-4)
     assert np.abs(torch_logits(load(stored_dir)) - expected).max() > 1e-2
-    rounding = {"float32": 2e-4, "float16": 0.1}.get(stored_dir.name, 0.8)
-    np.testing.assert_allclose(torch_logits(load(tmp_path / "merged")), expected, atol=rounding)
+    config = make_config(tmp_path / "merged", tmp_path)
+    config.model.lora.rank = 0
+    merged = pretrained.load(**config.model)
+    ours = logits(merged.graphdef, merged.params(sharding.make_mesh(devices=jax.devices()[:1])), jnp.array(tokens))
+    np.testing.assert_allclose(torch_logits(load(tmp_path / "merged")), ours, atol=2e-4)
+    if stored_dir.name.startswith("float"):  # bfloat16 rounds what was merged by more than logits can be compared by
+        np.testing.assert_allclose(ours, expected, atol={"float32": 2e-4, "float16": 0.1}[stored_dir.name])
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template
 
 
