@@ -53,7 +53,7 @@ def today(key: str) -> str:
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config of any release, by dotted keys, with today's; a removed key stays if its value changed something."""
-    config = ADDED | {
+    config: dict[str, Any] = ADDED | {
         RENAMED.get(key, key): value
         for key, value in values.items()
         if key not in REMOVED or value != REMOVED[key].neutral
