@@ -4,6 +4,8 @@ import contextlib
 import pathlib
 from collections.abc import Iterable, Iterator
 
+from msd_jax.parallel import peers
+
 LONGEST_WAIT = 6 * 3600  # seconds; a lock that is held for longer belongs to a process that hangs
 
 
@@ -21,7 +23,7 @@ def fetch(name: str, patterns: Iterable[str], kind: str = "model", revision: str
     """
     import huggingface_hub  # here, for files on this machine do without
 
-    with _alone(f"{kind}s--{name.replace('/', '--')}"):
+    with peers.unhurried(f"downloading {name}"), _alone(f"{kind}s--{name.replace('/', '--')}"):
         found = huggingface_hub.snapshot_download(
             name, repo_type=kind, revision=revision, allow_patterns=list(patterns)
         )

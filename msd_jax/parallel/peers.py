@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
 
 import jax
@@ -69,6 +69,22 @@ def moved(to: str = "") -> None:
     """The main thread moved on, `to` what it begins now. To be said wherever work goes on for long."""
     sign.moves += 1
     sign.at = to or sign.at
+
+
+@contextlib.contextmanager
+def unhurried(what: str) -> Iterator[None]:
+    """Around what may take hours without a sign of progress and is watched by others, such as a download."""
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(SECONDS_BETWEEN_BEATS):
+            moved(what)
+
+    threading.Thread(target=tick, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def end_when_stalled(seconds: float) -> None:
