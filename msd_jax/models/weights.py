@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -20,6 +21,7 @@ from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, lora, tensor_files
 from msd_jax.models.config import DecoderConfig
+from msd_jax.parallel import distributed
 
 DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # as safetensors names them
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -117,14 +119,14 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
     table = layout(config)
     anywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    finite: dict[str, jax.Array] = {}  # of each tensor of the files
+    finite: dict[str, list[jax.Array]] = {}  # of each tensor of the files, by the parts that this process holds
 
     def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         tensor, pattern = table[_name(path)]
         leaf = leaf.update(sharding=leaf.sharding or anywhere)
         if "{}" not in tensor:
             whole = _read_tensor(files[tensor], tensor, pattern, leaf)
-            finite[tensor] = _all_finite(whole)
+            finite[tensor] = [_all_finite(shard.data) for shard in whole.addressable_shards]
             return whole
         # Stacked on the devices, so that the host never holds more than one layer of a parameter.
         stack = _making_zeros(leaf.shape, leaf.dtype, leaf.sharding)()
@@ -132,28 +134,30 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
         for layer in range(config.layers):
             name = tensor.format(layer)
             new = _read_tensor(files[name], name, pattern, one)
-            finite[name] = _all_finite(new)
+            finite[name] = [_all_finite(shard.data) for shard in new.addressable_shards]
             stack = _write_layer(stack, new, layer)
         return stack
 
     params = jax.tree.map_with_path(load, target)
-    for tensor, is_finite in jax.device_get(finite).items():
-        if not is_finite:
-            raise UserError(f"{directory}: {tensor} holds NaN or infinity: the weights are damaged")
+    _require_finite(directory, finite)
     return params
 
 
+@jax.jit
 def _all_finite(array: jax.Array) -> jax.Array:
-    """Whether all elements are finite, bool [], known to every process."""
-    sharding = array.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return _checking_finite(sharding)(array)
+    """Whether all elements of one device's part are finite, bool []."""
+    return jnp.isfinite(array).all()
 
 
-@functools.cache
-def _checking_finite(sharding: jax.sharding.Sharding) -> Any:
-    return jax.jit(lambda array: jnp.isfinite(array).all(), out_shardings=sharding)
+def _require_finite(directory: pathlib.Path, finite: dict[str, list[jax.Array]]) -> None:
+    """Raises a UserError, on every process, if a part of a tensor is not finite on one of them.
+
+    The parts are not combined on the devices: sums over processes that nothing orders among each other can meet the wrong
+    partner.
+    """
+    mine = [tensor for tensor, parts in jax.device_get(finite).items() if not all(parts)]
+    for tensor in itertools.chain(*distributed.from_all(lambda: mine)):
+        raise UserError(f"{directory}: {tensor} holds NaN or infinity: the weights are damaged")
 
 
 def _read_tensor(file: Any, tensor: str, pattern: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:

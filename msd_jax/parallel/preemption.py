@@ -5,7 +5,8 @@ same answer. The nth question starts a sum over the devices of all processes, of
 answered by the sum that the question before it started. Then
 
 - all get the same answer to the same question, since a sum is one number on all of them, and end after the same step;
-- nobody waits for another: the sum of question n - 1 is complete before step n is, in whose devices' queues it stands;
+- nobody waits for another: the sum of question n - 1 is complete before step n is, in whose devices' queues it stands
+  (processes on CPUs do wait);
 - whoever is told before question n ends all of them at question n + 1, one step later than it asked.
 
 No clock, store or order of messages takes part, and one process is the case of one summand.
@@ -60,6 +61,9 @@ def preempted() -> bool:
     mesh, add = _summation()
     one_each_D = np.full(mesh.size, _told.is_set(), np.int32)
     _sum = add(jax.make_array_from_callback((mesh.size,), _over(mesh), lambda index: one_each_D[index]))
+    if sharding.platform(mesh) == "cpu":
+        # A CPU has no queue: the sum could run beside those of the next program, and meet the wrong partner.
+        jax.block_until_ready(_sum)
     return False
 
 
