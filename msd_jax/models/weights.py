@@ -152,8 +152,8 @@ def _all_finite(array: jax.Array) -> jax.Array:
 def _require_finite(directory: pathlib.Path, finite: dict[str, list[jax.Array]]) -> None:
     """Raises a UserError, on every process, if a part of a tensor is not finite on one of them.
 
-    The parts are not combined on the devices: sums over processes that nothing orders among each other can meet the wrong
-    partner.
+    The parts are not combined on the devices: sums over processes that nothing orders among each other can meet the
+    wrong partner.
     """
     mine = [tensor for tensor, parts in jax.device_get(finite).items() if not all(parts)]
     for tensor in itertools.chain(*distributed.from_all(lambda: mine)):
