@@ -218,7 +218,7 @@ def test_no_contamination_is_said_only_where_it_was_looked_for(make):
 def test_facts_are_those_of_the_config(make):
     run = collect.workdir(make.run(seed=3, loss__weighting="teacher", model__lora__rank=8))
     facts = Results(run).facts()
-    assert facts["seed"] == "3" and facts["loss"] == "reverse_kl, teacher weights" and facts["judge"] == "rules 3"
+    assert facts["seed"] == "3" and facts["loss"] == "forward_kl, teacher weights" and facts["judge"] == "rules 3"
     assert facts["trained languages"] == "sw, bn, jv" and facts["trained weights"] == "LoRA, rank 8"
     assert facts["training time"] == "0:03:30"
 
