@@ -15,7 +15,7 @@ PORT=${PORT:-27000} # of the controller; the nodes take the next two
 down() {
   SLURM_CONF=$DIR/slurm.conf scancel --user="$USER" 2>/dev/null && sleep 1 || true
   for file in "$DIR"/*.pid; do
-    [[ ! -f $file ]] || kill "$(<"$file")" 2>/dev/null || true
+    kill "$(cat "$file" 2>/dev/null)" 2>/dev/null || true # a file may go with its process meanwhile
   done
 }
 
