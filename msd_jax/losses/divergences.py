@@ -21,7 +21,8 @@ def reverse_kl(
     .. math::
       D = \sum_v p_S(v) \log \frac{p_S(v)}{p_T(v)}
 
-    Mode-seeking: the student is punished for mass where the teacher has little. The default on-policy.
+    Mode-seeking: the student is punished for mass where the teacher has little. What summaries of the paper
+    name for responses of the student; where that is certain it can stand still, see docs/method.md.
 
     A token that both rows exclude (logit `-inf`) contributes 0 and gets a gradient of 0; one that only the student
     has mass on makes the divergence infinite. The result is never negative, exactly 0 for equal rows, and keeps
@@ -73,7 +74,7 @@ def forward_kl(
       D = \sum_v p_T(v) \log \frac{p_T(v)}{p_S(v)}
 
     Mode-covering: the student is punished for missing mass that the teacher has; its gradient is that of the
-    cross-entropy against the teacher's distribution. The default off-policy.
+    cross-entropy against the teacher's distribution. The default.
 
     Args:
       student_logits: float `[..., V]`; see :func:`reverse_kl`, for the other arguments too.
