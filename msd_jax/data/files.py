@@ -81,7 +81,7 @@ def locate(path: str | os.PathLike, key: str = "config.data.path") -> list[pathl
         if file.suffix.lower() not in _READERS:
             raise UserError(f"{file}: a query file ends in {_SUFFIXES}, not in {file.suffix!r}")
     if not files or not all(file.is_file() for file in files):
-        raise UserFileError(f"{place}: there is no such query file")
+        raise UserFileError(f"{key}={place}: there is no such query file")
     return files
 
 

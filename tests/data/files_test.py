@@ -291,7 +291,7 @@ def test_bad_input_is_one_line_that_names_file_and_place(tmp_path, suffix, conte
 
 
 def test_missing_and_unreadable_paths(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.csv: there is no such query file"):
+    with pytest.raises(FileNotFoundError, match=r"config\.data\.path=.*absent\.csv: there is no such query file"):
         files.read(tmp_path / "absent.csv")
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(FileNotFoundError, match=r"folder\.jsonl"):
