@@ -176,12 +176,22 @@ class Gpu:
 
     Attributes:
       name: as in a topology's name.
-      kinds: what jax.Device.device_kind begins with.
+      kind: what jax.Device.device_kind begins with.
+      capability: its compute capability.
+      multiprocessors, shared_memory, l2_bytes, clock_ghz: what XLA's compiler needs to know beside `device`: the number
+        of multiprocessors, bytes of shared memory of each, of the cache that they share, and their clock.
+      memory_bytes: all of its memory, as the driver reports it.
       device: peak figures of one of them; its links are NVLink within a node, and its share of the node's network.
     """
 
     name: str
-    kinds: tuple[str, ...]
+    kind: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+    l2_bytes: int
+    clock_ghz: float
+    memory_bytes: int
     device: DeviceSpec
 
 
@@ -189,14 +199,20 @@ class Gpu:
 # h100/), H200 SXM (.../h200/) and A100 80GB SXM (.../a100/), read in 2026; products without sparsity, NVLink half of
 # "900 GB/s" and "600 GB/s", which count both directions. Every GPU of a node reaches every other at that rate, so a
 # collective takes all of it. The network is that of NVIDIA's DGX: a card of 400 Gb/s (A100: 200) for each GPU.
-# hbm_bytes: 0.9, the launch scripts' XLA_PYTHON_CLIENT_MEM_FRACTION, of what the driver reports (79.1, 139.8 and 79.2
-# GiB).
+# hbm_bytes: 0.9, the launch scripts' XLA_PYTHON_CLIENT_MEM_FRACTION, of memory_bytes, which is what CUDA reports there.
+# Multiprocessors, shared memory, cache: NVIDIA's tuning guides for Hopper and Ampere (https://docs.nvidia.com/cuda/).
 GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu(
             name="h100",
-            kinds=("NVIDIA H100 80GB HBM3",),  # SXM; those for PCIe are slower
+            kind="NVIDIA H100 80GB HBM3",  # SXM; those for PCIe are slower
+            capability=(9, 0),
+            multiprocessors=132,
+            shared_memory=228 * 1024,
+            l2_bytes=50 * 2**20,
+            clock_ghz=1.98,
+            memory_bytes=_gib(79.1),
             device=DeviceSpec(
                 hbm_bytes=_gib(0.9 * 79.1),
                 flops=989e12,
@@ -208,7 +224,13 @@ GPUS = {
         ),
         Gpu(
             name="h200",
-            kinds=("NVIDIA H200",),
+            kind="NVIDIA H200",
+            capability=(9, 0),
+            multiprocessors=132,
+            shared_memory=228 * 1024,
+            l2_bytes=50 * 2**20,
+            clock_ghz=1.98,
+            memory_bytes=_gib(139.8),
             device=DeviceSpec(
                 hbm_bytes=_gib(0.9 * 139.8),
                 flops=989e12,
@@ -220,7 +242,13 @@ GPUS = {
         ),
         Gpu(
             name="a100",
-            kinds=("NVIDIA A100-SXM4-80GB",),
+            kind="NVIDIA A100-SXM4-80GB",
+            capability=(8, 0),
+            multiprocessors=108,
+            shared_memory=164 * 1024,
+            l2_bytes=40 * 2**20,
+            clock_ghz=1.41,
+            memory_bytes=_gib(79.2),
             device=DeviceSpec(
                 hbm_bytes=_gib(0.9 * 79.2),
                 flops=312e12,
@@ -236,7 +264,7 @@ GPUS = {
 
 def find_gpu(device_kind: str) -> Gpu | None:
     """The GPU that JAX calls `device_kind`; None for one that is not in the table."""
-    return next((gpu for gpu in GPUS.values() if device_kind.startswith(gpu.kinds)), None)
+    return next((gpu for gpu in GPUS.values() if device_kind.startswith(gpu.kind)), None)
 
 
 @dataclasses.dataclass(frozen=True)
