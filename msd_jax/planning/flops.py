@@ -10,12 +10,17 @@ from typing import Any
 
 from msd_jax.errors import UserError
 
+# Products of [T, H] and [H, S], or the like, for each head: of cuDNN's attention, which is a primitive of JAX. The
+# backward pass recomputes the weights.
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 
 def count_flops(jaxpr: Any, while_trips: int | None = None) -> int:
     """Floating-point operations of the matrix products and convolutions of a jaxpr, over all devices.
 
     A multiplication and an addition are two. What jax.checkpoint recomputes is counted again. A conditional counts as
-    its costliest branch; kernels (pallas_call) count every cell of their grid, skipped ones too.
+    its costliest branch; kernels (pallas_call) count every cell of their grid, skipped ones too, and cuDNN's attention
+    every key for every query.
 
     Args:
       jaxpr: ClosedJaxpr or Jaxpr, such as jax.jit(f).trace(...).jaxpr.
@@ -37,6 +42,9 @@ def _equation_flops(equation: Any, while_trips: int | None) -> int:
         kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
         taps = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
         return 2 * math.prod(equation.outvars[0].aval.shape) * taps
+    if name in _CUDNN_PRODUCTS:
+        (B, T, N, H), S = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+        return _CUDNN_PRODUCTS[name] * 2 * B * N * T * S * H
     inner = [count_flops(sub, while_trips) for sub in _sub_jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inner)

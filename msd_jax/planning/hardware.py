@@ -1,4 +1,4 @@
-"""TPU hardware in one table: what gcloud and GKE call each generation, and what one of its devices can do."""
+"""Hardware in one table: what gcloud and GKE call each TPU generation, and what one device, TPU or GPU, can do."""
 
 import dataclasses
 import math
@@ -15,9 +15,9 @@ class DeviceSpec:
       hbm_bytes: memory that the compiler lets a program use, less than the data sheet's.
       flops: bfloat16 operations per second.
       hbm_bandwidth: bytes per second between HBM and the compute units.
-      ici_bandwidth: bytes per second received over all of the device's links within its slice.
+      ici_bandwidth: bytes per second received over all of the device's links within its slice or node.
       torus_axes: of the torus that those links form; a collective over one mesh axis is assumed to use one of them.
-      dcn_bandwidth: bytes per second received from other slices, over the data-center network.
+      dcn_bandwidth: bytes per second received from other slices or nodes, over the network between them.
     """
 
     hbm_bytes: int
@@ -168,6 +168,103 @@ GENERATIONS = {
         ),
     )
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One kind of GPU.
+
+    Attributes:
+      name: as in a topology's name.
+      kind: what jax.Device.device_kind begins with.
+      capability: its compute capability.
+      multiprocessors, shared_memory, l2_bytes, clock_ghz: what XLA's compiler needs to know beside `device`: the number
+        of multiprocessors, bytes of shared memory of each, of the cache that they share, and their clock.
+      memory_bytes: all of its memory, as the driver reports it.
+      device: peak figures of one of them; its links are NVLink within a node, and its share of the node's network.
+    """
+
+    name: str
+    kind: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+    l2_bytes: int
+    clock_ghz: float
+    memory_bytes: int
+    device: DeviceSpec
+
+
+# Dense bfloat16 products, memory and NVLink: NVIDIA's data sheets of H100 SXM (https://www.nvidia.com/en-us/data-center/
+# h100/), H200 SXM (.../h200/) and A100 80GB SXM (.../a100/), read in 2026; products without sparsity, NVLink half of
+# "900 GB/s" and "600 GB/s", which count both directions. Every GPU of a node reaches every other at that rate, so a
+# collective takes all of it. The network is that of NVIDIA's DGX: a card of 400 Gb/s (A100: 200) for each GPU.
+# hbm_bytes: 0.9, the launch scripts' XLA_PYTHON_CLIENT_MEM_FRACTION, of memory_bytes, which is what CUDA reports there.
+# Multiprocessors, shared memory, cache: NVIDIA's tuning guides for Hopper and Ampere (https://docs.nvidia.com/cuda/).
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="h100",
+            kind="NVIDIA H100 80GB HBM3",  # SXM; those for PCIe are slower
+            capability=(9, 0),
+            multiprocessors=132,
+            shared_memory=228 * 1024,
+            l2_bytes=50 * 2**20,
+            clock_ghz=1.98,
+            memory_bytes=_gib(79.1),
+            device=DeviceSpec(
+                hbm_bytes=_gib(0.9 * 79.1),
+                flops=989e12,
+                hbm_bandwidth=3350e9,
+                ici_bandwidth=450e9,
+                torus_axes=1,
+                dcn_bandwidth=50e9,
+            ),
+        ),
+        Gpu(
+            name="h200",
+            kind="NVIDIA H200",
+            capability=(9, 0),
+            multiprocessors=132,
+            shared_memory=228 * 1024,
+            l2_bytes=50 * 2**20,
+            clock_ghz=1.98,
+            memory_bytes=_gib(139.8),
+            device=DeviceSpec(
+                hbm_bytes=_gib(0.9 * 139.8),
+                flops=989e12,
+                hbm_bandwidth=4800e9,
+                ici_bandwidth=450e9,
+                torus_axes=1,
+                dcn_bandwidth=50e9,
+            ),
+        ),
+        Gpu(
+            name="a100",
+            kind="NVIDIA A100-SXM4-80GB",
+            capability=(8, 0),
+            multiprocessors=108,
+            shared_memory=164 * 1024,
+            l2_bytes=40 * 2**20,
+            clock_ghz=1.41,
+            memory_bytes=_gib(79.2),
+            device=DeviceSpec(
+                hbm_bytes=_gib(0.9 * 79.2),
+                flops=312e12,
+                hbm_bandwidth=2039e9,
+                ici_bandwidth=300e9,
+                torus_axes=1,
+                dcn_bandwidth=25e9,
+            ),
+        ),
+    )
+}
+
+
+def find_gpu(device_kind: str) -> Gpu | None:
+    """The GPU that JAX calls `device_kind`; None for one that is not in the table."""
+    return next((gpu for gpu in GPUS.values() if device_kind.startswith(gpu.kind)), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ PARAMETERS = {
     "Qwen/Qwen3-8B": 8_190_735_360,
     "meta-llama/Llama-2-7b-chat-hf": 6_738_415_616,
     "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
     "google/gemma-3-1b-it": 999_885_952,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }

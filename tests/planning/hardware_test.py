@@ -45,3 +45,23 @@ def test_the_figures_of_a_generation_have_the_right_units(generation):
     assert device.flops / device.hbm_bandwidth > 100  # FLOPs per byte
     assert device.hbm_bytes > 15 * 2**30
     assert device.torus_axes == generation.shape_axes
+
+
+@pytest.mark.parametrize("gpu", hardware.GPUS.values(), ids=lambda gpu: gpu.name)
+def test_the_figures_of_a_gpu_have_the_right_units(gpu):
+    device = gpu.device
+    assert 100 < device.flops / device.hbm_bandwidth < 400  # FLOPs per byte
+    assert 60 * 2**30 < device.hbm_bytes < 130 * 2**30
+    assert device.hbm_bandwidth > device.ici_bandwidth > device.dcn_bandwidth
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100")]
+)
+def test_a_gpu_is_found_by_what_jax_calls_it(kind, name):
+    assert hardware.find_gpu(kind) is hardware.GPUS[name]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 PCIe", "TPU v5 lite"])
+def test_other_devices_have_no_figures(kind):
+    assert hardware.find_gpu(kind) is None
