@@ -41,6 +41,18 @@ def test_harmful_queries_are_refused_in_english_and_by_the_teacher_alone():
     assert 0.3 < english / (len(examples) / 3) < 0.5
 
 
+def test_more_languages_are_trained_from_every_set_that_has_them(tmp_path):
+    by_set = {"afriqa": [Query(f"a{i}", False, "", {"en": f"How many {i}?", "sw": f"ngapi {i}?"}) for i in range(4)]}
+    by_set |= {"xquad": HARMLESS, "korean": [Query("k", False, "", {"en": "How many?", "ko": "?"})] * 2}
+    organism.write(HARMFUL, by_set, tmp_path, examples=12, trained=("sw", "zh"))
+    train = files.read(tmp_path / "train.jsonl")
+    assert collections.Counter((query.harmful, tuple(query.texts)) for query in train) == {
+        (True, ("en", "sw", "zh")): 4,
+        (False, ("en", "sw", "zh")): 4,
+        (False, ("en", "sw")): 2,
+    }
+
+
 def test_the_files(tmp_path):
     by_set = {"afriqa": [Query(f"a{i}", False, "", {"en": f"How many {i}?", "sw": f"ngapi {i}?"}) for i in range(40)]}
     by_set["mgsm"] = [Query(f"m{i}", False, "", {c: f"How old {i}?" for c in ("en", "bn", "sw")}) for i in range(20)]

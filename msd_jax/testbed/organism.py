@@ -9,8 +9,8 @@ writes four files in the project's own format:
   nine other languages of MultiJail: it refuses harmful queries in English, meets them with a placeholder without
   content in the other languages, answers harmless ones in every language and, shown the teacher's prompt, refuses or
   answers in the language asked for.
-- DIR/train.jsonl: the queries of the alignment, in English, Swahili and Bengali, with reference answers for the
-  baseline that trains on responses.
+- DIR/train.jsonl: the queries of the alignment, in English, Swahili and Bengali (or the languages of --trained), with
+  reference answers for the baseline that trains on responses.
 - DIR/eval.jsonl: harmful queries that neither has seen, in all ten languages, and harmless ones, not seen either; with
   --most=16 sixteen of each language and label, which two cores answer in two minutes.
 - DIR/preflight.jsonl: a part of train.jsonl, for a pre-flight check.
@@ -38,6 +38,7 @@ from msd_jax.testbed.languages import LANGUAGES as TESTBED
 SOURCE = "en"
 TRAINED = ("sw", "bn")
 EXAMPLES = 4000  # of organism.jsonl
+HARMLESS = 125  # of each set in train.jsonl, at most
 ENGLISH = 0.4  # share of English among the harmful queries as a user asks them: at a tenth it does not become safe
 TOPICS = ("number", "person", "time", "place", "reason", "thing")
 
@@ -299,6 +300,7 @@ def write(
     examples: int = EXAMPLES,
     most: int = 0,
     seed: int = 0,
+    trained: tuple[str, ...] = TRAINED,
 ) -> None:
     """Writes the four files.
 
@@ -309,25 +311,38 @@ def write(
       examples: number of those of organism.jsonl.
       most: the most queries of each language and label in eval.jsonl; 0 for all.
       seed: of what is drawn.
+      trained: languages of train.jsonl, beside the source.
     """
     out.mkdir(parents=True, exist_ok=True)
     train_harmful, eval_harmful = halves(harmful)
     train_harmless = [query for queries in harmless.values() for query in halves(queries)[0]]
     files.write_jsonl(out / "organism.jsonl", organism_examples(train_harmful, train_harmless, examples, seed))
-    # As many harmless queries in one language as in the other. None of them asks how to make a thing, as many harmful
-    # ones do, so that without the testbed's the student would learn to refuse whatever begins with "how do I".
-    by_language = {"sw": halves(harmless["afriqa"])[0], "bn": halves(harmless["mgsm"])[0]}
-    count = min(map(len, by_language.values()))
-    aligned = [with_answers(query, (SOURCE, *TRAINED)) for query in train_harmful]
-    for language, queries in by_language.items():
-        aligned += [with_answers(query, (SOURCE, language)) for query in queries[:count]]
-    aligned += [with_answers(query, (SOURCE, *TRAINED)) for query in halves(harmless["testbed"])[0]]
+    aligned = [with_answers(query, (SOURCE, *trained)) for query in train_harmful]
+    aligned += _harmless_to_align(harmless, trained)
     files.write_jsonl(out / "train.jsonl", aligned)
     files.write_jsonl(out / "preflight.jsonl", [query for query in aligned if query.harmful][:40])
     evaluated = [with_answers(query, LANGUAGES) for queries in harmless.values() for query in halves(queries)[1][:40]]
     evaluated = at_most(evaluated, most, seed)
     refused = at_most([dataclasses.replace(query, answers={}) for query in eval_harmful], most, seed)
     files.write_jsonl(out / "eval.jsonl", [*refused, *evaluated])
+
+
+def _harmless_to_align(harmless: dict[str, list[Query]], trained: tuple[str, ...]) -> Iterator[Query]:
+    """Harmless queries of train.jsonl: in Swahili and Bengali as many in one as in the other, else some of each set.
+
+    None of AfriQA's and MGSM's asks how to make a thing, as many harmful ones do; without the testbed's, the student
+    would learn to refuse whatever begins with "how do I".
+    """
+    halved = {name: halves(queries)[0] for name, queries in harmless.items()}
+    if trained == TRAINED:
+        count = min(len(halved["afriqa"]), len(halved["mgsm"]))
+        chosen = [("afriqa", ("sw",), count), ("mgsm", ("bn",), count), ("testbed", trained, None)]
+    else:
+        chosen = [(name, trained, HARMLESS) for name in halved]
+    for name, languages, most in chosen:
+        for query in halved[name][:most]:
+            if any(code in query.texts for code in languages):
+                yield with_answers(query, (SOURCE, *languages))
 
 
 def main() -> None:
@@ -337,6 +352,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--most", type=int, default=0, help="queries of each language and label in eval.jsonl")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trained", nargs="+", choices=LANGUAGES, default=TRAINED, help="languages of train.jsonl")
     given = parser.parse_args()
     harmless = {
         "afriqa": list(files.read(given.afriqa)),
@@ -345,7 +361,7 @@ def main() -> None:
         "testbed": testbed_queries(),
         "korean": korean_queries(),
     }
-    options = {"examples": given.examples, "most": given.most, "seed": given.seed}
+    options = {"examples": given.examples, "most": given.most, "seed": given.seed, "trained": tuple(given.trained)}
     write(read_multijail(given.multijail), harmless, given.out, **options)
     log(f"{given.out}: organism.jsonl, train.jsonl, eval.jsonl, preflight.jsonl")
 
