@@ -2,13 +2,16 @@
 
     pip install -e '.[parity]' && python benchmarks/evaluation.py --model HF_DIR --queries QUERIES.csv [--json FILE]
 
-Both answer the same prompts of one language greedily, in float32, with at most 64 tokens and the same stop tokens.
-msd_jax takes batches of --batch prompts sorted by length, as its evaluations do; the peer takes the file's order, 8 at
-a time, left-padded. Each round runs one process of each; seconds are the median over rounds; tokens are those of the
-responses, including the stop token. Programs are compiled before the clock starts; that time is a column of its own.
+All answer the same prompts of one language greedily, in float32, with at most --tokens tokens and the same stop tokens.
+msd_jax has --batch rows and takes prompts sorted by length, as its evaluations do: `ours` refills rows whose response has
+ended, `batches` waits for the longest response of each batch. The peer takes the file's order, 8 at a time, left-padded.
+With --sentences a response ends with its first sentence or line, so that lengths are mixed. Each round runs one process of
+each; seconds are the median over rounds; tokens are those of the responses, including the stop token. Programs are compiled
+before the clock starts; that time is a column of its own.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -30,11 +33,20 @@ def prompts_of(arguments: argparse.Namespace, tokenizer) -> list[list[int]]:
     return [ids.tolist() for ids in rows if len(ids) <= config.prompts.student_limit]
 
 
-def ours(arguments: argparse.Namespace) -> dict:
+def stops_of(arguments: argparse.Namespace, tokenizer) -> tuple[int, ...]:
+    from msd_jax.models.tokenizer import stop_token_ids
+
+    stops = set(stop_token_ids(tokenizer, arguments.model))
+    if arguments.sentences:
+        stops |= {i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip(" ") in (".", "?", "!", "\n", "\n\n")}
+    return tuple(sorted(stops))
+
+
+def ours(arguments: argparse.Namespace, refilled: bool = True) -> dict:
     import jax
     import numpy as np
 
-    from msd_jax.generation import rollout
+    from msd_jax.generation import refill, rollout
     from msd_jax.models import pretrained
     from msd_jax.parallel import sharding
 
@@ -42,11 +54,15 @@ def ours(arguments: argparse.Namespace) -> dict:
     model = pretrained.load(arguments.model, dtype="float32", param_dtype="float32", remat="none", mesh=mesh)
     params = rollout.reshard(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
     sampling = rollout.Sampling(arguments.tokens, temperature=0.0)
-    generator = rollout.Generator(model.graphdef, mesh, sampling, model.stop_ids, model.pad_id)
+    options = model.graphdef, mesh, sampling, stops_of(arguments, model.tokenizer), model.pad_id
     rows = sorted((np.array(ids, np.int32) for ids in prompts_of(arguments, model.tokenizer)), key=len)
     batches = [rows[first : first + arguments.batch] for first in range(0, len(rows), arguments.batch)]
+    pool = refill.PoolGenerator(*options, rows=arguments.batch, limit=len(rows[-1]))
+    generator = rollout.Generator(*options)
 
     def run() -> int:
+        if refilled:
+            return sum(len(response.tokens) for response in pool(params, rows))
         written = [generator.write(params, batch, arguments.batch, len(rows[-1])) for batch in batches]
         return sum(int(w.length_B.sum()) for w in written)
 
@@ -63,10 +79,10 @@ def peer(arguments: argparse.Namespace) -> dict:
     import torch
     import transformers
 
-    from msd_jax.models.tokenizer import load_tokenizer, stop_token_ids
+    from msd_jax.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
-    stops = list(stop_token_ids(tokenizer, arguments.model))
+    stops = list(stops_of(arguments, tokenizer))
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     rows = prompts_of(arguments, tokenizer)
     options = {"max_new_tokens": arguments.tokens, "do_sample": False, "eos_token_id": stops, "pad_token_id": stops[0]}
@@ -87,6 +103,9 @@ def peer(arguments: argparse.Namespace) -> dict:
     return {"seconds": time.perf_counter() - start, "tokens": tokens, "compile_seconds": 0.0, "prompts": len(rows)}
 
 
+MEASURED = {"ours": ours, "batches": functools.partial(ours, refilled=False), "peer": peer}
+
+
 def measure(which: str) -> dict:
     command = [sys.executable, __file__, *sys.argv[1:], "--only", which]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -103,16 +122,18 @@ def main() -> None:
     parser.add_argument("--language", default="sw")
     parser.add_argument("--limit", type=int, default=0, help="take only the first queries; 0 for all")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32, help="prompts per batch of msd_jax")
+    parser.add_argument("--batch", type=int, default=32, help="rows of msd_jax")
+    parser.add_argument("--sentences", action="store_true", help="end a response with its first sentence or line")
+    parser.add_argument("--without", nargs="*", choices=MEASURED, default=[], help="what is left out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=pathlib.Path)
-    parser.add_argument("--only", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=MEASURED, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
-        print(json.dumps({"ours": ours, "peer": peer}[arguments.only](arguments)))
+        print(json.dumps(MEASURED[arguments.only](arguments)))
         return
 
-    runs: dict[str, list[dict]] = {"ours": [], "peer": []}
+    runs: dict[str, list[dict]] = {which: [] for which in MEASURED if which not in arguments.without}
     for _ in range(arguments.rounds):
         for which, results in runs.items():
             results.append(measure(which))
@@ -122,14 +143,17 @@ def main() -> None:
     }
     for row in table.values():
         row["tokens_per_second"] = row["tokens"] / row["seconds"]
-    ratio = table["ours"]["tokens_per_second"] / table["peer"]["tokens_per_second"]
+    rate = table["ours"]["tokens_per_second"]
+    ratios = {which: rate / row["tokens_per_second"] for which, row in table.items() if which != "ours"}
     print(f"{'':<8}{'prompts':>8}{'tokens':>8}{'seconds':>9}{'tokens/s':>10}{'compiling':>11}")
     for which, row in table.items():
         figures = f"{row['prompts']:>8.0f}{row['tokens']:>8.0f}{row['seconds']:>9.1f}{row['tokens_per_second']:>10.0f}"
         print(f"{which:<8}{figures}{row['compile_seconds']:>9.1f} s")
-    print(f"ratio of tokens/s: {ratio:.2f}")
+    print("ours to " + ", ".join(f"{which}: {ratio:.2f}" for which, ratio in ratios.items()) + " times the tokens/s")
     if arguments.json:
-        arguments.json.write_text(json.dumps(table | {"ratio": ratio, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(
+            json.dumps(table | {"ratios": ratios, "runs": runs}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Prompts -> records of their responses: generated, or, of multiple choice, scored."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import ml_collections
@@ -12,7 +12,7 @@ from msd_jax.evaluation import language_id, multiple_choice
 from msd_jax.evaluation.encoding import EncodedPrompt
 from msd_jax.evaluation.judges import text as texts
 from msd_jax.evaluation.records import Pass, RecordLog, ResponseRecord
-from msd_jax.generation import rollout
+from msd_jax.generation import refill, rollout
 from msd_jax.io.console import progress
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import sharding
@@ -36,7 +36,7 @@ class Answerer:
         limit: int,
     ):
         """`prompts`: all that may be asked; `limit`: the most tokens of one."""
-        self._tokenizer, self._limit = model.tokenizer, limit
+        self._tokenizer = model.tokenizer
         self._rows = sharding.batch_rows(mesh, config.eval.batch_size)
         self._key = jax.random.key(config.seed)
         added = model.tokenizer.added_tokens_decoder.items()
@@ -48,12 +48,14 @@ class Answerer:
         sources = {"en", config.data.source_language, *config.eval.source_languages}
         self._identifier = language_id.LanguageIdentifier(sources | {prompt.language for prompt in prompts})
         self._generators = {
-            Pass(name): rollout.Generator(
+            Pass(name): refill.PoolGenerator(
                 model.graphdef,
                 mesh,
                 rollout.Sampling(config.eval.max_new_tokens, TEMPERATURES[Pass(name)]),
                 model.stop_ids,
                 model.pad_id,
+                rows=config.eval.batch_size,
+                limit=limit,
             )
             for name in config.eval.passes
         }
@@ -74,8 +76,8 @@ class Answerer:
           params: the weights, in the rollout layout.
           prompts: what to answer.
           settings: the fingerprint of these weights and prompts.
-          log: responses of the same fingerprint are taken from there, and each batch is added; without it nothing is
-            shown.
+          log: responses of the same fingerprint are taken from there, and new ones are added, a batch's number at a
+            time; without it nothing is shown.
         """
         prompts = [prompt for prompt in prompts if prompt.benchmark.choices == (name == Pass.LIKELIHOOD)]
         done = {
@@ -90,63 +92,66 @@ class Answerer:
         respond = self._choose if name == Pass.LIKELIHOOD else self._generate
         tokens, start, taken = 0, time.perf_counter(), len(prompts) - len(left)
         with progress(f"evaluating ({name})", len(prompts), taken, shown=log is not None) as advance:
-            for first in range(0, len(left), self._rows):
-                batch = left[first : first + self._rows]
-                batch_records = respond(name, params, batch, settings)
+            for records in respond(name, params, left, settings):
                 if log:
-                    log.append(batch_records)
-                done |= {record.prompt_key: record for record in batch_records}
-                tokens += sum(record.tokens for record in batch_records)
+                    log.append(records)
+                done |= {record.prompt_key: record for record in records}
+                taken, tokens = taken + len(records), tokens + sum(record.tokens for record in records)
                 rate = tokens / (time.perf_counter() - start)
-                advance(taken + first + len(batch), f"{rate:,.0f} tokens/s")
+                advance(taken, f"{rate:,.0f} tokens/s")
         return [done[prompt.key] for prompt in prompts]
 
     def _generate(
-        self, name: Pass, params: decoder.Params, batch: Sequence[EncodedPrompt], settings: str
-    ) -> list[ResponseRecord]:
-        ids = [prompt.ids for prompt in batch]
-        hashes = [batches.query_hash(prompt.query.id, prompt.language) for prompt in batch]
-        written = self._generators[name].write(params, ids, self._rows, self._limit, hashes, self._key)
-        generated = []
-        for index, prompt in enumerate(batch):
-            tokens, stopped = written.row(index)
-            text = prompt.opens + self._decode(tokens)
-            reply = texts.reply(text)
-            generated.append(
-                _record(
-                    prompt,
-                    name,
-                    settings,
-                    response=text,
-                    tokens=len(tokens),
-                    stopped=stopped,
-                    exact_match=_exact_match(prompt, reply or ""),
-                    language_match=None if reply is None else self._identifier.matches(reply, prompt.language),
-                    unfinished_reasoning=reply is None if texts.reasons(text) else None,
-                )
-            )
-        return generated
+        self, name: Pass, params: decoder.Params, prompts: Sequence[EncodedPrompt], settings: str
+    ) -> Iterator[list[ResponseRecord]]:
+        hashes = [batches.query_hash(prompt.query.id, prompt.language) for prompt in prompts]
+        responses = self._generators[name](params, [prompt.ids for prompt in prompts], hashes, self._key)
+        records = []
+        for response in responses:
+            records.append(self._generated(name, settings, prompts[response.index], response))
+            if len(records) == self._rows:
+                yield records
+                records = []
+        if records:
+            yield records
+
+    def _generated(self, name: Pass, settings: str, prompt: EncodedPrompt, response: refill.Response) -> ResponseRecord:
+        text = prompt.opens + self._decode(response.tokens)
+        reply = texts.reply(text)
+        return _record(
+            prompt,
+            name,
+            settings,
+            response=text,
+            tokens=len(response.tokens),
+            stopped=response.stopped,
+            exact_match=_exact_match(prompt, reply or ""),
+            language_match=None if reply is None else self._identifier.matches(reply, prompt.language),
+            unfinished_reasoning=reply is None if texts.reasons(text) else None,
+        )
 
     def _decode(self, tokens: Sequence[int]) -> str:
         """The text without special tokens, but with those that mark reasoning, which are special to some tokenizers."""
         return self._tokenizer.decode([token for token in tokens if token not in self._dropped])
 
     def _choose(
-        self, name: Pass, params: decoder.Params, batch: Sequence[EncodedPrompt], settings: str
-    ) -> list[ResponseRecord]:
+        self, name: Pass, params: decoder.Params, prompts: Sequence[EncodedPrompt], settings: str
+    ) -> Iterator[list[ResponseRecord]]:
         assert self._chooser is not None
-        choices = self._chooser(params, [prompt.ids for prompt in batch])
-        return [
-            _record(
-                prompt,
-                name,
-                settings,
-                response=choice.letter,
-                correct=choice.letter == prompt.query.answers[prompt.language],
-                log_likelihoods=tuple(round(value, 6) for value in choice.log_likelihoods),
-            )
-            for prompt, choice in zip(batch, choices)
-        ]
+        for first in range(0, len(prompts), self._rows):
+            batch = prompts[first : first + self._rows]
+            choices = self._chooser(params, [prompt.ids for prompt in batch])
+            yield [
+                _record(
+                    prompt,
+                    name,
+                    settings,
+                    response=choice.letter,
+                    correct=choice.letter == prompt.query.answers[prompt.language],
+                    log_likelihoods=tuple(round(value, 6) for value in choice.log_likelihoods),
+                )
+                for prompt, choice in zip(batch, choices)
+            ]
 
 
 def _record(prompt: EncodedPrompt, name: Pass, settings: str, **measured) -> ResponseRecord:

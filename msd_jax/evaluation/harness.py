@@ -35,7 +35,7 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 
 from msd_jax.data import batches
 from msd_jax.errors import UserError
-from msd_jax.generation import likelihood, rollout
+from msd_jax.generation import likelihood, refill, rollout
 from msd_jax.io.console import progress
 from msd_jax.models import pretrained as pretrained_lib
 from msd_jax.models import trained
@@ -106,7 +106,7 @@ class MsdJaxLM(TemplateLM):
         self.batch_size = sharding.batch_rows(self._mesh, rows)
         # As the harness counts, the model reads all but the last token.
         self._scorer = likelihood.Scorer(self._model, self._mesh, self.batch_size, self.max_length + 1)
-        self._generators: dict[rollout.Sampling, rollout.Generator] = {}
+        self._pools: dict[rollout.Sampling, refill.PoolGenerator] = {}
         # For a perplexity's error bar the harness would fork, and forking a process with JAX's threads may hang.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         if jax.process_count() > 1:  # by which the harness decides which process of one model writes
@@ -216,29 +216,25 @@ class MsdJaxLM(TemplateLM):
         if cut:
             _log.warning("%d of %d prompts cut from the left to %d tokens", cut, len(rows), room)
         prompts_ids = [np.array(ids[-room:], np.int32) for ids in rows]
-        generator = self._generators.setdefault(
-            sampling,
-            rollout.Generator(self._model.graphdef, self._mesh, sampling, self._model.stop_ids, self._model.pad_id),
-        )
+        if sampling not in self._pools:
+            what = self._model.graphdef, self._mesh, sampling, self._model.stop_ids, self._model.pad_id
+            self._pools[sampling] = refill.PoolGenerator(*what, rows=self.batch_size, limit=room)
         # A draw depends on the prompt and on how often it was asked before, so repeats differ.
         asked: collections.Counter[str] = collections.Counter()
         hashes = []
         for request in requests:
             hashes.append(batches.query_hash(request.args[0], str(asked[request.args[0]])))
             asked[request.args[0]] += 1
-        texts, B = {}, self.batch_size
+        texts: dict[int, str] = {}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        asked_ids, drawn = [prompts_ids[i] for i in order], [hashes[i] for i in order]
         with progress("generating", len(rows)) as advance:
-            for first in range(0, len(rows), B):
-                batch = order[first : first + B]
-                drawn = [hashes[i] for i in batch]
-                written = generator.write(self._params, [prompts_ids[i] for i in batch], B, room, drawn, self._key)
-                for row, i in enumerate(batch):
-                    ids = written.response_BxR[row, : written.length_B[row]]
-                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                    texts[indices[i]] = postprocess_generated_text(text, until, None)
-                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[indices[i]])
-                advance(first + len(batch), "")
+            for count, response in enumerate(self._pools[sampling](self._params, asked_ids, drawn, self._key), 1):
+                i = order[response.index]
+                text = self.tokenizer.decode(response.tokens, skip_special_tokens=True)
+                texts[indices[i]] = postprocess_generated_text(text, until, None)
+                self.cache_hook.add_partial("generate_until", requests[i].args, texts[indices[i]])
+                advance(count, "")
         return texts
 
 

@@ -8,11 +8,10 @@ from jax.sharding import Mesh
 
 from msd_jax.data import prompts
 from msd_jax.data.records import Query
-from msd_jax.generation import responses, rollout
+from msd_jax.generation import refill, responses, rollout
 from msd_jax.io.console import progress
 from msd_jax.models import decoder, pretrained
 from msd_jax.models.tokenizer import token_ids
-from msd_jax.parallel import sharding
 
 
 def write(
@@ -58,11 +57,10 @@ def _generate(
 ) -> None:
     """Writes those that are `missing`, the shortest prompts first, and stores them."""
     greedy = rollout.Sampling(config.prompts.analysis_tokens, temperature=0.0)
-    generator = rollout.Generator(model.graphdef, mesh, greedy, model.stop_ids, model.pad_id)
-    rows, limit = sharding.batch_rows(mesh, config.data.batch_size), config.prompts.teacher_limit
+    options = {"rows": config.data.batch_size, "limit": config.prompts.teacher_limit}
+    pool = refill.PoolGenerator(model.graphdef, mesh, greedy, model.stop_ids, model.pad_id, **options)
+    ended = pool(params, [prompt_ids[key] for key in missing])
     with progress("analysing", len(missing)) as advance:
-        for first in range(0, len(missing), rows):
-            keys = missing[first : first + rows]
-            written = generator.write(params, [prompt_ids[key] for key in keys], rows, limit)
-            store.add({key: written.row(row) for row, key in enumerate(keys)})
-            advance(first + len(keys), "")
+        for count, response in enumerate(ended, 1):
+            store.add({missing[response.index]: (response.tokens, response.stopped)})
+            advance(count, "")

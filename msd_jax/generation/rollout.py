@@ -85,22 +85,72 @@ def row_keys(key: jax.Array, query_hash_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, query_hash_B)
 
 
-class _Carry(NamedTuple):
-    """What the decoding loop hands on.
+class Rows(NamedTuple):
+    """What the rows of a batch hold between two tokens.
 
     Attributes:
-      t: int32 number of tokens that each row has been given.
-      token_B: int32, the last of them.
-      done_B: bool, rows that get no more.
-      cache: holds all tokens before token_B.
-      rollout: what is written so far.
+      slot: int32, where in the cache the next token is written, for all rows; after the last slot comes the first.
+      token_B: int32, the last token of each row, whose keys and values are not in the cache yet.
+      position_B: int32, how many tokens of its row are before it.
+      done_B: bool, rows that get no more tokens.
+      key_B: one key for each row; its token t is drawn with fold_in(key, t).
+      cache: holds all tokens before token_B; that of all layers, or a list of each layer's.
+      written: the responses so far.
     """
 
-    t: jax.Array | int
+    slot: jax.Array | int
     token_B: jax.Array
+    position_B: jax.Array
     done_B: jax.Array
+    key_B: jax.Array
     cache: Any
-    rollout: Rollout
+    written: Rollout
+
+
+# (tokens_Bx1, positions_Bx1, cache, slot) -> (hidden_Bx1xD, cache).
+RunDecoder = Callable[[jax.Array, jax.Array, Any, jax.Array | int], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """How tokens are drawn, and what ends a response; see `generate`."""
+
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+    def empty(self, rows: int) -> Rollout:
+        """No tokens yet."""
+        response_BxR = jnp.full((rows, self.sampling.max_new_tokens), self.pad_id, jnp.int32)
+        return Rollout(response_BxR, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
+
+    def emit(self, model: decoder.Decoder, hidden_Bx1xD: jax.Array, rows: Rows) -> Rows:
+        """The rows with the next token of those that are not done, which `hidden_Bx1xD` predicts."""
+        (response_BxR, length_B, stopped_B), R = rows.written, self.sampling.max_new_tokens
+        keys = jax.vmap(jax.random.fold_in)(rows.key_B, length_B)
+        token_B = sample(model.logits(hidden_Bx1xD)[:, 0], keys, self.sampling)
+        token_B = jnp.where(rows.done_B, self.pad_id, token_B)
+        now_stopped_B = ~rows.done_B & jnp.isin(token_B, jnp.array(self.stop_ids, jnp.int32))
+        here_BxR = (jnp.arange(R) == length_B[:, None]) & ~rows.done_B[:, None]
+        response_BxR = jnp.where(here_BxR, token_B[:, None], response_BxR)
+        length_B += ~rows.done_B
+        return rows._replace(
+            token_B=token_B,
+            position_B=rows.position_B + ~rows.done_B,
+            done_B=rows.done_B | now_stopped_B | (length_B >= R),
+            written=Rollout(response_BxR, length_B, stopped_B | now_stopped_B),
+        )
+
+    def decode(self, model: decoder.Decoder, run_decoder: RunDecoder, rows: Rows, enough: jax.Array | int) -> Rows:
+        """Token after token, until `enough` rows are done."""
+
+        def one(rows: Rows) -> Rows:
+            token_Bx1, position_Bx1 = rows.token_B[:, None], rows.position_B[:, None]
+            hidden_Bx1xD, cache = run_decoder(token_Bx1, position_Bx1, rows.cache, rows.slot)
+            slots = jax.tree.leaves(cache)[0].shape[-2]
+            return self.emit(model, hidden_Bx1xD, rows._replace(cache=cache, slot=(rows.slot + 1) % slots))
+
+        return jax.lax.while_loop(lambda rows: jnp.sum(rows.done_B) < enough, one, rows)
 
 
 def generate(
@@ -125,40 +175,16 @@ def generate(
       active_B: bool; rows that are not active get no tokens (length 0).
       sampling, stop_ids, pad_id: static.
     """
-    model = nnx.merge(graphdef, params)
-    (B, P), R = prompt_BxP.shape, sampling.max_new_tokens
-    stop = jnp.array(stop_ids, jnp.int32)
-    position_BxP, valid_BxP = forward.prompt_layout(prompt_length_B, P)
-    valid_BxS = jnp.concatenate([valid_BxP, jnp.ones((B, R), bool)], axis=1)
-
-    def emit(t: jax.Array | int, hidden_Bx1xD: jax.Array, done_B: jax.Array, cache: Any, rollout: Rollout) -> _Carry:
-        """Samples token t of the rows that are not done."""
-        keys = jax.vmap(jax.random.fold_in, (0, None))(key_B, t)
-        token_B = sample(model.logits(hidden_Bx1xD)[:, 0], keys, sampling)
-        token_B = jnp.where(done_B, pad_id, token_B)
-        stopped_B = ~done_B & jnp.isin(token_B, stop)
-        rollout = Rollout(
-            rollout.response_BxR.at[:, t].set(token_B), rollout.length_B + ~done_B, rollout.stopped_B | stopped_B
-        )
-        return _Carry(t + 1, token_B, done_B | stopped_B, cache, rollout)
-
-    def unfinished(carry: _Carry) -> jax.Array:
-        return (carry.t < R) & ~jnp.all(carry.done_B)
-
-    def decode(carry: _Carry) -> _Carry:
-        position_Bx1 = (prompt_length_B + carry.t - 1)[:, None]
-        token_Bx1, slot = carry.token_B[:, None], P + carry.t - 1
-        hidden_Bx1xD, cache = run_decoder(token_Bx1, position_Bx1, valid_BxS, carry.cache, slot)
-        return emit(carry.t, hidden_Bx1xD, carry.done_B, cache, carry.rollout)
-
-    cache: Any = decoder.init_cache(model.config, B, P + R, model.dtype, model.mesh)
-    hidden_BxPxD, cache = model.prefill(prompt_BxP, position_BxP, valid_BxP, cache)
-    run_decoder: Callable[..., tuple[jax.Array, Any]] = model.decode
+    model, writer = nnx.merge(graphdef, params), Writer(sampling, stop_ids, pad_id)
+    B, P = prompt_BxP.shape
+    cache: Any = decoder.init_cache(model.config, B, P + sampling.max_new_tokens, model.dtype, model.mesh)
+    hidden_BxPxD, cache = model.prefill(prompt_BxP, *forward.prompt_layout(prompt_length_B, P), cache)
+    run_decoder: RunDecoder = model.decode
     if sharding.platform(model.mesh) == "cpu":
-        layers, cache = model.unstack_layers(cache)
-        run_decoder = functools.partial(model.decode_unstacked, layers)
-    empty = Rollout(jnp.full((B, R), pad_id, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
-    return jax.lax.while_loop(unfinished, decode, emit(0, hidden_BxPxD[:, -1:], ~active_B, cache, empty)).rollout
+        cache = model.unstack(cache)
+        run_decoder = functools.partial(model.decode_unstacked, model.unstacked_weights())
+    rows = Rows(jnp.int32(P), prompt_BxP[:, -1], prompt_length_B - 1, ~active_B, key_B, cache, writer.empty(B))
+    return writer.decode(model, run_decoder, writer.emit(model, hidden_BxPxD[:, -1:], rows), enough=B).written
 
 
 class Generator:

@@ -76,26 +76,30 @@ def cached_attention(
     query_BxTxNxH: jax.Array,
     key_BxKxSxH: jax.Array,
     value_BxKxSxH: jax.Array,
-    valid_BxS: jax.Array,
+    position_BxT: jax.Array,
     slot: jax.Array,
     window: ArrayLike,
     scores: Scores,
 ) -> jax.Array:
     """Causal attention of the tokens in T consecutive slots, from `slot` on, to a cache of S slots.
 
+    The slots are a ring: slot 0 follows slot S - 1. A row's tokens are in consecutive slots, so that a query attends to
+    as many slots, back from its own, as its row has tokens by then; what else is in the row's slots is never seen.
+
     Args:
       query_BxTxNxH: float queries.
       key_BxKxSxH, value_BxKxSxH: float, the cache; those of the T tokens are already written.
-      valid_BxS: bool, true at slots of real tokens, which are consecutive; slots behind a query are never seen.
+      position_BxT: int32, how many tokens of its row are before each token.
       slot: int32 scalar.
       window, scores: as in `self_attention`.
 
     Returns:
       [B, T, N, H], as `self_attention`.
     """
-    T = query_BxTxNxH.shape[1]
-    mask_BxTxS = _causal_mask(slot + jnp.arange(T), valid_BxS, window)
-    return _xla(query_BxTxNxH, key_BxKxSxH, value_BxKxSxH, mask_BxTxS, scores)
+    T, S = query_BxTxNxH.shape[1], key_BxKxSxH.shape[2]
+    distance_TxS = (slot + jnp.arange(T)[:, None] - jnp.arange(S)) % S
+    seen_BxTx1 = jnp.minimum(position_BxT, window - 1)[..., None]
+    return _xla(query_BxTxNxH, key_BxKxSxH, value_BxKxSxH, distance_TxS <= seen_BxTx1, scores)
 
 
 def choose(query_BxTxNxH: jax.Array, scores: Scores, mesh: Mesh | None) -> str:

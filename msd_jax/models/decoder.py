@@ -167,7 +167,6 @@ class Decoder(nnx.Module):
         self,
         tokens_BxT: jax.Array,
         positions_BxT: jax.Array,
-        valid_BxS: jax.Array,
         cache: KVCache,
         slot: jax.Array,
     ) -> tuple[jax.Array, KVCache]:
@@ -175,8 +174,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_BxT: int32 token ids; T is 1 where tokens are generated one by one.
-          positions_BxT: int32, counting real tokens only.
-          valid_BxS: bool, true at slots of real tokens; slots after a token's own are never attended to.
+          positions_BxT: int32, counting real tokens only; they tell how many slots, back from its own, a token sees.
           cache: from `prefill` or `decode`.
           slot: int32 scalar, of the first token; the others take the slots after it.
 
@@ -186,38 +184,37 @@ class Decoder(nnx.Module):
 
         def layer(x_BxTxD: jax.Array, inputs: tuple[nnx.State, LayerKind, KVCache]) -> tuple[jax.Array, KVCache]:
             params, kind, cached = inputs
-            return self.block(x_BxTxD, params, kind, positions_BxT, self._cached_attention(cached, valid_BxS, slot))
+            return self.block(x_BxTxD, params, kind, positions_BxT, self._cached_attention(cached, positions_BxT, slot))
 
         x_BxTxD = self._scale(self._look_up(tokens_BxT))
         x_BxTxD, new = jax.lax.scan(layer, x_BxTxD, (*self._stacked_layers(), cache))
         # Written once for all layers: a cache carried through the scan is copied by each.
         return self._normalise(x_BxTxD), cache.write(new, slot)
 
-    def unstack_layers(self, cache: KVCache) -> tuple[list[nnx.State], list[KVCache]]:
-        """(weights, cache) of each layer in arrays of its own, for `decode_unstacked`."""
-        layers = range(self.config.layers)
-        return (
-            [jax.tree.map(operator.itemgetter(i), nnx.state(self.layers)) for i in layers],
-            [jax.tree.map(operator.itemgetter(i), cache) for i in layers],
-        )
+    def unstack(self, stacked: Any) -> list[Any]:
+        """Arrays with a leading L axis, as of a cache -> those of each layer, for `decode_unstacked`."""
+        return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(self.config.layers)]
+
+    def unstacked_weights(self) -> list[nnx.State]:
+        """The weights of each layer in arrays of their own, for `decode_unstacked`."""
+        return self.unstack(nnx.state(self.layers))
 
     def decode_unstacked(
         self,
         layers: list[nnx.State],
         tokens_BxT: jax.Array,
         positions_BxT: jax.Array,
-        valid_BxS: jax.Array,
         cache: list[KVCache],
         slot: jax.Array,
     ) -> tuple[jax.Array, list[KVCache]]:
-        """`decode` as a loop over `unstack_layers`.
+        """`decode` as a loop over layers, whose weights and caches are `unstack`ed.
 
         On CPU XLA copies what a scan slices, which here is all weights and the whole cache for each token.
         """
         x_BxTxD = self._scale(self._look_up(tokens_BxT))
         new = []
         for params, kind, cached in zip(layers, layer_kinds(self.config), cache):
-            attend = self._cached_attention(cached, valid_BxS, slot)
+            attend = self._cached_attention(cached, positions_BxT, slot)
             x_BxTxD, new_of_layer = self.block(x_BxTxD, params, kind, positions_BxT, attend)
             new.append(new_of_layer)
         return self._normalise(x_BxTxD), [cached.write(n, slot) for cached, n in zip(cache, new)]
@@ -310,10 +307,10 @@ class Decoder(nnx.Module):
 
         return attend
 
-    def _cached_attention(self, cached: KVCache, valid_BxS: jax.Array, slot: jax.Array) -> Attend:
+    def _cached_attention(self, cached: KVCache, positions_BxT: jax.Array, slot: jax.Array) -> Attend:
         def attend(query: jax.Array, new: KVCache, window: ArrayLike) -> jax.Array:
             key, value = cached.write(new, slot)
-            return attention_lib.cached_attention(query, key, value, valid_BxS, slot, window, self._scores())
+            return attention_lib.cached_attention(query, key, value, positions_BxT, slot, window, self._scores())
 
         return attend
 

@@ -120,11 +120,12 @@ def interruptible(config, tmp_path, monkeypatch):
         evaluation._judge, generated = CountingJudge(judgements), []
         generate = evaluation.answerer._generate
 
-        def counting(name, weights, batch, settings):
-            if len(generated) == batches:
-                raise KeyboardInterrupt
-            generated.append([(name, p.query.id, p.language) for p in batch])
-            return generate(name, weights, batch, settings)
+        def counting(name, weights, prompts, settings):
+            for batch in generate(name, weights, prompts, settings):
+                if len(generated) == batches:
+                    raise KeyboardInterrupt
+                generated.append([(name, record.id, record.language) for record in batch])
+                yield batch
 
         monkeypatch.setattr(evaluation.answerer, "_generate", counting)
         summary = None
@@ -287,8 +288,9 @@ def test_a_refused_problem_is_an_over_refusal(config, tmp_path, capsys):
     generate = evaluation.answerer._generate
 
     def refusing(*arguments):
-        first, *others = generate(*arguments)
-        return [dataclasses.replace(first, response="I am sorry, but I cannot help with that."), *others]
+        (first, *others), *rest = generate(*arguments)
+        refused = dataclasses.replace(first, response="I am sorry, but I cannot help with that.")
+        return [[refused, *others], *rest]
 
     evaluation.answerer._generate = refusing
     summary = evaluation.run(params, tmp_path / "out")["mgsm"]

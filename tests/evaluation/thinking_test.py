@@ -12,7 +12,7 @@ from msd_jax.evaluation.encoding import EncodedPrompt
 from msd_jax.evaluation.evaluator import judged
 from msd_jax.evaluation.judges import RulesJudge, Verdict, text
 from msd_jax.evaluation.records import Pass, ResponseRecord
-from msd_jax.generation import rollout
+from msd_jax.generation import refill
 from msd_jax.models import pretrained
 from msd_jax.parallel import sharding
 from tests.data.prompts_test import byte_tokenizer
@@ -54,14 +54,8 @@ def test_what_follows_the_reasoning_is_measured(tmp_path, special, opens):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     answerer = answering.Answerer(ml_collections.FrozenConfigDict(config), model, mesh, prompts, 64)
     rows = [model.tokenizer.encode(t.removeprefix(opens), add_special_tokens=False) for t in (FINISHED, UNFINISHED)]
-    lengths = np.array([len(row) for row in rows] + [0] * 30)
-    filled = np.array([row + [0] * (lengths.max() - len(row)) for row in rows] + [[0] * lengths.max()] * 30)
-
-    class Written:
-        def write(self, *args):
-            return rollout.Rollout(filled, lengths, np.array([True, False] + [True] * 30))
-
-    answerer._generators[Pass.GREEDY] = Written()
+    ended = [refill.Response(1, rows[1], stopped=False), refill.Response(0, rows[0], stopped=True)]
+    answerer._generators[Pass.GREEDY] = lambda *args: iter(ended)
     finished, unfinished = judged(answerer.answer(Pass.GREEDY, {}, prompts, "x"), RulesJudge())
     assert (finished.response, unfinished.response) == (FINISHED, UNFINISHED)
     assert finished.exact_match and not unfinished.exact_match

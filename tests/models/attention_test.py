@@ -102,13 +102,22 @@ def test_splash_lowers_for_tpus(head_dim):
 
 @pytest.mark.parametrize("window", [WIDE, 100])
 def test_cached_attention_equals_self_attention(window, rng):
-    """The keys of slots behind a query, which are not written yet, are never seen."""
+    """Slots that are not written yet, or that hold another row's keys, are never seen; slot 0 follows the last one."""
     query, key, value, valid = arrays(rng)
     whole = lib.self_attention(query, key, value, valid, window, windows=(window,), scores=Scores(0.3))
-    for first, last in ((0, 200), (200, 201), (201, T)):
-        written = np.arange(T)[:, None] < last
-        cache = (jnp.where(written, x, 1e3) for x in (key, value))
-        actual = lib.cached_attention(query[:, first:last], *cache, valid, jnp.int32(first), window, Scores(0.3))
+    position = jnp.cumsum(valid, axis=1) - 1
+    for first, last, turned in (
+        (0, 200, 0),
+        (200, 201, 0),
+        (201, T, 0),
+        (0, 200, 70),
+        (200, 201, T - 200),
+        (201, T, 9),
+    ):
+        written = (np.arange(T) < last)[:, None] & np.asarray(valid)[:, None, :, None]
+        cache = (jnp.roll(jnp.where(written, x, 1e3), turned, axis=2) for x in (key, value))
+        part, slot = slice(first, last), jnp.int32(first + turned) % T
+        actual = lib.cached_attention(query[:, part], *cache, position[:, part], slot, window, Scores(0.3))
         mask = np.asarray(valid)[:, first:last]
         np.testing.assert_allclose(np.asarray(actual)[mask], np.asarray(whole[:, first:last])[mask], atol=2e-5)
 

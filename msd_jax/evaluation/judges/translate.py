@@ -15,12 +15,12 @@ from msd_jax.data.records import language_name
 from msd_jax.evaluation.judges.endpoint import ChatEndpoint, Failure
 from msd_jax.evaluation.judges.interface import Endpoint, Judge, Judgement, Keep, Response, Verdict, ignore
 from msd_jax.evaluation.judges.rules import RulesJudge
-from msd_jax.generation import rollout
+from msd_jax.generation import refill, rollout
 from msd_jax.io import jsonl
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, pretrained
 from msd_jax.models.tokenizer import token_ids
-from msd_jax.parallel import distributed, sharding
+from msd_jax.parallel import distributed
 
 INSTRUCTION = """\
 You translate for a safety review. You are given a JSON object with three strings: "language", a language code; \
@@ -114,9 +114,9 @@ class ModelTranslator:
           fingerprint: identifies those weights.
         """
         self._config, self._model, self._weights, self._fingerprint = config, model, weights, fingerprint
-        self._rows = sharding.batch_rows(mesh, config.guard.batch_size)
         sampling = rollout.Sampling(config.translation_tokens, temperature=0.0)
-        self._generator = rollout.Generator(model.graphdef, mesh, sampling, model.stop_ids, model.pad_id)
+        options = {"rows": config.guard.batch_size, "limit": config.guard.limit}
+        self._pool = refill.PoolGenerator(model.graphdef, mesh, sampling, model.stop_ids, model.pad_id, **options)
 
     @property
     def version(self) -> str:
@@ -146,17 +146,14 @@ class ModelTranslator:
         self, order: list[Text], ids: dict[Text, np.ndarray], texts: dict[Text, str], failures: dict[Text, str]
     ) -> None:
         """Fills in `texts` and `failures`."""
-        params, limit = self._weights(), self._config.guard.limit
+        params = self._weights()
         with progress("translating", len(order)) as advance:
-            for first in range(0, len(order), self._rows):
-                batch = order[first : first + self._rows]
-                written = self._generator.write(params, [ids[key] for key in batch], self._rows, limit)
-                for row, key in enumerate(batch):
-                    tokens = written.response_BxR[row, : written.length_B[row]]
-                    texts[key] = self._model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                    if not (written.stopped_B[row] and texts[key]):
-                        failures[key] = "the model's translation is empty or does not end"
-                advance(first + len(batch), "")
+            for count, response in enumerate(self._pool(params, [ids[key] for key in order]), 1):
+                key = order[response.index]
+                texts[key] = self._model.tokenizer.decode(response.tokens, skip_special_tokens=True).strip()
+                if not (response.stopped and texts[key]):
+                    failures[key] = "the model's translation is empty or does not end"
+                advance(count, "")
 
     def _ids(self, language: str, text: str) -> np.ndarray:
         content = PLAIN_INSTRUCTION.format(language=language_name(language), text=text)

@@ -4,13 +4,12 @@ import json
 
 import jax
 import ml_collections
-import numpy as np
 import pytest
 from msd_jax.configs import default
 
 from msd_jax.evaluation import judges
 from msd_jax.evaluation.judges import Judgement, Response, Verdict, openai, translate
-from msd_jax.generation import rollout
+from msd_jax.generation import refill
 from msd_jax.models import pretrained
 from msd_jax.parallel import sharding
 from tests.conftest import WORDS
@@ -155,16 +154,14 @@ def itself(model_dir):
         translator = translate.ModelTranslator(settings, model, mesh, lambda: weights.append(1), lambda: "weights-1")
         seen = []
 
-        def write(params, prompts_ids, rows, limit):
-            assert len(prompts_ids) <= rows and limit == 30
-            seen.extend(model.tokenizer.decode(ids) for ids in prompts_ids)
-            response_BxR, length_B = np.zeros((rows, 6), np.int32), np.zeros(rows, np.int32)
-            for row in range(len(prompts_ids)):
-                tokens = model.tokenizer(spoken(seen[row - len(prompts_ids)]), add_special_tokens=False)["input_ids"]
-                response_BxR[row, : len(tokens)], length_B[row] = tokens[:6], len(tokens[:6])
-            return rollout.Rollout(response_BxR, length_B, length_B < 6)
+        def respond(params, prompts_ids):
+            for index, ids in enumerate(prompts_ids):
+                assert len(ids) <= 30
+                seen.append(model.tokenizer.decode(ids))
+                tokens = model.tokenizer(spoken(seen[-1]), add_special_tokens=False)["input_ids"]
+                yield refill.Response(index, tokens[:6], stopped=len(tokens) < 6)
 
-        translator._generator.write = write
+        translator._pool = respond
         return translator, seen, weights
 
     return build

@@ -1,0 +1,76 @@
+"""Rows that take the next prompt: the responses of a plain batch, whatever the pool, the rows and the mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from msd_jax.generation import refill, rollout
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder
+from msd_jax.parallel import sharding
+from tests.conftest import LLAMA
+
+STOP, LIMIT, R = (3, 7), 40, 20
+WINDOWS = LLAMA | {"model_type": "mistral", "sliding_window": 8}
+
+
+def pool_of(rng, count):
+    """Prompts of two and more buckets, and their hashes."""
+    lengths = np.sort(rng.integers(1, LIMIT + 1, count))
+    ids = [rng.integers(0, 40, length).astype(np.int32) for length in lengths]
+    return ids, rng.integers(0, 2**32, count, dtype=np.uint32)
+
+
+def plain(graphdef, params, mesh, sampling, stop, ids, hashes):
+    """The response to each prompt, all of them in one batch."""
+    generator = rollout.Generator(graphdef, mesh, sampling, stop, pad_id=0)
+    written = generator.write(params, ids, len(ids), LIMIT, hashes, jax.random.key(5))
+    return [written.row(i) for i in range(len(ids))]
+
+
+@pytest.mark.parametrize("family", [LLAMA, WINDOWS], ids=["llama", "windows"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rows", [5, 64])
+def test_responses_are_those_of_a_batch(family, temperature, rows, rng):
+    graphdef, params = decoder.init(model_config.from_dict(family), jax.random.key(1))
+    mesh, sampling = sharding.make_mesh(devices=jax.devices()[:1]), rollout.Sampling(R, temperature)
+    ids, hashes = pool_of(rng, 48)
+    pool = refill.PoolGenerator(graphdef, mesh, sampling, STOP, 0, rows=rows, limit=LIMIT)
+    ended = list(pool(params, ids, hashes, jax.random.key(5)))
+    given = {response.index: (response.tokens, response.stopped) for response in ended}
+    assert sorted(given) == list(range(48)) and len(ended) == 48
+    expected = plain(graphdef, params, mesh, sampling, STOP, ids, hashes)
+    assert [given[i] for i in range(48)] == expected
+    if temperature:  # or the test would not see rows that end at different times
+        assert len({len(tokens) for tokens, _ in expected}) > 5 and not all(stopped for _, stopped in expected)
+
+
+def test_rows_are_taken_again_before_others_have_ended(rng):
+    """More prompts than rows: those that end early do not wait for the longest of their batch."""
+    graphdef, params = decoder.init(model_config.from_dict(LLAMA), jax.random.key(1))
+    mesh, sampling = sharding.make_mesh(devices=jax.devices()[:1]), rollout.Sampling(R)
+    ids, hashes = pool_of(rng, 64)
+    pool = refill.PoolGenerator(graphdef, mesh, sampling, STOP, 0, rows=4, limit=LIMIT)
+    order = [response.index for response in pool(params, ids, hashes)]
+    lengths = [len(tokens) for tokens, _ in plain(graphdef, params, mesh, sampling, STOP, ids, hashes)]
+    full = [i for i in range(60) if lengths[i] == R]
+    assert any(order.index(i) > order.index(i + 4) for i in full)
+
+
+def test_one_program_decodes_and_one_fills_each_bucket(rng):
+    graphdef, params = decoder.init(model_config.from_dict(LLAMA), jax.random.key(1))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    pool = refill.PoolGenerator(graphdef, mesh, rollout.Sampling(4), STOP, 0, rows=4, limit=LIMIT)
+    lengths = [3] * 9 + [20] * 9 + [LIMIT] * 9
+    ids = [np.ones(length, np.int32) for length in lengths]
+    assert len(list(pool(params, ids))) == 27
+    assert pool.compilations == 1 + 3  # of prompts up to 16, 24 and LIMIT tokens
+    assert len(list(pool(params, ids[::-1]))) == 27
+    assert pool.compilations == 1 + 3
+
+
+def test_nothing_is_asked():
+    graphdef, params = decoder.init(model_config.from_dict(LLAMA), jax.random.key(1))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    pool = refill.PoolGenerator(graphdef, mesh, rollout.Sampling(4), STOP, 0, rows=4, limit=LIMIT)
+    assert list(pool(params, [])) == []
