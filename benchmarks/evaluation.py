@@ -2,12 +2,13 @@
 
     pip install -e '.[parity]' && python benchmarks/evaluation.py --model HF_DIR --queries QUERIES.csv [--json FILE]
 
-All answer the same prompts of one language greedily, in float32, with at most --tokens tokens and the same stop tokens.
-msd_jax has --batch rows and takes prompts sorted by length, as its evaluations do: `ours` refills rows whose response has
-ended, `batches` waits for the longest response of each batch. The peer takes the file's order, 8 at a time, left-padded.
-With --sentences a response ends with its first sentence or line, so that lengths are mixed. Each round runs one process of
-each; seconds are the median over rounds; tokens are those of the responses, including the stop token. Programs are compiled
-before the clock starts; that time is a column of its own.
+All answer the same prompts of one language greedily, in float32, with at most --tokens tokens and the same stop
+tokens. msd_jax has --batch rows and takes prompts sorted by length, as its evaluations do: `ours` refills rows whose
+response has ended, `batches` waits for the longest response of each batch. The peer takes the file's order, 8 at a
+time, left-padded. With --sentences a response ends with its first sentence or line, so that lengths are mixed.
+
+Each round runs one process of each; seconds are the median over rounds; tokens are those of the responses, including
+the stop token. Programs are compiled before the clock starts; that time is a column of its own.
 """
 
 import argparse
