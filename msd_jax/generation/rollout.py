@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from msd_jax.models import decoder, forward
 from msd_jax.parallel import padding, sharding
 
+UNSTACKED = ("cpu",)  # platforms where each token takes the layers' weights from arrays of their own
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -154,7 +156,7 @@ def generate(
     cache: Any = decoder.init_cache(model.config, B, P + R, model.dtype, model.mesh)
     hidden_BxPxD, cache = model.prefill(prompt_BxP, position_BxP, valid_BxP, cache)
     run_decoder: Callable[..., tuple[jax.Array, Any]] = model.decode
-    if sharding.platform(model.mesh) == "cpu":
+    if sharding.platform(model.mesh) in UNSTACKED:
         layers, cache = model.unstack_layers(cache)
         run_decoder = functools.partial(model.decode_unstacked, layers)
     empty = Rollout(jnp.full((B, R), pad_id, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
