@@ -91,10 +91,10 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 }
 """
     found = find_collectives(HloModule(text), slices=3)
-    assert [(x.kind, x.between_slices, x.bytes) for x in found] == [
-        ("all-gather", False, 3 * 8),
-        ("all-reduce", True, 2 * 8 * 2 // 3),
-        ("collective-permute", True, 8),
+    assert [(x.kind, x.network_bytes, x.bytes) for x in found] == [
+        ("all-gather", 0, 3 * 8),
+        ("all-reduce", 2 * 8 * 2 // 3, 2 * 8 * 2 // 3),
+        ("collective-permute", 8, 8),
     ]
 
 
