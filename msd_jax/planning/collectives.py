@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from msd_jax.errors import UserError
 from msd_jax.planning.hlo import Execution, HloModule, shape_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -117,11 +118,16 @@ def network_share(kind: str, groups: np.ndarray, node_of_device: Sequence[int]) 
 
 
 _IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-_MESH = r"mesh\[([^\]]*)\](?:, device_ids=\(" + _IOTA + r"\))? ?\{([^}]*)\}"
+_DEVICES = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # short for an _IOTA whose second shape is the number of devices
+_MESH = r"mesh\[([^\]]*)\](?:, device_ids=\((?:" + _IOTA + "|" + _DEVICES + r")\))? ?\{((?:'\w+',?)*)\}"
 
 
 def replica_groups(attributes: str) -> np.ndarray:
-    """Device ids [groups, group size] of a collective, in any of the notations of HLO."""
+    """Device ids [groups, group size] of a collective, in any of the notations of HLO; [[0]] without a group.
+
+    Raises:
+      UserError: the notation is unknown.
+    """
     match = re.search(r"replica_groups=" + _IOTA, attributes)
     if match:
         shape, source, order = map(_integers, match.groups())
@@ -129,15 +135,22 @@ def replica_groups(attributes: str) -> np.ndarray:
         return (devices.transpose(order) if order else devices).reshape(shape)
     match = re.search(r"replica_groups=" + _MESH, attributes)
     if match:
-        return _mesh_groups(*match.groups())
+        axes, _, source, order, dimensions, transposed, named = match.groups()
+        return _mesh_groups(axes, source or dimensions, order or transposed, named)
     match = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes)
     if match:
         return np.array([_integers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])])
+    unknown = re.search(r"replica_groups=.{,160}", attributes)
+    if unknown:
+        raise UserError(f"HLO: the groups of a collective are not understood: {unknown[0]}")
     return np.zeros((1, 1), int)
 
 
-def _mesh_groups(axes: str, _: str | None, source: str | None, order: str | None, named: str) -> np.ndarray:
-    """The groups over the axes `named` of a mesh ("'a'=2,'b'=3"), whose devices may be transposed."""
+def _mesh_groups(axes: str, source: str | None, order: str | None, named: str) -> np.ndarray:
+    """The groups over the axes `named` of a mesh ("'a'=2,'b'=3"), whose devices may be transposed.
+
+    Its devices are those of an array of the shape `source`, counted row by row, with the axes in `order`.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     devices = np.arange(math.prod(sizes.values()))
     if source:

@@ -65,8 +65,8 @@ def _assumptions(pod: Pod) -> str:
         f"assumed per {'GPU' if pod.is_gpu else 'chip'}: {device.flops / 1e12:.0f} TFLOP/s, HBM "
         f"{device.hbm_bandwidth / 1e9:.0f} GB/s, a collective receives "
         f"{device.ici_bandwidth / device.torus_axes / 1e9:.0f} GB/s {within}, {device.dcn_bandwidth / 1e9:.1f} GB/s "
-        f"between {islands}; all responses at their maximum length. These are peak rates, fully overlapped: a real step "
-        "is slower."
+        f"between {islands}; all responses at their maximum length. These are peak rates, fully overlapped: a real "
+        "step is slower."
     )
 
 
