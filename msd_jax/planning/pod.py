@@ -46,6 +46,11 @@ class Pod:
         """What devices are joined by: within a slice or node, and between them."""
         return ("nvlink", "network") if self.is_gpu else ("ici", "dcn")
 
+    @property
+    def fewest_replicas(self) -> int:
+        """The least size of the mesh's axis `data`: between TPU slices no other axis may cross."""
+        return 1 if self.is_gpu else self.slices
+
     def with_mesh(self, data: int, fsdp: int, tensor: int) -> "Pod":
         """The same devices under another mesh. Raises UserError where it does not fit them."""
         devices = list(self.mesh.devices.flat)

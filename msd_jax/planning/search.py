@@ -69,7 +69,7 @@ def _fastest(candidates: list[Candidate]) -> Candidate | None:
 def candidate_meshes(pod: Pod) -> Iterator[tuple[int, int, int]]:
     """(data, fsdp, tensor) worth trying, fsdp alone first."""
     for tensor in (1, 2, 4, 8):
-        for data in (pod.slices, 4 * pod.slices):
+        for data in dict.fromkeys((pod.fewest_replicas, pod.slices, 4 * pod.slices)):
             if pod.device_count % (data * tensor) == 0 and pod.device_count >= data * tensor:
                 yield data, pod.device_count // (data * tensor), tensor
 

@@ -132,8 +132,8 @@ def remedies(
             )
         if config.model.remat != "full":
             yield "--config.model.remat=full: the backward pass keeps only the residual stream"
-        if mesh["data"] > pod.slices:
-            yield f"--mesh {pod.slices},-1,{mesh['tensor']}: fsdp instead of data splits weights and optimizer"
+        if mesh["data"] > pod.fewest_replicas:
+            yield f"--mesh {pod.fewest_replicas},-1,{mesh['tensor']}: fsdp instead of data splits weights and optimizer"
     if set(too_big) - {"train"}:
         weights = bytes_per_device(rollout_params(model, pod.mesh))
         tensor = 2 * mesh["tensor"]
