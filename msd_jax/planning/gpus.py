@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 
@@ -54,6 +55,8 @@ def compile_only_devices(nodes: Nodes) -> Sequence[jax.Device]:
       UserError: JAX's plugin for CUDA is not installed, or does not compile for GPUs that are not here.
     """
     plugin()
+    # The compiler reports that it cannot measure kernels here; its library reads this when it is loaded.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from jax.experimental import topologies
 
     # Slices, hosts of each and devices of each; with one host a slice, JAX makes a process of every slice.
