@@ -31,17 +31,19 @@ def test_a_tiny_model_is_measured_on_a_cpu_without_shares(tmp_path):
     command = [sys.executable, SCRIPT, "--models", "tiny", "--seconds", "400", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    device, train, attention, decode = lines(tmp_path / "out")
+    device, train, attention, *decodes = lines(tmp_path / "out")
+    assert [row["part"] for row in decodes] == ["decode", "unstacked"]
     assert (device["part"], device["device"]) == ("device", "cpu")
     assert attention["faster"] == "xla"
-    for row in (train, decode):
+    for row in (train, *decodes):
         assert (row["model"], row["attention"], row["rows"]) == ("tiny", "xla", 4)
         assert row["seconds"] > 0 and len(row["runs"]) == 5 and row["tokens_per_second"] > 0
         assert row["compile_seconds"] > 0 and row["program_bytes"] > 0
         assert not {"mfu", "hbm_share", "estimate", "error"} & set(row)
     assert train["tokens"] == 4 * (8 + 8 + 16 + 8) and train["flops"] > 0 and train["loss"] >= 0
-    assert 0 < decode["prefill_seconds"] < decode["seconds"] and decode["seconds_per_token"] > 0
-    assert len(done.stdout.splitlines()) == 4
+    for row in decodes:
+        assert 0 < row["prefill_seconds"] < row["seconds"] and row["seconds_per_token"] > 0
+    assert len(done.stdout.splitlines()) == 5
 
 
 def test_shares_of_a_card_in_the_table(gpu, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ class PoolGenerator:
         self._graphdef, self._mesh, self._limit = graphdef, mesh, limit
         self._writer = rollout.Writer(sampling, stop_ids, pad_id)
         self._part = sharding.batch_rows(mesh, -(-self.rows // PARTS))
-        self._layer_by_layer = sharding.platform(mesh) == "cpu"  # see decoder.Decoder.decode_unstacked
+        self._layer_by_layer = sharding.platform(mesh) in rollout.UNSTACKED
         by_row: Any = sharding.batch_sharding(mesh)
         whole: Any = sharding.replicated(mesh)
         out = rollout.Rows(whole, by_row, by_row, by_row, by_row, None, rollout.Rollout(by_row, by_row, by_row))

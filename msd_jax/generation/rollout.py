@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from msd_jax.models import decoder, forward
 from msd_jax.parallel import padding, sharding
 
+UNSTACKED = ("cpu",)  # platforms where each token takes the layers' weights from arrays of their own
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -180,7 +182,7 @@ def generate(
     cache: Any = decoder.init_cache(model.config, B, P + sampling.max_new_tokens, model.dtype, model.mesh)
     hidden_BxPxD, cache = model.prefill(prompt_BxP, *forward.prompt_layout(prompt_length_B, P), cache)
     run_decoder: RunDecoder = model.decode
-    if sharding.platform(model.mesh) == "cpu":
+    if sharding.platform(model.mesh) in UNSTACKED:
         cache = model.unstack(cache)
         run_decoder = functools.partial(model.decode_unstacked, model.unstacked_weights())
     rows = Rows(jnp.int32(P), prompt_BxP[:, -1], prompt_length_B - 1, ~active_B, key_B, cache, writer.empty(B))

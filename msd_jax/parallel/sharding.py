@@ -43,11 +43,18 @@ ROLLOUT: Rules = {**TRAIN, "embed": None}
 REPLICABLE = frozenset({"kv_heads"})
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    process_is_island: bool = False,
+) -> Mesh:
     """A mesh over `devices` (default: all); one size may be -1 and takes the remaining devices.
 
     Devices that share fast links form an island: a TPU slice, or the GPUs of one NVLink domain, usually a machine.
-    Axes cross the network between islands as `across_islands` says.
+    Axes cross the network between islands as `across_islands` says. `process_is_island`: an island is what a process
+    has, as with GPUs that are not here, whose NVLink domains JAX does not know.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices, or do not divide over the islands.
@@ -64,7 +71,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices: the product must be {count}"
         )
     # Not jax.make_mesh: it does not know islands, and accepts only meshes whose axes are axes of the torus.
-    islands = collections.Counter(island(device) for device in devices)
+    islands = collections.Counter(device.process_index if process_is_island else island(device) for device in devices)
     if len(set(islands.values())) > 1:
         raise UserError(
             f"{len(islands)} machines or slices with {sorted(islands.values())} devices: all must have the same number"
@@ -74,7 +81,9 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
         within = [size // outer for size, outer in zip(sizes, across)]
-        array = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        array = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, process_is_granule=process_is_island, allow_split_physical_axes=True
+        )
     return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 

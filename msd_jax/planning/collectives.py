@@ -1,11 +1,14 @@
 """The collectives of a compiled program, and the bytes that each brings to a device."""
 
+import collections
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
+from msd_jax.errors import UserError
 from msd_jax.planning.hlo import Execution, HloModule, shape_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -21,7 +24,7 @@ class Collective:
       operand_bytes: that the device contributes to one run.
       group_size: number of devices that take part.
       times: how often it runs.
-      between_slices: whether it goes over the data-center network.
+      network_share: of its bytes that come over the network between TPU slices or GPU nodes.
       loop: name of the innermost loop's body; the entry's outside loops.
       op_name: where in the Python program it comes from.
     """
@@ -31,7 +34,7 @@ class Collective:
     operand_bytes: int
     group_size: int
     times: int
-    between_slices: bool
+    network_share: float
     loop: str
     op_name: str
 
@@ -48,19 +51,25 @@ class Collective:
         }
         return self.times * received[self.kind]
 
+    @property
+    def network_bytes(self) -> int:
+        """Those of `bytes` that come over the network."""
+        return round(self.bytes * self.network_share)
 
-def find_collectives(module: HloModule, slices: int = 1) -> list[Collective]:
+
+def find_collectives(module: HloModule, slices: int = 1, node_of_device: Sequence[int] = ()) -> list[Collective]:
     """Every collective that moves bytes; one that the compiler spread over several fusions once, where it starts.
 
     Args:
       module: the compiled program.
       slices: TPU slices that it runs on.
+      node_of_device: the node of each GPU that it runs on; empty for TPUs.
     """
-    found = (_collective(execution, slices) for execution in module.executions())
+    found = (_collective(execution, slices, node_of_device) for execution in module.executions())
     return [collective for collective in found if collective and collective.bytes]
 
 
-def _collective(execution: Execution, slices: int) -> Collective | None:
+def _collective(execution: Execution, slices: int, node_of_device: Sequence[int]) -> Collective | None:
     computation, instruction = execution.computation, execution.instruction
     kind = instruction.opcode.removesuffix("-start")
     shapes = [operand.shape for operand in computation.operands(instruction)]
@@ -76,24 +85,49 @@ def _collective(execution: Execution, slices: int) -> Collective | None:
         return None  # a later part of one that started elsewhere
     if kind == "all-reduce" and "reduce-scatter" in computation.name:
         kind = "reduce-scatter"  # TPUs write it as an all-reduce and a slice in one fusion
+    groups = replica_groups(instruction.attributes)
     return Collective(
         kind=kind,
         shape=instruction.shape,
         operand_bytes=sum(map(shape_bytes, shapes)),
-        group_size=slices if hosts else replica_groups(instruction.attributes).shape[1],
+        group_size=slices if hosts else groups.shape[1],
         times=execution.times,
-        between_slices=bool(hosts),
+        network_share=1.0 if hosts else network_share(kind, groups, node_of_device),
         loop=execution.loop,
         op_name=instruction.op_name,
     )
 
 
+def network_share(kind: str, groups: np.ndarray, node_of_device: Sequence[int]) -> float:
+    """The share of its bytes that a GPU receives from other nodes, over its own network card.
+
+    Rings enter a node once for each GPU that takes part there, each by the card of another GPU.
+
+    Args:
+      kind: one of KINDS.
+      groups: device ids [groups, group size].
+      node_of_device: by device id; empty: all are one node.
+    """
+    shares = [0.0]
+    for group in groups if len(node_of_device) else ():
+        in_node = collections.Counter(node_of_device[device] for device in group)
+        together, others = max(in_node.values()), len(group) - 1
+        if len(in_node) > 1:
+            shares.append((len(group) - together) / others if kind == "all-to-all" else 1 / together)
+    return max(shares)
+
+
 _IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-_MESH = r"mesh\[([^\]]*)\](?:, device_ids=\(" + _IOTA + r"\))? ?\{([^}]*)\}"
+_DEVICES = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # short for an _IOTA whose second shape is the number of devices
+_MESH = r"mesh\[([^\]]*)\](?:, device_ids=\((?:" + _IOTA + "|" + _DEVICES + r")\))? ?\{((?:'\w+',?)*)\}"
 
 
 def replica_groups(attributes: str) -> np.ndarray:
-    """Device ids [groups, group size] of a collective, in any of the notations of HLO."""
+    """Device ids [groups, group size] of a collective, in any of the notations of HLO; [[0]] without a group.
+
+    Raises:
+      UserError: the notation is unknown.
+    """
     match = re.search(r"replica_groups=" + _IOTA, attributes)
     if match:
         shape, source, order = map(_integers, match.groups())
@@ -101,15 +135,22 @@ def replica_groups(attributes: str) -> np.ndarray:
         return (devices.transpose(order) if order else devices).reshape(shape)
     match = re.search(r"replica_groups=" + _MESH, attributes)
     if match:
-        return _mesh_groups(*match.groups())
+        axes, _, source, order, dimensions, transposed, named = match.groups()
+        return _mesh_groups(axes, source or dimensions, order or transposed, named)
     match = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes)
     if match:
         return np.array([_integers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])])
+    unknown = re.search(r"replica_groups=.{,160}", attributes)
+    if unknown:
+        raise UserError(f"HLO: the groups of a collective are not understood: {unknown[0]}")
     return np.zeros((1, 1), int)
 
 
-def _mesh_groups(axes: str, _: str | None, source: str | None, order: str | None, named: str) -> np.ndarray:
-    """The groups over the axes `named` of a mesh ("'a'=2,'b'=3"), whose devices may be transposed."""
+def _mesh_groups(axes: str, source: str | None, order: str | None, named: str) -> np.ndarray:
+    """The groups over the axes `named` of a mesh ("'a'=2,'b'=3"), whose devices may be transposed.
+
+    Its devices are those of an array of the shape `source`, counted row by row, with the axes in `order`.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     devices = np.arange(math.prod(sizes.values()))
     if source:

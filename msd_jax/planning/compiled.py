@@ -30,8 +30,8 @@ class CompiledProgram:
       flops: of matrix products.
       hbm_traffic_bytes: moved between HBM and the compute units.
       collective_bytes: received from other devices, by kind of collective.
-      dcn_bytes: the part of them that comes from other slices.
-      seconds: lower bounds, by resource: compute, hbm, ici and dcn, each alone.
+      dcn_bytes: the part of them that comes from other slices or nodes.
+      seconds: lower bounds, by resource: compute, hbm, and the links of Pod.links, each alone.
       compile_seconds: of tracing and compiling on this machine.
       largest_buffers: (bytes, the largest array in it), the largest first.
     """
@@ -78,18 +78,18 @@ def compile_program(program: Program, pod: Pod) -> CompiledProgram:
         except jax.errors.JaxRuntimeError as error:
             peak, compiles = needed_bytes(str(error)), False
         # Not compiled.as_text(): a program that does not fit has none, and for v5p it fails.
-        text = read_dump(dump, ".after_optimizations.txt")
+        text = read_dump(dump, "after_optimizations.txt")
         buffers = parse_buffers(read_dump(dump, "-memory-usage-report.txt"))
     compile_seconds = time.perf_counter() - start
 
     module = HloModule(text, program.while_trips)
     received: dict[str, int] = {}
     dcn = 0
-    for collective in find_collectives(module, pod.slices):
+    for collective in find_collectives(module, pod.slices, pod.node_of_device):
         received[collective.kind] = received.get(collective.kind, 0) + collective.bytes
-        dcn += collective.bytes if collective.between_slices else 0
+        dcn += collective.network_bytes
     flops = count_flops(traced.jaxpr, program.while_trips) / pod.device_count
-    traffic, device = hbm_traffic(module), pod.device
+    traffic, device, (within, across) = hbm_traffic(module), pod.device, pod.links
     return CompiledProgram(
         peak_hbm_bytes=peak,
         resident_hbm_bytes=program.resident_bytes,
@@ -101,8 +101,8 @@ def compile_program(program: Program, pod: Pod) -> CompiledProgram:
         seconds={
             "compute": flops / device.flops,
             "hbm": traffic / device.hbm_bandwidth,
-            "ici": (sum(received.values()) - dcn) / (device.ici_bandwidth / device.torus_axes),
-            "dcn": dcn / device.dcn_bandwidth,
+            within: (sum(received.values()) - dcn) / (device.ici_bandwidth / device.torus_axes),
+            across: dcn / device.dcn_bandwidth,
         },
         compile_seconds=compile_seconds,
         largest_buffers=buffers,
@@ -117,7 +117,7 @@ def needed_bytes(message: str) -> int:
     """
     match = re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     if "RESOURCE_EXHAUSTED" not in message or not match:
-        raise UserError(f"XLA's TPU compiler failed: {message.splitlines()[0]}")
+        raise UserError(f"XLA's compiler failed: {message.splitlines()[0]}")
     number, unit = (part for part in match.groups() if part)
     return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
 

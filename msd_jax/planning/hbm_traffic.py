@@ -31,7 +31,7 @@ def _traffic(module: HloModule, computation: Computation, instruction: Instructi
         return 0
     if opcode.endswith("-start") and shape.startswith("(("):  # short for async-start: ((operands), result, context)
         opcode, shape = opcode.removesuffix("-start"), tuple_elements(shape)[1]
-    if opcode.endswith("-start"):  # the result's tuple holds source and target
+    if opcode.endswith("-start") and opcode != "all-reduce-start":  # the result's tuple holds source and target
         return hbm_bytes(shape)
     if opcode in ("slice", "dynamic-slice", "gather"):
         return _copied(shape, source=shapes[0], target=shape)

@@ -1,4 +1,4 @@
-"""The pod that a run is planned for: its slices, the mesh over them, and devices to compile for."""
+"""The pod that a run is planned for: its TPU slices or GPU nodes, the mesh over them, and devices to compile for."""
 
 import dataclasses
 import importlib.util
@@ -13,16 +13,16 @@ from jax.sharding import Mesh
 
 from msd_jax.errors import UserError
 from msd_jax.parallel import sharding
-from msd_jax.planning import hardware
+from msd_jax.planning import gpus, hardware
 
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """The slices that a run is planned for.
+    """What a run is planned for.
 
     Attributes:
-      topology: of one slice, see hardware.parse_slice.
-      slices: how many, joined by the data-center network.
+      topology: of one TPU slice, see hardware.parse_slice, or of all GPU nodes, see gpus.parse_nodes.
+      slices: how many slices or nodes, joined by a network.
       mesh: over all of their devices.
     """
 
@@ -33,7 +33,34 @@ class Pod:
     @property
     def device(self) -> hardware.DeviceSpec:
         """Peak figures of one of its devices."""
+        if self.is_gpu:
+            return gpus.parse_nodes(self.topology).gpu.device
         return hardware.parse_slice(self.topology).generation.device
+
+    @property
+    def is_gpu(self) -> bool:
+        return gpus.is_gpu(self.topology)
+
+    @property
+    def links(self) -> tuple[str, str]:
+        """What devices are joined by: within a slice or node, and between them."""
+        return ("nvlink", "network") if self.is_gpu else ("ici", "dcn")
+
+    @property
+    def fewest_replicas(self) -> int:
+        """The least size of the mesh's axis `data`: between TPU slices no other axis may cross."""
+        return 1 if self.is_gpu else self.slices
+
+    def with_mesh(self, data: int, fsdp: int, tensor: int) -> "Pod":
+        """The same devices under another mesh. Raises UserError where it does not fit them."""
+        devices = list(self.mesh.devices.flat)
+        mesh = sharding.make_mesh(data, fsdp, tensor, devices, process_is_island=self.is_gpu)
+        return dataclasses.replace(self, mesh=mesh)
+
+    @property
+    def node_of_device(self) -> list[int]:
+        """The node of each GPU, in the mesh's order; [] for TPUs, whose programs say themselves what goes across."""
+        return [device.process_index for device in self.mesh.devices.flat] if self.is_gpu else []
 
     @property
     def device_count(self) -> int:
@@ -45,26 +72,33 @@ def make_pod(config: ml_collections.ConfigDict, topology: str, mesh: str) -> tup
 
     Args:
       config: of the run.
-      topology: --topology, such as "v5e:8x8", or "".
+      topology: --topology, such as "v5e:8x8" or "h100:8x4", or "".
       mesh: --mesh, "DATA,FSDP,TENSOR", or "".
 
     Raises:
-      UserError: neither flags nor config name a TPU slice, or the mesh does not fit it.
+      UserError: neither flags nor config name a TPU slice or GPU nodes, or the mesh does not fit them.
     """
-    slices = config.launch.slices
-    if not topology and config.launch.accelerator != "tpu":
+    launch = config.launch
+    if not topology and launch.accelerator == "gpu":
+        shape = f"{launch.gpus_per_node}x{launch.nodes}" if launch.nodes > 1 else launch.gpus_per_node
         raise UserError(
-            f"config.launch.accelerator={config.launch.accelerator!r}: a plan compiles for TPUs only, whose compiler "
-            "needs no chip; give a slice, as in --topology v5e:8x8, to see how the recipe would fit on TPUs"
+            f"config.launch.accelerator='gpu': the config does not say which GPU; name it, as in --topology "
+            f"h100:{shape} (GPUs: {', '.join(hardware.GPUS)}), or a TPU slice, as in --topology v5e:8x8"
         )
     if mesh:
         if not re.fullmatch(r"-?\d+,-?\d+,-?\d+", mesh):
             raise UserError(f"--mesh={mesh}: give data,fsdp,tensor, as in --mesh 1,16,4 (-1: what is left)")
         sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), map(int, mesh.split(","))))
         config = with_values(config, **sizes)
-    topology = topology or config.launch.topology
-    devices = compile_only_devices(topology, slices)
-    return config, Pod(topology, slices, sharding.make_mesh(**config.mesh, devices=devices))
+    topology = topology or launch.topology
+    if gpus.is_gpu(topology):
+        nodes = gpus.parse_nodes(topology)
+        devices = gpus.compile_only_devices(nodes)
+        return config, Pod(
+            topology, nodes.count, sharding.make_mesh(**config.mesh, devices=devices, process_is_island=True)
+        )
+    devices = compile_only_devices(topology, launch.slices)
+    return config, Pod(topology, launch.slices, sharding.make_mesh(**config.mesh, devices=devices))
 
 
 def with_values(config: ml_collections.ConfigDict, **values: Any) -> ml_collections.ConfigDict:

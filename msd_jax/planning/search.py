@@ -8,7 +8,6 @@ import ml_collections
 
 from msd_jax.errors import UserError
 from msd_jax.io.console import log
-from msd_jax.parallel import sharding
 from msd_jax.planning import table
 from msd_jax.planning.architecture import abstract_model
 from msd_jax.planning.compiled import CompiledProgram, compile_program, step_seconds
@@ -70,7 +69,7 @@ def _fastest(candidates: list[Candidate]) -> Candidate | None:
 def candidate_meshes(pod: Pod) -> Iterator[tuple[int, int, int]]:
     """(data, fsdp, tensor) worth trying, fsdp alone first."""
     for tensor in (1, 2, 4, 8):
-        for data in (pod.slices, 4 * pod.slices):
+        for data in dict.fromkeys((pod.fewest_replicas, pod.slices, 4 * pod.slices)):
             if pod.device_count % (data * tensor) == 0 and pod.device_count >= data * tensor:
                 yield data, pod.device_count // (data * tensor), tensor
 
@@ -83,15 +82,15 @@ def _more_micro_batches(
     for micro_batches in (2**i for i in range(config.data.batch_size.bit_length())):
         setting = with_values(config, **{"train.micro_batches": micro_batches, "model.remat": "full"})
         try:
-            mesh = sharding.make_mesh(*mesh_sizes, devices=list(pod.mesh.devices.flat))
-            train_step.check_batch(setting, mesh)
-            model = abstract_model(setting, sizes, mesh)
-            weights = bytes_per_device(rollout_params(model, mesh)) + bytes_per_device(model.target(mesh))
+            other = pod.with_mesh(*mesh_sizes)
+            train_step.check_batch(setting, other.mesh)
+            model = abstract_model(setting, sizes, other.mesh)
+            weights = bytes_per_device(rollout_params(model, other.mesh)) + bytes_per_device(model.target(other.mesh))
         except UserError:  # an axis does not divide over the mesh
             return
         if weights > pod.device.hbm_bytes:
             return
-        candidate = _compile(setting, sizes, dataclasses.replace(pod, mesh=mesh), known)
+        candidate = _compile(setting, sizes, other, known)
         yield candidate
         if candidate.fits or not candidate.generation_fits:
             return

@@ -13,6 +13,7 @@ import rich.table
 from msd_jax.io.console import console, log
 from msd_jax.models import pretrained
 from msd_jax.parallel import sharding
+from msd_jax.planning import gpus
 from msd_jax.planning.compiled import GIB, CompiledProgram, step_seconds
 from msd_jax.planning.pod import Pod
 from msd_jax.planning.programs import bytes_per_device, rollout_params
@@ -39,11 +40,13 @@ def show(programs: dict[str, CompiledProgram], pod: Pod) -> None:
             program.bound,
         )
     console.print(table)
-    log("figures are per chip" + (" core (two JAX devices per chip)" if "tpu7x" in pod.topology else ""))
+    cores = " core (two JAX devices per chip)" if "tpu7x" in pod.topology else ""
+    log("figures are per GPU" if pod.is_gpu else f"figures are per chip{cores}")
     for name, program in programs.items():
         kinds = sorted(program.collective_bytes.items(), key=lambda item: -item[1])
         text = ", ".join(f"{kind} {si(size, 'B')}" for kind, size in kinds) or "none"
-        across = f"; {si(program.dcn_bytes, 'B')} of it between slices" if program.dcn_bytes else ""
+        islands = "nodes" if pod.is_gpu else "slices"
+        across = f"; {si(program.dcn_bytes, 'B')} of it between {islands}" if program.dcn_bytes else ""
         alone = ", ".join(f"{what} {si(seconds, 's')}" for what, seconds in program.seconds.items() if seconds)
         log(f"{name}: each alone {alone}; collectives: {text}{across}")
     fullest = max(programs, key=lambda name: programs[name].total_hbm_bytes)
@@ -55,11 +58,15 @@ def show(programs: dict[str, CompiledProgram], pod: Pod) -> None:
 
 def _assumptions(pod: Pod) -> str:
     device = pod.device
+    within, islands = f"(one of the torus's {device.torus_axes} axes)", "slices"
+    if pod.is_gpu:
+        within, islands = "within a node (NVLink)", "nodes"
     return (
-        f"assumed per chip: {device.flops / 1e12:.0f} TFLOP/s, HBM {device.hbm_bandwidth / 1e9:.0f} GB/s, a collective "
-        f"receives {device.ici_bandwidth / device.torus_axes / 1e9:.0f} GB/s (one of the torus's {device.torus_axes} "
-        f"axes), {device.dcn_bandwidth / 1e9:.1f} GB/s between slices; all responses at their maximum length. These "
-        "are peak rates, fully overlapped: a real step is slower."
+        f"assumed per {'GPU' if pod.is_gpu else 'chip'}: {device.flops / 1e12:.0f} TFLOP/s, HBM "
+        f"{device.hbm_bandwidth / 1e9:.0f} GB/s, a collective receives "
+        f"{device.ici_bandwidth / device.torus_axes / 1e9:.0f} GB/s {within}, {device.dcn_bandwidth / 1e9:.1f} GB/s "
+        f"between {islands}; all responses at their maximum length. These are peak rates, fully overlapped: a real "
+        "step is slower."
     )
 
 
@@ -83,15 +90,21 @@ def describe(config: ml_collections.ConfigDict, model: pretrained.Architecture, 
         for params in (model.abstract, model.split(model.abstract)[0])
     )
     mesh = " x ".join(f"{name} {size}" for name, size in pod.mesh.shape.items())
-    slices = f"{pod.slices} slices of " if pod.slices > 1 else ""
+    slices = f"{pod.slices} slices of " if pod.slices > 1 and not pod.is_gpu else ""
     what = "all trained" if trained == count else f"{trained:,} trained"
     return (
         f"{config.model.path}: {count:,} parameters, {what}; sizes from {source}\n"
-        f"{slices}{pod.topology}: {pod.device_count} devices, mesh {mesh}; libtpu {metadata.version('libtpu')}\n"
+        f"{slices}{pod.topology}: {pod.device_count} devices, mesh {mesh}; {' '.join(compiler(pod))}\n"
         f"{config.rollout.policy}, batch {config.data.batch_size}, micro_batches={config.train.micro_batches}, "
         f"remat={config.model.remat}, prompts of {config.prompts.student_limit} (student) and "
         f"{config.prompts.teacher_limit} (teacher) tokens, responses of {config.rollout.max_new_tokens}"
     )
+
+
+def compiler(pod: Pod) -> tuple[str, str]:
+    """(package, version) that brings the compiler."""
+    package = gpus.plugin() if pod.is_gpu else "libtpu"
+    return package, metadata.version(package)
 
 
 def remedies(
@@ -119,8 +132,8 @@ def remedies(
             )
         if config.model.remat != "full":
             yield "--config.model.remat=full: the backward pass keeps only the residual stream"
-        if mesh["data"] > pod.slices:
-            yield f"--mesh {pod.slices},-1,{mesh['tensor']}: fsdp instead of data splits weights and optimizer"
+        if mesh["data"] > pod.fewest_replicas:
+            yield f"--mesh {pod.fewest_replicas},-1,{mesh['tensor']}: fsdp instead of data splits weights and optimizer"
     if set(too_big) - {"train"}:
         weights = bytes_per_device(rollout_params(model, pod.mesh))
         tensor = 2 * mesh["tensor"]
@@ -148,7 +161,7 @@ def as_json(
         "remat": config.model.remat,
         "lora_rank": config.model.lora.rank,
         "chip": dataclasses.asdict(pod.device),
-        "libtpu": metadata.version("libtpu"),
+        **dict([compiler(pod)]),
         "fits": all(program.fits for program in programs.values()),
         "seconds_estimate": step_seconds(programs),
         "programs": {

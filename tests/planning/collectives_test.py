@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from msd_jax.parallel import sharding
-from msd_jax.planning.collectives import find_collectives, replica_groups
+from msd_jax.planning.collectives import find_collectives, network_share, replica_groups
 from msd_jax.planning.hlo import HloModule
 
 
@@ -91,10 +91,10 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 }
 """
     found = find_collectives(HloModule(text), slices=3)
-    assert [(x.kind, x.between_slices, x.bytes) for x in found] == [
-        ("all-gather", False, 3 * 8),
-        ("all-reduce", True, 2 * 8 * 2 // 3),
-        ("collective-permute", True, 8),
+    assert [(x.kind, x.network_bytes, x.bytes) for x in found] == [
+        ("all-gather", 0, 3 * 8),
+        ("all-reduce", 2 * 8 * 2 // 3, 2 * 8 * 2 // 3),
+        ("collective-permute", 8, 8),
     ]
 
 
@@ -161,9 +161,45 @@ ENTRY %main (x: f32[2]) -> f32[8] {
         ("replica_groups=mesh['a'=2,'b'=3] {'b'}, x", [[0, 1, 2], [3, 4, 5]]),
         ("replica_groups=mesh['a'=2,'b'=3] {'a'}, x", [[0, 3], [1, 4], [2, 5]]),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'c','a'}, x", [[0, 4, 1, 5], [2, 6, 3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=3], device_ids=([6]<=[3,2]T(1,0)) {'b'}, x", [[0, 2, 4], [1, 3, 5]]),
+        ("replica_groups=mesh['a'=2,'b'=3], device_ids=([3,2]T(1,0)) {'b'}, x", [[0, 2, 4], [1, 3, 5]]),
+        ("replica_groups=mesh['a'=3,'b'=1,'c'=2], device_ids=([2,3]T(1,0)) {'a'}, x", [[0, 1, 2], [3, 4, 5]]),
         ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
         ("dimensions={0}", [[0]]),
     ],
 )
 def test_groups_in_each_notation_of_hlo(attributes, groups):
     np.testing.assert_array_equal(replica_groups(attributes), groups)
+
+
+@pytest.mark.parametrize("attributes", ["replica_groups=mesh['a'=4] {'a':(1)2}, x", "replica_groups={}, x"])
+def test_groups_in_an_unknown_notation_are_an_error(attributes):
+    with pytest.raises(ValueError, match="groups of a collective are not understood: replica_groups="):
+        replica_groups(attributes)
+
+
+@pytest.mark.parametrize(
+    "kind, groups, share",
+    [
+        ("all-reduce", [[0, 1], [2, 3], [4, 5], [6, 7]], 0),
+        ("all-gather", [[0, 4], [1, 5]], 1),
+        ("all-gather", [[0, 1, 2, 3, 4, 5, 6, 7]], 1 / 4),
+        ("all-to-all", [[0, 1, 2, 3, 4, 5, 6, 7]], 4 / 7),
+        ("collective-permute", [[0, 1], [3, 4], [4, 0]], 1),
+    ],
+)
+def test_what_a_gpu_receives_from_other_nodes(kind, groups, share):
+    assert network_share(kind, np.array(groups), [0, 0, 0, 0, 1, 1, 1, 1]) == share
+    assert network_share(kind, np.array(groups), []) == 0
+
+
+def test_a_collective_between_gpu_nodes():
+    text = """
+ENTRY %main (x: f32[2]) -> f32[16] {
+  %x = f32[2]{0} parameter(0)
+  %s = (f32[2]{0}, f32[16]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %d = f32[16]{0} all-gather-done(%s)
+}
+"""
+    (found,) = find_collectives(HloModule(text), node_of_device=[0, 0, 0, 0, 1, 1, 1, 1])
+    assert (found.bytes, found.network_bytes) == (7 * 8, 7 * 8 // 4)

@@ -26,7 +26,7 @@ def test_needed_bytes_from_xlas_messages():
     assert compiled.needed_bytes(message) == int(23.59 * GIB)
     older = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 980.5M of 15.75G hbm."
     assert compiled.needed_bytes(older) == int(980.5 * 2**20)
-    with pytest.raises(ValueError, match="XLA's TPU compiler failed: INTERNAL: what"):
+    with pytest.raises(ValueError, match="XLA's compiler failed: INTERNAL: what"):
         compiled.needed_bytes("INTERNAL: what\nmore")
 
 

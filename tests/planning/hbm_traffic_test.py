@@ -98,6 +98,29 @@ ENTRY %main (x: bf16[16,100]) -> bf16[4,100] {{
     assert hbm_traffic(HloModule(text)) == 4 * 100 * 2  # it goes to on-chip memory
 
 
+@pytest.mark.parametrize(
+    "shape, start",
+    [
+        ("(f32[2]{0}, f32[16]{0})", "all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}"),
+        ("((f32[2]{0}, f32[2]{0}), (f32[16]{0}, f32[16]{0}))", "all-gather-start(%x, %x), replica_groups=[1,8]<=[8]"),
+        ("f32[2]{0}", "all-reduce-start(%x), replica_groups=[1,8]<=[8], to_apply=%sum"),
+        ("(f32[2]{0}, f32[2]{0})", "all-reduce-start(%x, %x), replica_groups=[1,8]<=[8], to_apply=%sum"),
+        ("((f32[2]{0}), f32[1]{0})", "reduce-scatter-start(%x), replica_groups=[1,2]<=[2], to_apply=%sum"),
+    ],
+)
+def test_an_asynchronous_collective_of_a_gpu_reads_its_operands_and_writes_its_results(shape, start):
+    text = f"""
+ENTRY %main (x: f32[2]) -> f32[2] {{
+  %x = f32[2]{{0}} parameter(0)
+  %s = {shape} {start}
+  ROOT %d = f32[2]{{0}} some-done(%s)
+}}
+"""
+    operands = 4 * 2 * start.count("%x")
+    results = {"all-gather": 8 * operands, "all-reduce": operands, "reduce-scatter": operands // 2}
+    assert hbm_traffic(HloModule(text)) == operands + results[start.partition("-start")[0]]
+
+
 @pytest.mark.parametrize("source, target, times", [("", "", 2), ("S(1)", "", 1), ("", "S(1)", 1), ("S(1)", "S(1)", 0)])
 def test_a_slice_or_an_update_counts_on_each_side_that_is_in_hbm(source, target, times):
     text = f"""

@@ -23,9 +23,9 @@ def test_not_a_mesh(mesh, fake_slices):
         pod.make_pod(recipe("gemma3_1b"), "", mesh)
 
 
-def test_gpus_are_refused_with_the_remedy(fake_slices):
-    config = recipe("gemma3_1b", **{"launch.accelerator": "gpu"})
-    with pytest.raises(ValueError, match=r"config.launch.accelerator='gpu': a plan compiles for TPUs only"):
+def test_a_config_for_gpus_does_not_say_which(fake_slices):
+    config = recipe("gemma3_1b", **{"launch.accelerator": "gpu", "launch.nodes": 4})
+    with pytest.raises(ValueError, match=r"config.launch.accelerator='gpu': .*, as in --topology h100:8x4"):
         pod.make_pod(config, "", "")
     assert pod.make_pod(config, "v5e:2x4", "")[1].device_count == 8
 
