@@ -12,6 +12,7 @@ from msd_jax import cli, report
 from msd_jax.errors import UserError
 from msd_jax.evaluation import evaluator, preflight
 from msd_jax.generation import rollout
+from msd_jax.io import compilations
 from msd_jax.io.console import log
 from msd_jax.models import pretrained, trained
 from msd_jax.parallel import distributed, sharding
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> None:
     del argv
     with cli.clear_errors():
         config = cli.config()
+        compilations.keep(config.compilation_cache)
         mesh = sharding.make_mesh(**config.mesh)
         model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
         out = pathlib.Path(cli.FLAGS.out)

@@ -9,6 +9,7 @@ import pathlib
 
 from msd_jax import cli
 from msd_jax.errors import UserError
+from msd_jax.io import compilations
 from msd_jax.io.console import log
 from msd_jax.models import export, pretrained, trained
 from msd_jax.parallel import distributed, sharding
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> None:
     del argv
     with cli.clear_errors():
         config = cli.config()
+        compilations.keep(config.compilation_cache)
         mesh = sharding.make_mesh(**config.mesh)
         model = pretrained.load(**config.model, chat_template=config.prompts.chat_template)
         params = trained.load_params(cli.FLAGS.checkpoint, model, mesh)

@@ -11,7 +11,9 @@ import pathlib
 import jax
 
 from msd_jax import ablation, cli, report
+from msd_jax.io import compilations
 from msd_jax.parallel import host_memory
+from msd_jax.planning import hardware
 from msd_jax.training import loop, run
 
 
@@ -21,8 +23,9 @@ def main(argv: list[str]) -> None:
     host_memory.give_back_after_compilations()
     with cli.clear_errors():
         config = cli.config()
+        compilations.keep(config.compilation_cache)
         grid = ablation.setup(config, workdir) if config.ablation.variants else None
-        single = None if grid else run.setup(config, workdir)
+        single = None if grid else run.setup(config, workdir, hardware.peak(jax.devices()[0].device_kind))
     if grid:
         ablation.train(grid, workdir)
         ablation.compare(grid, workdir)

@@ -45,3 +45,16 @@ def test_the_figures_of_a_generation_have_the_right_units(generation):
     assert device.flops / device.hbm_bandwidth > 100  # FLOPs per byte
     assert device.hbm_bytes > 15 * 2**30
     assert device.torus_axes == generation.shape_axes
+
+
+@pytest.mark.parametrize(
+    "kind, name, per_chip",
+    [("TPU v5 lite", "v5e", 1), ("TPU v5", "v5p", 1), ("TPU v6e", "v6e", 1), ("TPU7x", "tpu7x", 2)],
+)
+def test_the_peak_of_a_device(kind, name, per_chip):
+    device = hardware.GENERATIONS[name].device
+    assert hardware.peak(kind) == (device.flops, device.hbm_bandwidth, per_chip)
+
+
+def test_the_peak_of_an_unknown_device_is_not_guessed():
+    assert hardware.peak("cpu") is None and hardware.peak("TPU v5 something") is None
