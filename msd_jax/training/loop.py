@@ -9,7 +9,7 @@ from msd_jax.data.batches import Batch
 from msd_jax.errors import UserError
 from msd_jax.evaluation.rates import Summary
 from msd_jax.generation import analyses
-from msd_jax.io import compilations
+from msd_jax.io import compilations, stores
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export
 from msd_jax.parallel import peers, preemption, sharding
@@ -34,7 +34,7 @@ def train(run: Run) -> Summary:
     if last:
         step, state, position = last
         queries.set_state(position)
-        log(f"resumed from step {step} of {run.workdir}")
+        log(f"resumed from step {step} of {stores.told(run.workdir)}")
     run.clock.resume(step)
     describe(run)
     evaluate(run, 0, lambda: rollout_params(run, frozen, run.model.params(run.mesh)))
@@ -102,6 +102,7 @@ def take_steps(
                 with run.clock.phase("checkpoints"):
                     run.checkpoints.close()
                 run.clock.keep(step)
+                stores.close(run.workdir)
                 preemption.end_preempted(f"preempted: step {step} is saved; run the same command again to resume")
     files.close()
     return go_back(run, frozen, state, step, low) if low else (step, state)
@@ -166,7 +167,7 @@ def export_model(run: Run, frozen: decoder.Params, state: TrainState) -> None:
     params = decoder.join(frozen, state.params)
     peers.moved("exporting the model")
     export.save(directory, params, model.directory, lora=model.lora, companions=model.companions())
-    log(f"aligned model: {directory}")
+    log(f"aligned model: {stores.told(directory)}")
     if model.lora:
         export.save_adapter(run.workdir / "adapter", state.params, model, run.config.model.path)
-        log(f"its adapter: {run.workdir / 'adapter'}")
+        log(f"its adapter: {stores.told(run.workdir / 'adapter')}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
+from msd_jax.io import stores
 from msd_jax.io.console import log
 
 AFTER = 2  # steps of this start, which compile
@@ -40,4 +41,4 @@ class Window:
         if self._steps and step == self._steps[-1] + 1:
             jax.block_until_ready(results)
             jax.profiler.stop_trace()
-            log(f"profile of steps {self._steps[0] + 1} to {step}: {self._directory}")
+            log(f"profile of steps {self._steps[0] + 1} to {step}: {stores.told(self._directory)}")

@@ -23,7 +23,7 @@ from msd_jax.data.records import Query
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import evaluator
 from msd_jax.generation import responses, rollout
-from msd_jax.io import jsonl, lock
+from msd_jax.io import jsonl, lock, stores
 from msd_jax.io.console import log
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
@@ -301,6 +301,7 @@ def check(run: Run) -> None:
     if run.lock:
         run.lock.check()
     run.checkpoints.check()
+    stores.check(run.workdir)
 
 
 def teacher_store(
