@@ -55,8 +55,7 @@ def own(flag: str, place: str) -> pathlib.Path:
     if "://" not in place:
         return pathlib.Path(place)
     _require_one_machine(flag, place)
-    digest = hashlib.sha256(place.rstrip("/").encode()).hexdigest()[:16]
-    local = pathlib.Path(tempfile.gettempdir(), f"msd_jax-{os.getuid()}", digest, _last(place))
+    local = _home() / hashlib.sha256(place.rstrip("/").encode()).hexdigest()[:16] / _last(place)
     if distributed.is_first():
         copy = Copy(flag, place, local)
         copy.take()
@@ -110,6 +109,15 @@ def told(path: pathlib.Path) -> str:
 
 def _copy_of(path: pathlib.Path) -> "Copy | None":
     return next((copy for local, copy in _opened.items() if path.is_relative_to(local)), None)
+
+
+def _home() -> pathlib.Path:
+    """A directory for this user's copies, the same for all processes of this machine."""
+    home = pathlib.Path(tempfile.gettempdir(), f"msd_jax-{os.getuid()}")
+    home.mkdir(mode=0o700, exist_ok=True)
+    if home.is_symlink() or home.stat().st_uid != os.getuid():
+        raise UserFileError(f"{home} belongs to another user; remove it, or set TMPDIR to a directory of yours")
+    return home
 
 
 def _last(place: str) -> str:

@@ -244,10 +244,16 @@ def numbers(text: bytes) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.endswith(TIMES)} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> pathlib.Path:
+    """A run that was not interrupted, on a disk."""
+    workdir = tmp_path_factory.mktemp("runs") / "local"
+    finished(run(str(workdir)))
+    return workdir
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_in_the_store_is_killed_resumed_and_ends_with_the_same_bits(bucket, tmp_path, how):
-    local = tmp_path / "local"
-    finished(run(str(local)))
+def test_a_run_in_the_store_is_killed_resumed_and_ends_with_the_same_bits(bucket, local, how):
     process = run(bucket.place)
     deadline = time.monotonic() + 400
     while not any("/MANIFEST-" in name for name in bucket.store.find(bucket.name)):
