@@ -25,8 +25,10 @@ setuptools.setup(
     install_requires=[
         "absl-py",
         "einops",
+        "etils[epath]",
         "filelock",
         "flax>=0.12",
+        "fsspec",
         "grain>=0.2.18",
         "httpx2",
         "huggingface_hub>=2",  # parse_hf_uri

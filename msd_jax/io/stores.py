@@ -147,7 +147,7 @@ class Copy:
         with self._reached():
             self._store, self._root = _file_system(self.place)
         self._lease: Lease | None = None
-        self._written: dict[str, tuple[int, int]] = {}  # name -> size and time of change of what the store has
+        self._written: dict[str, tuple[int, int] | None] = {}  # name -> size and time of change of what the store has
         self._mutex, self._stop = threading.RLock(), threading.Event()
 
     @contextlib.contextmanager
