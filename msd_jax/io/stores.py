@@ -277,7 +277,7 @@ class Copy:
         self.write()
         if self._lease:
             self._lease.release()
-            shutil.rmtree(self._local, ignore_errors=True)
+            shutil.rmtree(self._local.parent, ignore_errors=True)  # which holds it alone
 
 
 def _file_system(place: str) -> tuple[Any, str]:
