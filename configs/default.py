@@ -12,6 +12,9 @@ from msd_jax.data import prompts
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
+    # Compiled programs, which the next run of the same shapes takes from there: a directory of this machine, or on pods
+    # one that all machines share, gs://BUCKET/... too; "" keeps none. JAX_COMPILATION_CACHE_DIR goes first.
+    config.compilation_cache = "~/.cache/msd_jax/compiled"
 
     # The model to align; it is its own teacher.
     config.model = ml_collections.ConfigDict()
@@ -136,6 +139,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Seconds after which a run ends (exit code 42) in which no process has moved on: a device or a file system hangs.
     config.train.stall_limit = 7200.0  # 0: never
     config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard
+    # Steps, after the first two of a start, that JAX's profiler traces to WORKDIR/profile; 0: none.
+    config.train.profile_steps = 0
     config.train.export = True  # write the aligned model to WORKDIR/model, in Hugging Face's layout
     config.train.checkpoints = ml_collections.ConfigDict()
     config.train.checkpoints.every = 100  # steps; the last step is always saved

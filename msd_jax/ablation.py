@@ -8,6 +8,7 @@ DIR/VARIANT/SEED is the workdir of a run, DIR/report compares them. The same com
 import pathlib
 import shutil
 
+import jax
 import ml_collections
 
 from msd_jax import report, settings
@@ -17,6 +18,7 @@ from msd_jax.evaluation.rates import Summary
 from msd_jax.io import jsonl
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed
+from msd_jax.planning import hardware
 from msd_jax.training import loop, run
 
 Grid = dict[tuple[str, int], ml_collections.FrozenConfigDict]  # (variant, seed) -> the whole config of a run
@@ -68,7 +70,7 @@ def train(grid: Grid, workdir: pathlib.Path) -> None:
         log(f"run {list(grid).index((name, seed)) + 1} of {len(grid)}: {name}, seed {seed}")
         directory = _directory(workdir, name, seed)
         _take_responses(_directory(workdir, first, seed) / "eval" / "0", directory / "eval" / "0")
-        loop.train(run.setup(grid[name, seed], directory))
+        loop.train(run.setup(grid[name, seed], directory, hardware.peak(jax.devices()[0].device_kind)))
 
 
 def compare(grid: Grid, workdir: pathlib.Path) -> None:

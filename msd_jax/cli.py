@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from msd_jax import recipes, settings
 from msd_jax.errors import UserError
 from msd_jax.evaluation import rates
-from msd_jax.io import places
+from msd_jax.io import places, stores
 from msd_jax.parallel import distributed, peers
 from msd_jax.training import former_keys
 
@@ -25,6 +25,7 @@ FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe's name (`msd-jax recipes`) or file, or a file of your own.", lock_config=True
 )
+_MAY_BE_STORED = ("workdir", "out", "checkpoint", "evaluation")  # flags whose value may be in an object store
 _OVERRIDES = """
 Every key of configs/default.py is a flag too:
 
@@ -62,6 +63,11 @@ def config() -> ml_collections.ConfigDict:
     return loaded
 
 
+def checkpoint() -> str:
+    """The directory that --checkpoint names, fetched where it is in an object store; "" for none."""
+    return str(stores.guest("--checkpoint", FLAGS.checkpoint, everything=True)) if FLAGS.checkpoint else ""
+
+
 def require_verdicts(*summaries: rates.Summary) -> None:
     """After everything is written: ends the process with exit code 3 where the judge of one gave no verdict at all."""
     if any(map(rates.without_verdict, summaries)):
@@ -91,7 +97,8 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False) -> None:
             rest = FLAGS(argv)
             for flag in _own_flags():
                 if flag.flag_type() == "string":
-                    places.require_directory(f"--{flag.name}", flag.value or "")
+                    schemes = stores.SCHEMES if flag.name in _MAY_BE_STORED else ()
+                    places.require_directory(f"--{flag.name}", flag.value or "", schemes)
             return rest
         except Exception as error:  # a typo in a key, a wrong type, a config that does not exist or does not load
             sys.exit(f"error: {_explain(error, argv)}")

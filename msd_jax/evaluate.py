@@ -6,12 +6,11 @@
 config is evaluated as it comes. --preflight asks whether training is worth it, see evaluation/preflight.py.
 """
 
-import pathlib
-
 from msd_jax import cli, report
 from msd_jax.errors import UserError
 from msd_jax.evaluation import evaluator, preflight
 from msd_jax.generation import rollout
+from msd_jax.io import compilations, stores
 from msd_jax.io.console import log
 from msd_jax.models import pretrained, trained
 from msd_jax.parallel import distributed, sharding
@@ -21,23 +20,26 @@ def main(argv: list[str]) -> None:
     del argv
     with cli.clear_errors():
         config = cli.config()
+        compilations.keep(config.compilation_cache)
         mesh = sharding.make_mesh(**config.mesh)
         model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
-        out = pathlib.Path(cli.FLAGS.out)
+        out = stores.own("--out", cli.FLAGS.out)
         if cli.FLAGS.preflight:
             preflight.show(preflight.run(config, model, mesh, out))
-            log(f"responses of both roles: {out}")
+            log(f"responses of both roles: {stores.told(out)}")
+            stores.close(out)
             return
         if not evaluator.wanted(config):
             raise UserError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
         evaluation = evaluator.Evaluator(config, model, mesh)
         if distributed.from_first((out / "summary.json").exists):
-            raise UserError(f"--out={out} already holds an evaluation; take another directory")
-        params = trained.load_params(cli.FLAGS.checkpoint, model, mesh)
+            raise UserError(f"--out={cli.FLAGS.out} already holds an evaluation; take another directory")
+        params = trained.load_params(cli.checkpoint(), model, mesh)
     layout = model.shardings(mesh, sharding.ROLLOUT)
     summary = evaluation.run(lambda: rollout.reshard(params, model.dtype, layout), out)
     report.print_summary(summary)
-    log(f"responses and verdicts: {out / 'responses.jsonl'}")
+    log(f"responses and verdicts: {stores.told(out / 'responses.jsonl')}")
+    stores.close(out)
     cli.require_verdicts(summary)
 
 

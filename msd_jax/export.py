@@ -5,10 +5,9 @@
 A run exports its last step by itself.
 """
 
-import pathlib
-
 from msd_jax import cli
 from msd_jax.errors import UserError
+from msd_jax.io import compilations, stores
 from msd_jax.io.console import log
 from msd_jax.models import export, pretrained, trained
 from msd_jax.parallel import distributed, sharding
@@ -18,14 +17,16 @@ def main(argv: list[str]) -> None:
     del argv
     with cli.clear_errors():
         config = cli.config()
+        compilations.keep(config.compilation_cache)
         mesh = sharding.make_mesh(**config.mesh)
         model = pretrained.load(**config.model, chat_template=config.prompts.chat_template)
-        params = trained.load_params(cli.FLAGS.checkpoint, model, mesh)
-        out = pathlib.Path(cli.FLAGS.out)
-        if distributed.from_first(out.exists):
-            raise UserError(f"--out={out} is there already; name a new directory")
+        params = trained.load_params(cli.checkpoint(), model, mesh)
+        out = stores.own("--out", cli.FLAGS.out)
+        if distributed.from_first(lambda: out.exists() and any(out.iterdir())):
+            raise UserError(f"--out={cli.FLAGS.out} is there already; name a new directory")
     export.save(out, params, model.directory, lora=model.lora, companions=model.companions())
-    log(f"exported: {out}")
+    log(f"exported: {stores.told(out)}")
+    stores.close(out)
 
 
 if __name__ == "__main__":

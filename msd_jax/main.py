@@ -6,34 +6,40 @@ Evaluates the model, trains it, exports it, evaluates it again and writes WORKDI
 interrupted run.
 """
 
-import pathlib
-
 import jax
 
 from msd_jax import ablation, cli, report
+from msd_jax.io import compilations, stores
 from msd_jax.parallel import host_memory
+from msd_jax.planning import hardware
 from msd_jax.training import loop, run
 
 
 def main(argv: list[str]) -> None:
     del argv
-    workdir = pathlib.Path(cli.FLAGS.workdir)
     host_memory.give_back_after_compilations()
     with cli.clear_errors():
         config = cli.config()
+        compilations.keep(config.compilation_cache)
+        workdir = stores.own("--workdir", cli.FLAGS.workdir)
         grid = ablation.setup(config, workdir) if config.ablation.variants else None
-        single = None if grid else run.setup(config, workdir)
+        single = None if grid else run.setup(config, workdir, hardware.peak(jax.devices()[0].device_kind))
     if grid:
         ablation.train(grid, workdir)
         ablation.compare(grid, workdir)
-        cli.require_verdicts(*ablation.summaries(grid, workdir))
+        summaries = ablation.summaries(grid, workdir)
+        stores.close(workdir)
+        cli.require_verdicts(*summaries)
     elif single:
         summary = loop.train(single)
         report.write(workdir)
+        stores.close(workdir)
         cli.require_verdicts(summary)
 
 
 if __name__ == "__main__":
     jax.config.parse_flags_with_absl()
-    cli.flags.DEFINE_string("workdir", None, "Directory of the run; the same one resumes it.", required=True)
+    cli.flags.DEFINE_string(
+        "workdir", None, "Directory of the run, gs:// or s3:// too; the same one resumes it.", required=True
+    )
     cli.run(main)

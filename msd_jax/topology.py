@@ -10,6 +10,7 @@ import jax
 
 from msd_jax import cli
 from msd_jax.errors import UserError
+from msd_jax.io import places
 from msd_jax.planning import launch
 
 
@@ -22,12 +23,15 @@ def main(argv: list[str]) -> None:
                 f"config.launch.accelerator={config.launch.accelerator!r}: this script is for {want}; "
                 f"set --config.launch.accelerator={want} and the keys of config.launch that describe it"
             )
-        lines = [f"{name}={shlex.quote(str(value))}" for name, value in launch.facts(config).items()]
+        facts = launch.facts(config)
+        if launch.machines(config.launch) > 1:
+            places.require_directory("--workdir", cli.FLAGS.workdir)  # which then all of them must see
+        lines = [f"{name}={shlex.quote(str(value))}" for name, value in facts.items()]
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
     jax.config.parse_flags_with_absl()
     cli.flags.DEFINE_string("want", "", "tpu or gpu: what the config must be planned for.")
-    cli.flags.DEFINE_string("workdir", "", "Ignored: launchers pass on the flags of the run.")
+    cli.flags.DEFINE_string("workdir", "", "The run's; refused where its machines could not share it.")
     cli.run(main, alone=True)

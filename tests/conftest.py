@@ -17,6 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import json
 import pathlib
 import shutil
+import tempfile
 import zlib
 
 import jax
@@ -28,6 +29,10 @@ import transformers
 from msd_jax import testbed
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, export
+
+# For the processes that tests start; JAX has read its environment in this one, which keeps nothing.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"  # data and models that are not part of this project; tests skip without

@@ -36,6 +36,8 @@ class Responses:
       stopped_B: bool, whether a stop token was reached.
       on_policy_B: bool, whether the student wrote it.
       generated: number of tokens generated for this batch, those taken from the store left out.
+      prompt_length_B: int32, tokens of the prompts that were answered; 0 where nothing was generated.
+      decoded: how many times generation read all weights: the length of the longest response, once for each role.
     """
 
     response_BxR: np.ndarray
@@ -43,6 +45,8 @@ class Responses:
     stopped_B: np.ndarray
     on_policy_B: np.ndarray
     generated: int
+    prompt_length_B: np.ndarray
+    decoded: int
 
 
 class Store:
@@ -103,7 +107,7 @@ class GivenResponder:
             row[: len(ids)] = ids
         length_B = np.array([len(ids) for ids in given], np.int32)
         stopped_B = np.array([ids[-1] in self._generator.stop_ids for ids in given])
-        return Responses(response_BxR, length_B, stopped_B, np.zeros(B, bool), generated=0)
+        return Responses(response_BxR, length_B, stopped_B, np.zeros(B, bool), 0, np.zeros(B, np.int32), 0)
 
 
 @jax.jit
@@ -149,12 +153,16 @@ class Responder:
         B, R = len(keys), self._generator.sampling.max_new_tokens
         response_BxR = np.full((B, R), self._generator.pad_id, np.int32)
         length_B, stopped_B = np.zeros(B, np.int32), np.zeros(B, bool)
+        answered_B, decoded = np.zeros(B, np.int32), 0
 
         def generate(params, prompt_BxP, prompt_length_B, rows_B, key) -> rollout.Rollout:
+            nonlocal decoded
             written = self._generator(params, prompt_BxP, prompt_length_B, batch.query_hash_B, rows_B, key)
             written = sharding.fetch(written)
             response_BxR[rows_B] = written.response_BxR[rows_B]
             length_B[rows_B], stopped_B[rows_B] = written.length_B[rows_B], written.stopped_B[rows_B]
+            answered_B[rows_B] = prompt_length_B[rows_B]
+            decoded += int(written.length_B[rows_B].max())
             return written
 
         if on_policy_B.any():
@@ -170,7 +178,7 @@ class Responder:
             for row in np.flatnonzero(stored_B):
                 tokens, stopped_B[row] = store[keys[row]]
                 response_BxR[row, : len(tokens)], length_B[row] = tokens, len(tokens)
-        return Responses(response_BxR, length_B, stopped_B, on_policy_B, generated)
+        return Responses(response_BxR, length_B, stopped_B, on_policy_B, generated, answered_B, decoded)
 
     def _key(self, stream: int, step: int) -> jax.Array:
         return _fold(self._root, *jax.device_put((np.uint32(stream), np.uint32(step))))

@@ -48,7 +48,9 @@ def of_file(path: pathlib.Path, algorithm: str = "blake2b") -> str:
 
 def seal(directory: pathlib.Path, process: int = 0, processes: int = 1) -> None:
     """Writes the manifest of this process's share of the files in `directory`, which must be complete."""
-    sizes = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file() and not _is_manifest(path)}
+    sizes = {
+        path: path.stat().st_size for path in directory.rglob("*") if path.is_file() and not is_manifest(path.name)
+    }
     mine = _share([(size, path) for path, size in sizes.items()], process, processes)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(lambda entry: of_file(entry[1], "xxh3"), mine)
@@ -61,7 +63,12 @@ def seal(directory: pathlib.Path, process: int = 0, processes: int = 1) -> None:
 
 def sealed(directory: pathlib.Path) -> bool:
     """Whether every manifest of `directory` is there."""
-    names = {path.name for path in _manifests(directory)}
+    return complete({path.name for path in _manifests(directory)})
+
+
+def complete(names: Iterable[str]) -> bool:
+    """Whether a directory with files of these names has all of its manifests."""
+    names = {name for name in names if is_manifest(name)}
     counts = {name.removesuffix(".json").rpartition("-")[2] for name in names}
     return len(counts) == 1 and all(f"{_PREFIX}{k}-of-{n}.json" in names for n in counts for k in range(int(n)))
 
@@ -105,8 +112,9 @@ def _manifests(directory: pathlib.Path) -> list[pathlib.Path]:
     return sorted(directory.glob(_PREFIX + "*-of-*.json"))
 
 
-def _is_manifest(path: pathlib.Path) -> bool:
-    return path.name.startswith(_PREFIX)
+def is_manifest(name: str) -> bool:
+    """Whether a file of this name is a manifest."""
+    return name.startswith(_PREFIX)
 
 
 def _load(path: pathlib.Path) -> Any:

@@ -45,7 +45,7 @@ def take(directory: pathlib.Path) -> "Lock":
                 break
             except FileExistsError:
                 _set_aside_if_stale(path)
-        lock = Lock(path, _Holder.this_process())
+        lock = Lock(path, Holder.this_process())
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(lock.holder.line())
         _held[path] = lock
@@ -66,7 +66,7 @@ class Lock:
     """A lock that this process holds: on the directory of `path`, as `holder`."""
 
     path: pathlib.Path
-    holder: "_Holder"
+    holder: "Holder"
 
     def lost(self) -> bool:
         """Whether the directory was removed, or another process has taken the lock."""
@@ -100,7 +100,9 @@ class Lock:
 
 
 @dataclasses.dataclass
-class _Holder:
+class Holder:
+    """Who holds a lock."""
+
     host: str
     pid: int
     started: str  # the lock was taken, UTC
@@ -109,7 +111,7 @@ class _Holder:
     beat: int = 0
 
     @classmethod
-    def this_process(cls) -> "_Holder":
+    def this_process(cls) -> "Holder":
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return cls(socket.gethostname(), os.getpid(), now, _born(os.getpid()), uuid.uuid4().hex)
 
@@ -145,17 +147,17 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _read(path: pathlib.Path) -> _Holder | None:
+def _read(path: pathlib.Path) -> Holder | None:
     """Who holds the lock; None: nobody."""
     for _ in range(20):
         try:
             values: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            return _Holder(**values)
+            return Holder(**values)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
             time.sleep(0.1)  # it is being written
-    return _Holder("an unknown host", -1, "at an unknown time", "", "")
+    return Holder("an unknown host", -1, "at an unknown time", "", "")
 
 
 def _set_aside_if_stale(path: pathlib.Path) -> None:
@@ -185,7 +187,7 @@ def _set_aside_if_stale(path: pathlib.Path) -> None:
         aside.unlink()
 
 
-def _refusal(path: pathlib.Path, holder: _Holder) -> str:
+def _refusal(path: pathlib.Path, holder: Holder) -> str:
     return (
         f"another run is writing to {path.parent}: {holder}; wait for it or stop it, or use a new --workdir (a lock "
         f"that nobody holds is recognised within {SECONDS_OF_SILENCE:.0f} seconds)"

@@ -1,4 +1,4 @@
-"""Where a run may read and write: directories of this machine, among them mounted buckets."""
+"""Where a run may read and write: directories of this machine, mounted buckets and, for some flags, object stores."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from msd_jax.errors import UserError
 
 
 def require_directory(name: str, place: str, schemes: Iterable[str] = ()) -> None:
-    """Refuses the address of an object store, which would otherwise become a local directory called `gs:`.
+    """Refuses addresses of other schemes, which would otherwise become a local directory called `gs:`.
 
     Args:
       name: the flag or key that `place` is the value of.
@@ -19,8 +19,8 @@ def require_directory(name: str, place: str, schemes: Iterable[str] = ()) -> Non
       UserError: `place` begins with another scheme; the message says what to do instead.
     """
     for part in place.split(","):
-        scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):/", part)
-        if not scheme or scheme[1] in schemes:
+        scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):(//?)", part)
+        if not scheme or (scheme[1] in schemes and scheme[2] == "//"):
             continue
         mount = {"gs": "with gcsfuse", "s3": "with mount-s3"}.get(scheme[1], "as a file system")
         raise UserError(

@@ -5,6 +5,7 @@ import math
 import re
 
 from msd_jax.errors import UserError
+from msd_jax.training.utilisation import Peak
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -331,3 +332,26 @@ def parse_slice(topology: str) -> Slice:
             "a multiple of four"
         )
     return slice_
+
+
+# What jax.Device.device_kind is on each generation, by JAX's own table (jax/_src/pallas/mosaic/tpu_info.py).
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def peak(device_kind: str) -> Peak | None:
+    """What one device of this kind can do at most; None for one that is not in the table."""
+    if gpu := find_gpu(device_kind):
+        return Peak(gpu.device.flops, gpu.device.hbm_bandwidth, 1)
+    if device_kind not in _KINDS:
+        return None
+    generation = GENERATIONS[_KINDS[device_kind]]
+    return Peak(generation.device.flops, generation.device.hbm_bandwidth, generation.devices_per_chip)

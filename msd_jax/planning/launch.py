@@ -18,6 +18,11 @@ def device_count(launch: ml_collections.ConfigDict) -> int:
     return hardware.parse_slice(launch.topology).devices * launch.slices
 
 
+def machines(launch: ml_collections.ConfigDict) -> int:
+    """Hosts of all slices, or nodes, of config.launch."""
+    return launch.nodes if launch.accelerator == "gpu" else hardware.parse_slice(launch.topology).hosts * launch.slices
+
+
 def facts(config: ml_collections.ConfigDict) -> dict[str, str | int]:
     """NAME -> value for the scripts in launch/.
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msd_jax.evaluation.rates import Summary
-from msd_jax.io import jsonl
+from msd_jax.io import jsonl, stores
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed
 from msd_jax.report import card, collect, page, runs, tables, untrusted
@@ -88,7 +88,8 @@ def _write(run: RunFiles, out: pathlib.Path) -> None:
     figures.write(results, out)
     written = card.write(results)
     log(untrusted.visible(results.verdict))
-    log(f"report: {out / 'report.html'}" + (f"; model card: {written}" if written else ""))
+    page_at, card_at = (stores.told(path) if path else "" for path in (out / "report.html", written))
+    log(f"report: {page_at}" + (f"; model card: {card_at}" if card_at else ""))
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "findings": [dataclasses.asdict(finding) for finding in results.findings],
         "run": results.facts(),
         "evaluations": {
-            name: {"label": evaluation.label, "step": evaluation.step, "directory": str(evaluation.directory)}
+            name: {"label": evaluation.label, "step": evaluation.step, "directory": stores.told(evaluation.directory)}
             for name, evaluation in (("before", results.before), ("after", results.after))
             if evaluation
         },

@@ -12,13 +12,14 @@ from absl import flags
 from msd_jax import cli, report
 from msd_jax.configs import default
 from msd_jax.errors import UserError
+from msd_jax.io import stores
 
 
 def main(argv: list[str]) -> None:
     del argv
-    workdirs, evaluations = (_paths(cli.FLAGS[name].value or "") for name in ("workdir", "evaluation"))
-    out = pathlib.Path(cli.FLAGS.out) if cli.FLAGS.out else None
     with cli.clear_errors():
+        workdirs, evaluations = (_paths(name) for name in ("workdir", "evaluation"))
+        out = stores.guest("--out", cli.FLAGS.out) if cli.FLAGS.out else None
         if bool(workdirs) == bool(evaluations):
             raise UserError("name what to report: --workdir DIR (of a run), or --evaluation DIR (of msd_jax.evaluate)")
         if evaluations:
@@ -27,10 +28,13 @@ def main(argv: list[str]) -> None:
             report.compare(workdirs, out)
         else:
             report.write(workdirs[0], out)
+        for directory in (*workdirs, *evaluations, *filter(None, [out])):
+            stores.close(directory)
 
 
-def _paths(text: str) -> list[pathlib.Path]:
-    return [pathlib.Path(part).expanduser() for part in text.split(",") if part]
+def _paths(name: str) -> list[pathlib.Path]:
+    given = (cli.FLAGS[name].value or "").split(",")
+    return [stores.guest(f"--{name}", part.strip()).expanduser() for part in given if part]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from msd_jax.evaluation import records
 from msd_jax.evaluation.rates import Summary
 from msd_jax.evaluation.records import ResponseRecord
 from msd_jax.io import jsonl
+from msd_jax.training import goodput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class RunFiles:
       evaluations: the finished ones, by step.
       model: the exported model's directory; None before it is there.
       near_duplicates: rows of near_duplicates.jsonl; None where nothing was compared.
+      starts: rows of goodput.jsonl, one for each time that the run was started and came to a checkpoint or its end.
     """
 
     directory: pathlib.Path
@@ -54,6 +56,7 @@ class RunFiles:
     evaluations: tuple[FinishedEvaluation, ...] = ()
     model: pathlib.Path | None = None
     near_duplicates: Sequence[dict[str, Any]] | None = None
+    starts: Sequence[dict[str, Any]] = ()
 
     @property
     def after(self) -> FinishedEvaluation | None:
@@ -92,6 +95,7 @@ def workdir(directory: pathlib.Path) -> RunFiles:
         tuple(_evaluation(path, step) for step, path in found if (path / "summary.json").is_file()),
         model if (model / "config.json").is_file() else None,
         jsonl.read(duplicates) if duplicates.is_file() else None,
+        goodput.read(directory),
     )
 
 

@@ -59,6 +59,8 @@ CURVES = {
         ("rollout_tokens_per_second", "generated tokens per second", None),
         ("train_tokens_per_second", "trained tokens per second", None),
         ("padding", "share of padding", 1.0),
+        ("mfu", "model FLOPs utilisation", 1.0),
+        ("hbm_share", "decoding's share of the memory's bandwidth", 1.0),
     ),
 }
 

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import enum
 import functools
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from msd_jax.report.collect import RunFiles
 from msd_jax.report.pairs import pair
 from msd_jax.report.rows import ASR_KEYS, GROUPS_BY_INTEREST, MOST_UNJUDGED, RATES, RateRow, by_group, tabulate
 from msd_jax.report.words import SIGNIFICANT, Change, direction, p_text, percent
+from msd_jax.training import goodput
 
 
 class Tone(enum.StrEnum):
@@ -271,6 +273,24 @@ def _facts(results: Results) -> Iterator[tuple[str, str]]:
         seconds = sum(row.get("rollout_seconds", 0) + row.get("train_seconds", 0) for row in run.metrics)
         seconds *= run.steps / len(run.metrics)  # not every step may be logged
         yield "training time", str(datetime.timedelta(seconds=round(seconds)))
+        yield from _utilisation(run)
+    if run.starts:
+        yield "wall time", goodput.describe(run.starts)
+
+
+def _utilisation(run: RunFiles) -> Iterator[tuple[str, str]]:
+    """Medians over the steps that compiled nothing, where the devices' peak was known; see training/utilisation.py."""
+    named = {
+        "train_tokens_per_second_per_chip": "{:,.0f} tokens/s per chip trained",
+        "mfu": "{:.1%} model FLOPs utilisation",
+        "rollout_tokens_per_second_per_chip": "{:,.0f} tokens/s per chip generated",
+        "hbm_share": "{:.1%} of the memory's bandwidth in decoding",
+    }
+    rows = [row for row in run.metrics if "mfu" in row and not row.get("compile_seconds")]
+    seen = {key: [row[key] for row in rows if row.get(key)] for key in named}
+    parts = [words.format(statistics.median(seen[key])) for key, words in named.items() if seen[key]]
+    if parts:
+        yield "speed", ", ".join(parts)
 
 
 def _settings(run: RunFiles) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,10 @@ from msd_jax.report.collect import RunFiles
 from msd_jax.report.words import percent
 
 # What neither makes two runs different nor belongs in a name: the seed, and where and how a run is executed.
-_NOT_IN_NAME = ("seed", "launch.", "mesh.", "train.checkpoint", "train.log_every", "train.completions", "train.export")
+_NOT_IN_NAME = (
+    *("seed", "launch.", "mesh.", "compilation_cache"),
+    *("train.checkpoint", "train.log_every", "train.profile_steps", "train.completions", "train.export"),
+)
 KEYS = ("asr", "asr_t1", "over_refusal", "exact_match", "exact_match_t1", "accuracy")  # of the rates that are shown
 
 

@@ -118,6 +118,7 @@ RANGES = {
     "train.checkpoints.every": _COUNT,
     "train.checkpoints.kept": _COUNT,
     "train.log_every": _COUNT,
+    "train.profile_steps": _COUNT_OR_NONE,
     "train.completions.every": _COUNT,
     "train.completions.kept": _COUNT_OR_NONE,
     "eval.limit": _COUNT_OR_NONE,

@@ -29,6 +29,7 @@ from msd_jax.training import former_keys
 # Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
 # shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
 MAY_CHANGE = (
+    "compilation_cache",
     "prompts.require_same_ending",
     "train.steps",
     "train.max_skipped",
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "train.stop_on_collapse",
     "train.checkpoints.",
     "train.log_every",
+    "train.profile_steps",
     "train.completions.",
     "train.export",
     "eval.monitor.every",

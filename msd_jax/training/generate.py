@@ -40,13 +40,16 @@ def generate(run: Run, frozen: decoder.Params, state: TrainState, queries: batch
     def weights(trained: decoder.Params) -> decoder.Params:
         nonlocal free
         jax.block_until_ready(trained)
-        free = free or time.perf_counter()
+        if free is None:
+            free = time.perf_counter()
+            run.clock.enter("generation")
         return rollout_params(run, frozen, trained)
 
     responses = run.respond(
         step, queries, student=lambda: weights(state.params), teacher=lambda: weights(state.teacher_params)
     )
     had = time.perf_counter()
+    run.clock.enter("steps")
     R = padding.bucket(max(int(responses.length_B.max()), 1), run.config.rollout.max_new_tokens)
     read = reads_teacher(run.config)
     batch = TrainBatch(

@@ -9,10 +9,11 @@ from msd_jax.data.batches import Batch
 from msd_jax.errors import UserError
 from msd_jax.evaluation.rates import Summary
 from msd_jax.generation import analyses
+from msd_jax.io import compilations, stores
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export
 from msd_jax.parallel import peers, preemption, sharding
-from msd_jax.training import checkpoint, completions, train_step, watch
+from msd_jax.training import checkpoint, completions, goodput, profile, train_step, watch
 from msd_jax.training.generate import generate
 from msd_jax.training.metrics import Dispatched, LateRows, Metrics
 from msd_jax.training.run import Run, check, describe, encode, make_batches, rollout_params, teacher_store
@@ -28,25 +29,32 @@ def train(run: Run) -> Summary:
     state, frozen = initial_state(run)
     queries = iter(with_analyses(run, frozen, state) if run.config.prompts.cot == "generated" else run.batches)
     step = 0
-    if last := next(run.checkpoints.restorable(checkpoint.abstract(state)), None):
+    with run.clock.phase("checkpoints"):
+        last = next(run.checkpoints.restorable(checkpoint.abstract(state)), None)
+    if last:
         step, state, position = last
         queries.set_state(position)
-        log(f"resumed from step {step} of {run.workdir}")
+        log(f"resumed from step {step} of {stores.told(run.workdir)}")
+    run.clock.resume(step)
     describe(run)
     evaluate(run, 0, lambda: rollout_params(run, frozen, run.model.params(run.mesh)))
     if run.monitor:
         run.monitor.start(run.workdir / "eval" / "0")
     with preemption.finishing_steps():
         try:
-            step, state = take_steps(run, frozen, state, queries, step)
+            with run.clock.phase("steps"):
+                step, state = take_steps(run, frozen, state, queries, step)
         except UserError:  # on every process; what was saved before is whole
             run.checkpoints.close()
             raise
-        run.checkpoints.close()
+        with run.clock.phase("checkpoints"):
+            run.checkpoints.close()
     if run.config.train.export and step:
         watch.require_fit(state.params)
         export_model(run, frozen, state)
-    return evaluate(run, step, lambda: rollout_params(run, frozen, state.params))
+    summary = evaluate(run, step, lambda: rollout_params(run, frozen, state.params))
+    log(goodput.describe([run.clock.keep(step)]))
+    return summary
 
 
 def take_steps(
@@ -59,20 +67,29 @@ def take_steps(
     """
     config, files, low = run.config.train, Metrics(run.workdir, step), ""
     watched = watch.Watch(config, run.workdir, run.model, step)
+    window = profile.Window(run.workdir / "profile", config.profile_steps, step, config.steps)
     with progress("training", config.steps, step) as advance:
-        rows = LateRows(files, config.log_every, config.steps, advance, watched)
+        rows = LateRows(files, config.log_every, config.steps, advance, watched, run.utilisation)
         while step < config.steps:
-            with jax.transfer_guard("disallow"):  # nothing goes to or from devices but by put_batch and fetch
+            compiled = compilations.so_far().seconds
+            with (
+                window.step(step),
+                jax.transfer_guard("disallow"),
+            ):  # nothing goes to or from devices but by put_batch and fetch
                 generated = generate(run, frozen, state, next(queries), step)
                 if (step + 1) % config.completions.every == 0 and config.completions.kept:
                     files.completions(step + 1, completions.entries(run, frozen, state, generated))
                 state, scalars = run.train_step(state, frozen, sharding.put_batch(run.mesh, generated.batch))
             learning_rate, step = float(run.learning_rates[step]), step + 1
+            window.end(step, scalars)
             check(run)
-            rows.add(Dispatched(step, scalars, learning_rate, generated, run.generator.compilations))
+            counts = run.generator.compilations, compilations.so_far().seconds - compiled
+            rows.add(Dispatched(step, scalars, learning_rate, generated, *counts))
             if run.monitor and run.monitor.due(step):
                 done = rows.wait()
-                row = rows.flush(run.monitor.look(rollout_params(run, frozen, state.params)), done)
+                with run.clock.phase("evaluation"):
+                    seen = run.monitor.look(rollout_params(run, frozen, state.params))
+                row = rows.flush(seen, done)
                 if fault := run.monitor.fault(row):
                     low = f"the slice's {fault}"
                     break
@@ -80,12 +97,22 @@ def take_steps(
             if preempted or step % config.checkpoints.every == 0 or step == config.steps:
                 rows.flush()
                 if not watched.skipping or preempted or step == config.steps:  # else good ones would make room for it
-                    run.checkpoints.save(step, state, queries.get_state())
+                    save(run, step, state, queries)
             if preempted and step < config.steps:
-                run.checkpoints.close()
+                with run.clock.phase("checkpoints"):
+                    run.checkpoints.close()
+                run.clock.keep(step)
+                stores.close(run.workdir)
                 preemption.end_preempted(f"preempted: step {step} is saved; run the same command again to resume")
     files.close()
     return go_back(run, frozen, state, step, low) if low else (step, state)
+
+
+def save(run: Run, step: int, state: TrainState, queries: grain.DatasetIterator[Batch]) -> None:
+    """Saves a checkpoint, in the background once it is copied to the host."""
+    with run.clock.phase("checkpoints"):
+        run.checkpoints.save(step, state, queries.get_state())
+    run.clock.keep(step)
 
 
 def go_back(run: Run, frozen: decoder.Params, state: TrainState, step: int, fault: str) -> tuple[int, TrainState]:
@@ -128,7 +155,10 @@ def with_analyses(run: Run, frozen: decoder.Params, state: TrainState) -> grain.
 
 def evaluate(run: Run, step: int, params: Callable[[], decoder.Params]) -> Summary:
     """The evaluation of what `params` gives, or the stored one; {} where the config asks for none."""
-    return run.evaluation.run(params, run.workdir / "eval" / str(step)) if run.evaluation else {}
+    if run.evaluation is None:
+        return {}
+    with run.clock.phase("evaluation"):
+        return run.evaluation.run(params, run.workdir / "eval" / str(step))
 
 
 def export_model(run: Run, frozen: decoder.Params, state: TrainState) -> None:
@@ -137,7 +167,7 @@ def export_model(run: Run, frozen: decoder.Params, state: TrainState) -> None:
     params = decoder.join(frozen, state.params)
     peers.moved("exporting the model")
     export.save(directory, params, model.directory, lora=model.lora, companions=model.companions())
-    log(f"aligned model: {directory}")
+    log(f"aligned model: {stores.told(directory)}")
     if model.lora:
         export.save_adapter(run.workdir / "adapter", state.params, model, run.config.model.path)
-        log(f"its adapter: {run.workdir / 'adapter'}")
+        log(f"its adapter: {stores.told(run.workdir / 'adapter')}")

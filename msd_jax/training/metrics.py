@@ -12,6 +12,7 @@ import jax
 from msd_jax.io import jsonl
 from msd_jax.parallel import distributed, sharding
 from msd_jax.training.generate import Generated
+from msd_jax.training.utilisation import Utilisation
 
 
 class Metrics:
@@ -56,6 +57,7 @@ class Dispatched:
       learning_rate: of the update.
       generated: what it trains on.
       rollout_compilations: of the generator so far.
+      compile_seconds: that the step waited for its programs, compiled or read from the cache; mostly 0.
     """
 
     step: int
@@ -63,6 +65,7 @@ class Dispatched:
     learning_rate: float
     generated: Generated
     rollout_compilations: int
+    compile_seconds: float
 
     def row(self, begun: float, done: float) -> dict[str, float]:
         """The step's row of metrics.jsonl, once the devices are done with it.
@@ -91,6 +94,7 @@ class Dispatched:
             "train_tokens_per_second": real / train_seconds,
             "padding": 1 - real / columns,
             "rollout_compilations": self.rollout_compilations,
+            "compile_seconds": self.compile_seconds,
         }
 
 
@@ -113,12 +117,22 @@ class LateRows:
     what it measures and saves.
     """
 
-    def __init__(self, files: Metrics, every: int, last: int, advance: Callable[[int, str], None], watch: Watch):
+    def __init__(
+        self,
+        files: Metrics,
+        every: int,
+        last: int,
+        advance: Callable[[int, str], None],
+        watch: Watch,
+        utilisation: Utilisation,
+    ):
         """Writes the steps that `every` divides, `last`, and those that `watch` has notes on.
 
-        Each is shown by `advance(step, status)`, and then checked by `watch`, which may end the run.
+        The columns of `utilisation` are added to each row. Each is shown by `advance(step, status)`, and
+        then checked by `watch`, which may end the run.
         """
         self._files, self._every, self._last, self._advance, self._watch = files, every, last, advance, watch
+        self._utilisation = utilisation
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of batches; each costs one compilation
         self._late: Dispatched | None = None
         self._free = -math.inf  # the host's clock when the devices were done with the step that was written last
@@ -148,6 +162,7 @@ class LateRows:
         dispatched, self._late = self._late, None
         begun, self._free = max(dispatched.generated.had, self._free), done
         row = dispatched.row(begun, done) | {"train_compilations": len(self._shapes)} | (measured or {})
+        row |= self._utilisation(dispatched.generated.batch, dispatched.generated.responses, row)
         notes = self._watch.notes(dispatched, row)
         if notes or measured is not None or dispatched.step % self._every == 0 or dispatched.step == self._last:
             self._files.scalars(dispatched.step, row, notes)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,11 +23,11 @@ from msd_jax.data.records import Query
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import evaluator
 from msd_jax.generation import responses, rollout
-from msd_jax.io import jsonl, lock
+from msd_jax.io import jsonl, lock, stores
 from msd_jax.io.console import log
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
-from msd_jax.training import checkpoint, fingerprint, optimizer
+from msd_jax.training import checkpoint, fingerprint, goodput, optimizer, utilisation
 from msd_jax.training.monitor import Monitor
 from msd_jax.training.train_step import TrainState, beta_schedule, check_batch, jit_train_step, loss_settings
 
@@ -65,6 +66,8 @@ class Run(Inputs):
     Attributes:
       workdir: the run's own directory.
       lock: on it.
+      clock: began with the set-up.
+      utilisation: of the devices, step by step.
       checkpoints: in it.
       optimize: the optax chain.
       learning_rates: of each step.
@@ -78,6 +81,8 @@ class Run(Inputs):
 
     workdir: pathlib.Path
     lock: lock.Lock | None
+    clock: goodput.Clock
+    utilisation: utilisation.Utilisation
     checkpoints: checkpoint.Checkpoints
     optimize: optax.GradientTransformation
     learning_rates: np.ndarray
@@ -89,12 +94,18 @@ class Run(Inputs):
     respond: responses.Responder | responses.GivenResponder
 
 
-def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
+def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilisation.Peak | None = None) -> Run:
     """Reads and checks everything, then makes `workdir` the run's own; no weight is read and no step compiled.
+
+    Args:
+      config: checked and frozen.
+      workdir: of this run or, to resume it, of an interrupted one.
+      peak: of each device, to relate the run's speed to; None where it is not known.
 
     Raises:
       UserError: names what is wrong with the config, a file or the workdir; `workdir` is then as it was.
     """
+    began = time.perf_counter()
     inputs = read(config)
     model, mesh = inputs.model, inputs.mesh
     held = claim(workdir, config, inputs.fingerprint)
@@ -111,6 +122,8 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
         **vars(inputs),
         workdir=workdir,
         lock=held,
+        clock=goodput.Clock(workdir, began),
+        utilisation=utilisation.Utilisation(model, mesh, peak),
         checkpoints=checkpoint.Checkpoints(
             workdir, config.train.checkpoints.kept, {"config": checkpoint.plain(config), "inputs": inputs.fingerprint}
         ),
@@ -288,6 +301,7 @@ def check(run: Run) -> None:
     if run.lock:
         run.lock.check()
     run.checkpoints.check()
+    stores.check(run.workdir)
 
 
 def teacher_store(

@@ -1,4 +1,4 @@
-"""Object stores are refused in one line that says what to do, by every command."""
+"""Object stores are refused in one line that says what to do, where they are not supported."""
 
 import os
 import subprocess
@@ -22,17 +22,18 @@ def test_an_object_store_is_refused(place, mount):
 def test_directories_are_not(place):
     places.require_directory("--workdir", place)
     places.require_directory("config.data.path", "hf://owner/name", ("hf",))
+    places.require_directory("--workdir", "gs://b/x", ("gs", "s3"))
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        "main --config configs/quickstart.py --workdir gs://bucket/run",
-        "evaluate --config configs/quickstart.py --out gs://bucket/evaluation",
-        "export --config configs/quickstart.py --checkpoint gs://bucket/run/checkpoints/3 --out x",
-        "report --workdir runs/a,gs://bucket/run",
+        "main --config configs/quickstart.py --workdir ftp://bucket/run",
+        "evaluate --config configs/quickstart.py --out gs:/bucket/evaluation",
+        "export --config configs/quickstart.py --checkpoint ftp://bucket/run/checkpoints/3 --out x",
+        "report --workdir runs/a,ftp://bucket/run",
+        "topology --config configs/qwen2_5_7b.py --workdir gs://bucket/run",  # several machines
         "judges --agreement s3://bucket/labels.csv",
-        "topology --config configs/quickstart.py --workdir gs://bucket/run",
         "queries --build gs://bucket/queries.csv",
     ],
 )

@@ -65,3 +65,21 @@ def test_a_gpu_is_found_by_what_jax_calls_it(kind, name):
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 PCIe", "TPU v5 lite"])
 def test_other_devices_have_no_figures(kind):
     assert hardware.find_gpu(kind) is None
+
+
+@pytest.mark.parametrize(
+    "kind, name, per_chip",
+    [("TPU v5 lite", "v5e", 1), ("TPU v5", "v5p", 1), ("TPU v6e", "v6e", 1), ("TPU7x", "tpu7x", 2)],
+)
+def test_the_peak_of_a_device(kind, name, per_chip):
+    device = hardware.GENERATIONS[name].device
+    assert hardware.peak(kind) == (device.flops, device.hbm_bandwidth, per_chip)
+
+
+def test_the_peak_of_a_gpu():
+    device = hardware.GPUS["h200"].device
+    assert hardware.peak("NVIDIA H200") == (device.flops, device.hbm_bandwidth, 1)
+
+
+def test_the_peak_of_an_unknown_device_is_not_guessed():
+    assert hardware.peak("cpu") is None and hardware.peak("TPU v5 something") is None

@@ -223,6 +223,22 @@ def test_facts_are_those_of_the_config(make):
     assert facts["training time"] == "0:03:30"
 
 
+def test_speed_and_wall_time_are_facts_where_they_were_measured(make):
+    workdir = make.run(name="measured")
+    assert not {"speed", "wall time"} & Results(collect.workdir(workdir)).facts().keys()
+    rows = [
+        {"step": 1, "mfu": 0.01, "hbm_share": 0.02, "compile_seconds": 9.0, "train_tokens_per_second_per_chip": 5.0}
+    ]
+    rows += [rows[0] | {"step": i, "mfu": i / 10, "hbm_share": None, "compile_seconds": 0.0} for i in (2, 3, 4)]
+    write_lines(workdir / "metrics.jsonl", rows)
+    start = {"began": "2026-01-01T00:00:00+00:00", "steps": [0, 4], "compiled": 7, "read": 1}
+    write_lines(workdir / "goodput.jsonl", [start | {"seconds": {"steps": 45.0, "generation": 15.0, "other": 60.0}}])
+    facts = Results(collect.workdir(workdir)).facts()
+    assert facts["speed"] == "5 tokens/s per chip trained, 30.0% model FLOPs utilisation"
+    assert facts["wall time"].startswith("goodput 50% of 0:02:00 (steps 38%, generation 12%); compilation 0%, ")
+    assert facts["wall time"].endswith("; 7 programs compiled, 1 read from the cache")
+
+
 def test_all_sources_of_queries_are_named(make):
     sources = ml_collections.ConfigDict(
         {"a": {"path": "hf://owner/set"}, "b": {"path": "tfds://parallel_queries:1.0.0"}}

@@ -18,9 +18,11 @@ def dispatched(step: int, free: float | None, had: float, R: int = 4) -> metrics
         np.zeros((2, R), np.int32), length_B,
     )  # fmt: skip
     generated = 6 if free else 0
-    responses = Responses(batch.response_BxR, length_B, np.array([True, False]), np.array([True, True]), generated)
+    stopped_B, on_policy_B, prompt_B = np.array([True, False]), np.array([True, True]), np.array([3, 3])
+    responses = Responses(batch.response_BxR, length_B, stopped_B, on_policy_B, generated, prompt_B, 4)
     scalars = {"loss": jnp.float32(step), "kl": jnp.float32(0.5)}
-    return metrics.Dispatched(step, scalars, 0.1, Generated(None, responses, batch, free, had), step)
+    written = Generated(None, responses, batch, free, had)
+    return metrics.Dispatched(step, scalars, 0.1, written, step, 0.5)
 
 
 class Files:
@@ -46,7 +48,7 @@ def files() -> Files:
 
 def test_a_row_is_written_when_the_next_step_is_added(files):
     shown = []
-    rows = metrics.LateRows(files, 1, 9, lambda step, status: shown.append(step), Unwatched())
+    rows = metrics.LateRows(files, 1, 9, lambda step, status: shown.append(step), Unwatched(), lambda *_: {})
     rows.add(dispatched(1, free=1.0, had=2.0))
     assert not files.rows
     rows.add(dispatched(2, free=5.0, had=6.0))
@@ -56,7 +58,7 @@ def test_a_row_is_written_when_the_next_step_is_added(files):
 
 
 def test_times_add_up_to_those_of_the_run(files):
-    rows = metrics.LateRows(files, 1, 9, lambda *_: None, Unwatched())
+    rows = metrics.LateRows(files, 1, 9, lambda *_: None, Unwatched(), lambda *_: {})
     rows.add(dispatched(1, free=1.0, had=2.0))
     rows.add(dispatched(2, free=5.0, had=7.0))
     rows.flush(done=11.0)
@@ -68,7 +70,7 @@ def test_times_add_up_to_those_of_the_run(files):
 
 
 def test_stored_responses_take_no_time_and_the_step_begins_when_the_one_before_is_done(files):
-    rows = metrics.LateRows(files, 1, 9, lambda *_: None, Unwatched())
+    rows = metrics.LateRows(files, 1, 9, lambda *_: None, Unwatched(), lambda *_: {})
     rows.add(dispatched(1, free=None, had=2.0))
     rows.flush(done=5.0)
     rows.add(dispatched(2, free=None, had=2.5))
@@ -78,7 +80,7 @@ def test_stored_responses_take_no_time_and_the_step_begins_when_the_one_before_i
 
 
 def test_what_was_measured_is_written_whatever_the_step(files):
-    rows = metrics.LateRows(files, 3, 7, lambda *_: None, Unwatched())
+    rows = metrics.LateRows(files, 3, 7, lambda *_: None, Unwatched(), lambda *_: {})
     for step in range(1, 8):
         rows.add(dispatched(step, free=float(step), had=step + 0.5))
         if step == 4:
@@ -88,7 +90,7 @@ def test_what_was_measured_is_written_whatever_the_step(files):
 
 
 def test_each_shape_of_a_batch_is_one_compilation(files):
-    rows = metrics.LateRows(files, 1, 9, lambda *_: None, Unwatched())
+    rows = metrics.LateRows(files, 1, 9, lambda *_: None, Unwatched(), lambda *_: {})
     for step, R in enumerate((4, 8, 4, 16), start=1):
         rows.add(dispatched(step, free=float(step), had=step + 0.5, R=R))
     rows.flush()
