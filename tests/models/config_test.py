@@ -17,7 +17,7 @@ from tests.conftest import LLAMA
             {"model_type": "mixtral"},
             "model_type 'mixtral' is not supported: the nearest that is, 'mistral', .*: experts",
         ),
-        ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are gemma2"),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are apertus"),
         ({"num_local_experts": 8}, "num_local_experts=8: mixture-of-experts"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope_type 'longrope' is not implemented"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs the rope parameter 'factor'"),

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
-from msd_jax.models import export, pretrained, releases, tensor_files, trained, weights
+from msd_jax.models import export, layout, pretrained, releases, tensor_files, trained, weights
 from msd_jax.parallel import sharding
 from tests.conftest import LLAMA, write_tokenizer
 
@@ -56,7 +56,7 @@ def made(directory: pathlib.Path, dtype=np.float32, **changes) -> pathlib.Path:
     (directory / "config.json").write_text(json.dumps(values))
     write_tokenizer(directory)
     rng = np.random.default_rng(0)
-    shapes = weights._expected_shapes(model_config.read(directory))
+    shapes = layout.shapes(model_config.read(directory))
     tensors = {name: (0.3 * rng.normal(size=shape)).astype(dtype) for name, shape in shapes.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
