@@ -19,7 +19,7 @@ from tests.conftest import LLAMA
         ),
         ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are apertus"),
         ({"num_local_experts": 8}, "num_local_experts=8: mixture-of-experts"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope_type 'longrope' is not implemented"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type 'dynamic' is not implemented"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs the rope parameter 'factor'"),
         ({"attention_bias": True}, "attention_bias=True is not implemented"),
         ({"mlp_bias": True}, "mlp_bias=True is not implemented"),
