@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from msd_jax import losses
 from msd_jax.generation import rollout
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, export, forward, layout, weights
+from msd_jax.models import decoder, export, forward, layout, lora, peft, weights
 from msd_jax.parallel import sharding
 from msd_jax.training import train_step
 
@@ -232,6 +232,36 @@ def test_export_is_bit_identical(pair, tmp_path, dtype):
     with torch.no_grad():
         logits = [load(tmp_path / name)(tokens).logits for name in ("in", "out")]
     assert logits[0].dtype == getattr(torch, dtype) and torch.equal(*logits)
+
+
+@pytest.mark.parametrize("targets", [lora.ADAPTABLE, ("key", "up", "down")], ids=["all", "some"])
+def test_adapters_in_peft_and_merged(pair, tmp_path, rng, targets):
+    """Those of matrices that share a tensor, too, and of a decoder within a larger model."""
+    peft_library = pytest.importorskip("peft")
+    adapters = lora.Lora(3, 7.0, targets)
+    graphdef, params = decoder.init(pair.config, jax.random.key(0), lora=adapters)
+    new, _ = decoder.split(params, lora.is_adapter)
+    new = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), new)
+    params = decoder.join(pair.params, new)
+    tokens = rng.integers(0, SIZES["vocab_size"], (2, 11))
+
+    @jax.jit
+    def run(params):
+        model = nnx.merge(graphdef, params)
+        positions = np.broadcast_to(np.arange(11), tokens.shape)
+        return model.logits(model(tokens, positions, np.ones(tokens.shape, bool)))
+
+    (tmp_path / "adapter").mkdir()
+    peft.write(tmp_path / "adapter", jax.device_get(params), adapters, pair.config, "base")
+    export.save(tmp_path / "merged", params, pair.directory, lora=adapters)
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
+    with_adapter = peft_library.PeftModel.from_pretrained(load(pair.directory), tmp_path / "adapter")
+    expected = np.asarray(run(params))
+    with torch.no_grad():
+        before = pair.torch_model(torch.tensor(tokens)).logits.numpy()
+        for theirs in (with_adapter, load(tmp_path / "merged")):
+            np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits.numpy(), expected, atol=5e-4, rtol=1e-4)
+    assert np.abs(before - expected).max() > 1e-2
 
 
 def test_gradients_of_the_msd_loss_equal_autograd(pair, rng):
