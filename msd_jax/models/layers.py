@@ -40,14 +40,15 @@ def apply_rope(x_BxTxNxH: jax.Array, cos: jax.Array, sin: jax.Array, interleaved
     A pair is a number of the first half and one of the second (as most Hugging Face checkpoints have it), or two
     neighbours if `interleaved`.
     """
-    rotated, rest = jnp.split(x_BxTxNxH, [2 * cos.shape[-1]], axis=-1)
-    x = rotated.astype(jnp.float32)
+    if 2 * cos.shape[-1] < x_BxTxNxH.shape[-1]:
+        rotated, rest = jnp.split(x_BxTxNxH, [2 * cos.shape[-1]], axis=-1)
+        return jnp.concatenate([apply_rope(rotated, cos, sin, interleaved), rest], axis=-1)
+    x = x_BxTxNxH.astype(jnp.float32)
     first, second = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     pair = [first * cos - second * sin, second * cos + first * sin]
-    turned = jnp.stack(pair, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(pair, axis=-1)
-    turned = turned.astype(x_BxTxNxH.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    rotated = jnp.stack(pair, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(pair, axis=-1)
+    return rotated.astype(x_BxTxNxH.dtype)
 
 
 def xielu(x: jax.Array, positive_alpha: jax.Array, negative_alpha: jax.Array) -> jax.Array:
