@@ -13,7 +13,7 @@ _NEAREST = {
     "cohere2_moe": ("cohere2", "experts"),
     "cohere2_vision": ("cohere2", "an image encoder"),
     "deepseek_v3": ("llama", "experts and attention to a latent"),
-    "exaone4": ("qwen3", "norms behind the sublayers and layers without RoPE"),
+    "exaone4": ("olmo3", "layers without RoPE, and norms of queries and keys over each head"),
     "falcon": ("llama", "attention and feed-forward side by side, LayerNorm, and no gate"),
     "flex_olmo": ("olmo2", "experts"),
     "gemma": ("gemma2", "no norms behind the sublayers and no soft caps"),
