@@ -119,6 +119,7 @@ def test_config_overrides(overrides):
 
 
 EXTRA = ["rope_scaling", "rope_parameters", "layer_types", "head_dim", "sliding_window", "num_experts", "hidden_act"]
+EXTRA += ["text_config", "no_rope_layers", "logit_scale", "partial_rotary_factor", "original_max_position_embeddings"]
 
 
 @fuzz

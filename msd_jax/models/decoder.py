@@ -21,9 +21,10 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from msd_jax.errors import UserError
 from msd_jax.models import attention as attention_lib
 from msd_jax.models.config import DecoderConfig
-from msd_jax.models.layers import Layers, ParamFactory, apply_rope, rms_norm
+from msd_jax.models.layers import Layers, ParamFactory, apply_rope, normalise
 from msd_jax.models.lora import Lora
 from msd_jax.parallel import sharding
 
@@ -55,7 +56,7 @@ class LayerKind(NamedTuple):
     """What distinguishes a layer from the others besides its weights; of all layers, fields have a leading L axis.
 
     Attributes:
-      frequency: float32 [H/2], RoPE's radians per position.
+      frequency: float32 [H/2], or fewer where RoPE rotates a part of each head; its radians per position.
       rope_factor: float32 scalar on RoPE's cos and sin.
       window: int32 scalar, how many tokens a query attends to, its own included.
     """
@@ -83,9 +84,19 @@ def visible_tokens(window: int | None) -> int:
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype, mesh: Mesh | None = None) -> KVCache:
     """An empty cache, split by rows and by key/value heads."""
+    require_length(config, slots)
     shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
     empty = sharding.constrain(jnp.zeros(shape, dtype), mesh, None, "batch", "kv_heads", None, None)
     return KVCache(empty, empty)
+
+
+def require_length(config: DecoderConfig, tokens: int) -> None:
+    """Raises UserError if sequences of this many tokens are longer than `config.longest`."""
+    if config.longest is not None and tokens > config.longest:
+        raise UserError(
+            f"sequences of {tokens} tokens are not implemented for this model: beyond {config.longest} tokens its RoPE "
+            "(longrope) has other frequencies; lower the limits of prompts and responses"
+        )
 
 
 class Decoder(nnx.Module):
@@ -136,6 +147,7 @@ class Decoder(nnx.Module):
         Returns:
           hidden_BxTxD, normalised, ready for `logits`, at least float32.
         """
+        require_length(self.config, tokens_BxT.shape[1])
         attend = self._self_attention(valid_BxT)
 
         def layer(x_BxTxD: jax.Array, inputs: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, None]:
@@ -224,6 +236,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """One layer: attention, then feed-forward, each on a normalised input and added to the residual stream.
 
+        With `config.parallel` both have the same input.
+
         Args:
           x_BxTxD: the residual stream.
           params, kind: the layer's.
@@ -236,11 +250,14 @@ class Decoder(nnx.Module):
         layer = nnx.merge(nnx.graphdef(self.layers), params)
         angle = positions_BxT[..., None].astype(jnp.float32) * kind.frequency
         cos, sin = jnp.cos(angle) * kind.rope_factor, jnp.sin(angle) * kind.rope_factor
-        query, key, value = layer.qkv(layer.norm(x_BxTxD, layer.attention_norm))
-        query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        inputs_BxTxD = layer.norm(x_BxTxD, layer.attention_norm)
+        query, key, value = layer.qkv(inputs_BxTxD)
+        query, key = (apply_rope(x, cos, sin, self.config.rope_interleaved) for x in (query, key))
         new = KVCache(key.swapaxes(1, 2), value.swapaxes(1, 2))
         x_BxTxD += layer.attention_output(attend(query, new, kind.window))
-        x_BxTxD += layer.feed_forward(layer.norm(x_BxTxD, layer.ffw_norm))
+        if not self.config.parallel:
+            inputs_BxTxD = layer.norm(x_BxTxD, layer.ffw_norm)
+        x_BxTxD += layer.feed_forward(inputs_BxTxD)
         return self.constrain(x_BxTxD), new
 
     @property
@@ -278,8 +295,9 @@ class Decoder(nnx.Module):
         return self.constrain(x_BxTxD)
 
     def _normalise(self, x_BxTxD: jax.Array) -> jax.Array:
-        c = self.config
-        return rms_norm(x_BxTxD, self.final_norm[...], c.norm_eps, c.norm_offset, self.residual_dtype)
+        """The residual stream -> hidden states whose product with the head is the logits, but for the soft cap."""
+        hidden_BxTxD = normalise(x_BxTxD, self.final_norm[...], self.config, self.residual_dtype)
+        return hidden_BxTxD if self.config.logit_scale == 1.0 else hidden_BxTxD * self.config.logit_scale
 
     def _stacked_layers(self) -> tuple[nnx.State, LayerKind]:
         """(weights, kinds) of all layers, to be scanned over."""
@@ -329,18 +347,28 @@ def abstract(config: DecoderConfig, **options: Any) -> tuple[nnx.GraphDef, Param
     return graphdef, nnx.to_pure_dict(state), _pure(axes)
 
 
+def name_of(path: tuple) -> str:
+    """The dotted name of a parameter, from its path in the nested dict."""
+    return ".".join(key.key for key in path)
+
+
+def flat(params: Params) -> list[tuple[str, Any]]:
+    """(dotted name, leaf) of each parameter."""
+    return [(name_of(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+
+
 def split(params: Params, chosen: Callable[[str], bool]) -> tuple[Params, Params]:
     """(the parameters whose dotted name is `chosen`, the others), both as nested dicts; leaves may be anything."""
-    flat = traverse_util.flatten_dict(params, sep=".")
-    parts = ({name: leaf for name, leaf in flat.items() if chosen(name) == wanted} for wanted in (True, False))
+    named = traverse_util.flatten_dict(params, sep=".")
+    parts = ({name: leaf for name, leaf in named.items() if chosen(name) == wanted} for wanted in (True, False))
     inside, outside = (traverse_util.unflatten_dict(part, sep=".") for part in parts)
     return inside, outside
 
 
 def join(*parts: Params) -> Params:
     """The nested dict whose parts `split` returned."""
-    flat = [traverse_util.flatten_dict(part, sep=".") for part in parts]
-    return traverse_util.unflatten_dict({name: leaf for part in flat for name, leaf in part.items()}, sep=".")
+    named = [traverse_util.flatten_dict(part, sep=".") for part in parts]
+    return traverse_util.unflatten_dict({name: leaf for part in named for name, leaf in part.items()}, sep=".")
 
 
 def _pure(state: Any) -> Any:

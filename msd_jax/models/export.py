@@ -6,6 +6,7 @@ A run exports its last step; `python -m msd_jax.export --config configs/NAME.py 
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, location, pretrained, releases, tensor_files, weights
+from msd_jax.models import decoder, location, peft, pretrained, releases, tensor_files, weights
 from msd_jax.models import lora as lora_lib
 from msd_jax.parallel import distributed, sharding
 
@@ -38,8 +39,8 @@ def save(
       directory: replaced as a whole, and only when everything is written.
       params: of the decoder that SOURCE/config.json describes.
       source: the Hugging Face directory whose config.json and tokenizer go along.
-      dtype: of the tensors; None leaves each in the dtype that it has in SOURCE, or, where that holds no weights, in
-        the one that SOURCE/config.json names.
+      dtype: of the decoder's tensors; None leaves each in the dtype that it has in SOURCE, or, where that holds no
+        weights, in the one that SOURCE/config.json names. Other tensors of SOURCE are copied as they are.
       max_shard_bytes: above this size the weights are split over several files with an index.
       lora: settings of the adapters in `params`, which are merged into the matrices.
       companions: further files, text by name, see Pretrained.companions.
@@ -52,14 +53,19 @@ def save(
     if original.tied_embeddings and not config.tied_embeddings:
         values["tie_word_embeddings"] = False  # which only transformers 5 sees for itself
     fallback = jnp.dtype(values.get("dtype") or values.get("torch_dtype") or "float32")
-    stored = {} if dtype else weights.stored_dtypes(source)
-    tensors = weights.tensors(params, config, lambda tensor: stored.get(tensor, fallback), lora)
+    files = weights.Source.of(source)
+
+    def exported_dtype(tensor: str) -> jnp.dtype:
+        return jnp.dtype(dtype) if dtype else files.dtype(tensor, fallback)
+
+    tensors = weights.tensors(params, config, exported_dtype, lora)
     if not _writes(params):
         for _ in tensors:  # takes its part in gathering them
             pass
         return
     with _replacing(directory) as unfinished:
-        weights.write(unfinished, tensors, max_shard_bytes)
+        renamed = ((files.name(tensor, config), value) for tensor, value in tensors)
+        weights.write(unfinished, itertools.chain(renamed, files.carried(config)), max_shard_bytes)
         copy_companions(source, unfinished)
         _write_json(unfinished / "config.json", releases.config_json(values))
         _write_texts(unfinished, companions or {})
@@ -81,7 +87,7 @@ def save_adapter(directory: pathlib.Path, params: decoder.Params, model: pretrai
     if not _writes(adapters):
         return
     with _replacing(directory) as unfinished:
-        lora_lib.write_peft(unfinished, fetched, model.lora, weights.layout(model.config), base)
+        peft.write(unfinished, fetched, model.lora, model.config, base)
         copy_companions(model.directory, unfinished, location.TOKENIZER)
         _write_texts(unfinished, {name: t for name, t in model.companions().items() if name.endswith(".jinja")})
 

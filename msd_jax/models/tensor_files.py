@@ -1,16 +1,52 @@
 """The safetensors files of a model directory: which tensor is in which, found without trusting what they say."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
+import numpy as np
 import safetensors
 
 from msd_jax.errors import UserError, UserFileError
+from msd_jax.models import layout
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of an open file, under the name that it has there."""
+
+    path: pathlib.Path
+    name: str
+    file: Any
+
+    def slice(self) -> Any:
+        """Its shape, dtype and parts, without reading the whole."""
+        return self.file.get_slice(self.name)
+
+    def whole(self) -> np.ndarray:
+        return self.file.get_tensor(self.name)
+
+
+def open_all(directory: pathlib.Path) -> dict[str, Tensor]:
+    """Every tensor, by the name that layout.layout gives it; reads headers alone.
+
+    Raises:
+      UserError: as `find`, or the directory holds one under two names.
+    """
+    found = find(directory)
+    files = {path: safetensors.safe_open(path, framework="np") for path in set(found.values())}
+    tensors: dict[str, Tensor] = {}
+    for name, path in found.items():
+        tensor = layout.in_file(name)
+        if tensor in tensors:
+            raise UserError(f"{path}: {name} and {tensors[tensor].name} are the same tensor of the decoder")
+        tensors[tensor] = Tensor(path, name, files[path])
+    return tensors
 
 
 def find(directory: pathlib.Path) -> dict[str, pathlib.Path]:

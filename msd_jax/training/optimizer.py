@@ -105,6 +105,6 @@ def state_shardings(rule: optax.GradientTransformation, params: Any) -> Any:
 
 
 def _is_matrix(params: Any) -> Any:
-    """True at matrices, which weight decay is for, and false at norms and biases."""
-    names = ("norm", "bias")
+    """True at matrices, which weight decay is for, and false at norms, biases and an activation's parameters."""
+    names = ("norm", "bias", "alpha")
     return jax.tree.map_with_path(lambda path, _: not any(name in path[-1].key for name in names), params)

@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
+from msd_jax.models import decoder
 from tests.conftest import LLAMA
 
 
@@ -17,9 +20,21 @@ from tests.conftest import LLAMA
             {"model_type": "mixtral"},
             "model_type 'mixtral' is not supported: the nearest that is, 'mistral', .*: experts",
         ),
-        ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are gemma2"),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are apertus"),
+        ({"model_type": "qwen4"}, "model_type 'qwen4' is not supported: the nearest by name is 'qwen2'"),
+        ({"model_type": "x", "text_config": {"model_type": "qwen3"}}, "only its text model, 'qwen3', is, in files of"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "llama"}}, "text_config=.* model_type 'gemma3_text'"),
+        ({"model_type": "gemma3"}, "the key 'text_config' is missing"),
+        ({"model_type": "apertus", "hidden_act": "silu"}, "hidden_act='silu' is not implemented .only xielu"),
+        ({"hidden_act": "xielu"}, "hidden_act='xielu' is not implemented"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented .only 1.0, and less for phi3"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "the rope parameter short_factor holds 1 numbers, not 4",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers, num_hidden_layers says"),
         ({"num_local_experts": 8}, "num_local_experts=8: mixture-of-experts"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope_type 'longrope' is not implemented"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type 'dynamic' is not implemented"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs the rope parameter 'factor'"),
         ({"attention_bias": True}, "attention_bias=True is not implemented"),
         ({"mlp_bias": True}, "mlp_bias=True is not implemented"),
@@ -102,9 +117,33 @@ def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
         ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings='yes' must be true or false"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
         ({"hidden_act": 1}, r"hidden_act=1 is not implemented"),
+        ({"no_rope_layers": "1"}, r"no_rope_layers='1' must be a list of whole numbers"),
+        ({"rope_scaling": {"short_factor": 1}}, r"rope_scaling.short_factor=1 must be a list of numbers"),
+        ({"rope_scaling": {"short_factor": [0.0]}}, r"rope_scaling.short_factor=0.0 must be a positive number"),
+        ({"logit_scale": 0}, r"logit_scale=0 must be a positive number"),
     ],
 )
 def test_a_wrong_type_or_size_is_one_error_that_names_the_key(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
     with pytest.raises(UserError, match=rf"^{tmp_path}/config.json: {message}"):
         model_config.read(tmp_path)
+
+
+def test_sequences_that_longrope_would_turn_otherwise_are_refused():
+    values = LLAMA | {"model_type": "phi3", "original_max_position_embeddings": 16}
+    values |= {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}
+    config = model_config.from_dict(values)
+    graphdef, params, _ = decoder.abstract(config)
+
+    def hidden(tokens):
+        def run(params):
+            inputs = np.zeros((2, tokens), np.int32)
+            return nnx.merge(graphdef, params)(inputs, inputs, inputs == 0)
+
+        return jax.eval_shape(run, params)
+
+    assert hidden(16).shape == (2, 16, 32)
+    decoder.init_cache(config, 2, 16, np.float32)
+    for too_long in (lambda: hidden(17), lambda: decoder.init_cache(config, 2, 17, np.float32)):
+        with pytest.raises(UserError, match=r"sequences of 17 tokens are not implemented .* beyond 16 tokens"):
+            too_long()

@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 
 import jax
@@ -15,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
-from msd_jax.models import export, pretrained, releases, tensor_files, trained, weights
+from msd_jax.models import export, layout, pretrained, releases, tensor_files, trained, weights
 from msd_jax.parallel import sharding
 from tests.conftest import LLAMA, write_tokenizer
 
@@ -34,6 +36,11 @@ GEMMA3 = LLAMA | {
 }
 del GEMMA3["rope_theta"]
 QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8}
+SPECIAL = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1}  # the families' own are beyond the vocabulary
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5], "long_factor": [4.0] * 3, "rope_theta": 1e4}
+LONG_ROPE |= {"original_max_position_embeddings": 64, "partial_rotary_factor": 0.75}
+YARN_ROPE = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 5e5}
 # As transformers 5 writes them.
 NEWER = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 3e5}} | {"tie_word_embeddings": False},
@@ -46,6 +53,34 @@ NEWER = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         }
     },
+    "cohere": {"model_type": "cohere", "architectures": ["CohereForCausalLM"], "logit_scale": 0.5}
+    | SPECIAL
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 4e6}, "use_qk_norm": True},
+    "cohere2": {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "logit_scale": 0.5}
+    | SPECIAL
+    | WINDOWS
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+    "phi4": {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 64}
+    | SPECIAL
+    | {"rope_parameters": LONG_ROPE, "sliding_window": 4},
+    "phi3": {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "tie_word_embeddings": False}
+    | SPECIAL
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 2.5e5, "partial_rotary_factor": 1.0}},
+    "smollm3": {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0, 1]}
+    | SPECIAL
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
+    "olmo3": {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "tie_word_embeddings": False}
+    | SPECIAL
+    | WINDOWS
+    | {
+        "rope_parameters": {
+            "full_attention": YARN_ROPE,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        }
+    },
+    "apertus": {"model_type": "apertus", "architectures": ["ApertusForCausalLM"], "hidden_act": "xielu"}
+    | SPECIAL
+    | {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 1.2e7}, "tie_word_embeddings": False},
 }
 
 
@@ -56,8 +91,13 @@ def made(directory: pathlib.Path, dtype=np.float32, **changes) -> pathlib.Path:
     (directory / "config.json").write_text(json.dumps(values))
     write_tokenizer(directory)
     rng = np.random.default_rng(0)
-    shapes = weights._expected_shapes(model_config.read(directory))
+    shapes = layout.shapes(model_config.read(directory))
     tensors = {name: (0.3 * rng.normal(size=shape)).astype(dtype) for name, shape in shapes.items()}
+    if values["model_type"] == "apertus":  # the parameters of its activation are bfloat16 in transformers 4
+        tensors = {name: x.astype(jnp.bfloat16).astype(dtype) if "act_fn" in name else x for name, x in tensors.items()}
+        for layer in range(3):
+            constants = {"beta": 0.5, "eps": -1e-6}
+            tensors |= {f"model.layers.{layer}.mlp.act_fn.{n}": np.array(x, dtype) for n, x in constants.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -199,8 +239,67 @@ def test_older_keys_beside_newer_ones(name):
     assert model_config.from_dict(newer) == model_config.from_dict(both) == model_config.from_dict(older)
     assert both["torch_dtype"] == both["dtype"] == "float32"
     theirs = [transformers.AutoConfig.for_model(**copy.deepcopy(values)) for values in (newer, both, older)]
-    assert theirs[0].rope_parameters == theirs[1].rope_parameters == theirs[2].rope_parameters
+    for other in theirs[1:]:  # the older name of rope_type may stay beside it
+        kept = {key: value for key, value in other.rope_parameters.items() if key != "type"}
+        assert theirs[0].rope_parameters == kept
     assert releases.config_json(both) == both
+
+
+def with_images(directory: pathlib.Path) -> pathlib.Path:
+    """A Gemma 3 with an image encoder, as transformers 5 writes it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 8, "model_type": "siglip_vision_model", "vision_use_head": False}
+    text = {key: value for key, value in NEWER["gemma3"].items() if key != "architectures"} | SPECIAL
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, dtype="float32")
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(directory)
+    file = directory / "model.safetensors"  # in the names of the hub's files
+    tensors = {
+        re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", n): x
+        for n, x in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    write_tokenizer(directory)
+    return directory
+
+
+def test_a_model_with_images_keeps_all_that_is_not_trained(tmp_path):
+    """Bit for bit, in their own dtypes; under either of the names that releases give the decoder's tensors."""
+    source = with_images(tmp_path / "hub")
+    tensors = load_file(source / "model.safetensors")
+    vision = [name for name in tensors if "language_model" not in name]
+    assert len(vision) > 10 and "language_model.model.norm.weight" in tensors
+    tensors |= {vision[0]: tensors[vision[0]].astype(np.float16)}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    renamed = {
+        name.replace("language_model.model.", "model.language_model.") if name not in vision else f"model.{name}": x
+        for name, x in tensors.items()
+    }
+    save_file(renamed, other / "model.safetensors", metadata={"format": "pt"})
+    for directory, before in ((source, tensors), (other, renamed)):
+        model = pretrained.load(str(directory), **OPTIONS)
+        params = model.params(sharding.make_mesh(devices=jax.devices()[:1]))
+        params["final_norm"] += 0.5
+        out = tmp_path / f"{directory.name}.out"
+        export.save(out, params, directory, max_shard_bytes=20_000)  # several files
+        files = tensor_files.open_all(out)
+        after = {tensor.name: tensor.whole() for tensor in files.values()}
+        assert after.keys() == before.keys()
+        for name, tensor in before.items():
+            same = tensor.dtype == after[name].dtype and tensor.tobytes() == after[name].tobytes()
+            assert same != name.endswith("language_model.norm.weight" if directory is other else "model.norm.weight")
+        assert values_of(out / "config.json")["vision_config"] == values_of(directory / "config.json")["vision_config"]
+        assert pretrained.load(str(out), **OPTIONS).config == model.config
+
+
+def test_a_tensor_that_no_part_explains_is_left_over(tmp_path):
+    source = with_images(tmp_path / "hub")
+    add_tensor(source, "audio_tower.weight", np.ones(3, np.float32))
+    with pytest.raises(UserError, match=r"left over: audio_tower\.weight"):
+        pretrained.load(str(source), **OPTIONS)
 
 
 def test_the_tokenizer_is_legible_to_older_releases(tmp_path):
@@ -242,10 +341,12 @@ def test_transformers_4_computes_the_same_from_an_export(tmp_path):
         if name == "llama3":
             add_tensor(source, "lm_head.weight", np.random.default_rng(1).normal(size=(40, 32)).astype(np.float32))
         exported(source, tmp_path / name)
-    directories = [str(tmp_path / name) for name in NEWER]
+    exported(with_images(tmp_path / "sources" / "gemma3_with_images"), tmp_path / "gemma3_with_images")
+    names = [*NEWER, "gemma3_with_images"]
+    directories = [str(tmp_path / name) for name in names]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([OTHER_PYTHON, "-c", OTHER, *directories], check=True, env=environment)
-    for name in NEWER:
+    for name in names:
         theirs = np.load(tmp_path / name / "logits.npy")
         np.testing.assert_allclose(theirs, torch_logits(tmp_path / name, TOKENS), atol=1e-5)
         np.testing.assert_allclose(theirs, torch_logits(tmp_path / "sources" / name, TOKENS), atol=1e-5)

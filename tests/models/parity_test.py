@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from msd_jax import losses
 from msd_jax.generation import rollout
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, export, forward, weights
+from msd_jax.models import decoder, export, forward, layout, lora, peft, weights
 from msd_jax.parallel import sharding
 from msd_jax.training import train_step
 
@@ -45,6 +45,20 @@ LLAMA3_ROPE = {
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 GEMMA = {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 20}
+GEMMA3 = GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 32, "patch_size": 8, "vision_use_head": False, "model_type": "siglip_vision_model"}
+GEMMA3_WITH_IMAGES = {"text_config": SIZES | GEMMA3, "vision_config": VISION, "mm_tokens_per_image": 4}
+GEMMA3_WITH_IMAGES |= {"image_token_index": 130, "boi_token_index": 129, "eoi_token_index": 128}
+# A head of 16, of which RoPE rotates 12.
+PARTIAL = {"partial_rotary_factor": 0.75, "rope_theta": 1e4}
+LONG_ROPE = PARTIAL | {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 3.0],
+    "long_factor": [9.0] * 6,
+}
+LONG_ROPE |= {"original_max_position_embeddings": 128}
+NO_PAD = {"pad_token_id": None}  # whose embedding would be zero and take no gradient
 FAMILIES = {
     "llama2": ("LlamaConfig", {"tie_word_embeddings": False}),
     "llama3": ("LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
@@ -52,13 +66,29 @@ FAMILIES = {
     "llama_linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
-    "olmo2": ("Olmo2Config", {"pad_token_id": None}),  # whose embedding would be zero and take no gradient
+    "olmo2": ("Olmo2Config", NO_PAD),
     "mistral": ("MistralConfig", {"sliding_window": 8}),
     "gemma2": ("Gemma2Config", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3": ("Gemma3TextConfig", GEMMA3),
+    "gemma3_with_images": ("Gemma3Config", GEMMA3_WITH_IMAGES),
+    "cohere": ("CohereConfig", NO_PAD | {"logit_scale": 0.3}),
+    "cohere_qk_norm": ("CohereConfig", NO_PAD | {"use_qk_norm": True, "num_attention_heads": 4}),
+    "cohere2": ("Cohere2Config", NO_PAD | {"sliding_window": 8, "num_hidden_layers": 5}),
+    "phi3": ("Phi3Config", NO_PAD | {"sliding_window": 8}),
+    "phi4": (
+        "Phi3Config",
+        NO_PAD
+        | {"hidden_size": 96, "tie_word_embeddings": True, "rope_parameters": LONG_ROPE}
+        | {"original_max_position_embeddings": 128},
     ),
+    "smollm3": ("SmolLM3Config", NO_PAD | {"num_hidden_layers": 5}),
+    "olmo3": (
+        "Olmo3Config",
+        NO_PAD
+        | {"sliding_window": 8, "num_hidden_layers": 5}
+        | {"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": YARN_ROPE}},
+    ),
+    "apertus": ("ApertusConfig", NO_PAD | {"rope_parameters": LLAMA3_ROPE}),
 }
 
 
@@ -86,11 +116,11 @@ class Pair:
 def pair(request, tmp_path_factory) -> Pair:
     name, options = FAMILIES[request.param]
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**SIZES, **options)
+    config = getattr(transformers, name)(**options if "text_config" in options else SIZES | options)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # norms and biases start at constants that would hide a fault
         for key, value in model.named_parameters():
-            if "norm" in key or "bias" in key:
+            if "norm" in key or "bias" in key or "alpha" in key:
                 value.add_(0.3 * torch.randn_like(value))
     directory = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(directory)
@@ -204,6 +234,36 @@ def test_export_is_bit_identical(pair, tmp_path, dtype):
     assert logits[0].dtype == getattr(torch, dtype) and torch.equal(*logits)
 
 
+@pytest.mark.parametrize("targets", [lora.ADAPTABLE, ("key", "up", "down")], ids=["all", "some"])
+def test_adapters_in_peft_and_merged(pair, tmp_path, rng, targets):
+    """Those of matrices that share a tensor, too, and of a decoder within a larger model."""
+    peft_library = pytest.importorskip("peft")
+    adapters = lora.Lora(3, 7.0, targets)
+    graphdef, params = decoder.init(pair.config, jax.random.key(0), lora=adapters)
+    new, _ = decoder.split(params, lora.is_adapter)
+    new = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), new)
+    params = decoder.join(pair.params, new)
+    tokens = rng.integers(0, SIZES["vocab_size"], (2, 11))
+
+    @jax.jit
+    def run(params):
+        model = nnx.merge(graphdef, params)
+        positions = np.broadcast_to(np.arange(11), tokens.shape)
+        return model.logits(model(tokens, positions, np.ones(tokens.shape, bool)))
+
+    (tmp_path / "adapter").mkdir()
+    peft.write(tmp_path / "adapter", jax.device_get(params), adapters, pair.config, "base")
+    export.save(tmp_path / "merged", params, pair.directory, lora=adapters)
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
+    with_adapter = peft_library.PeftModel.from_pretrained(load(pair.directory), tmp_path / "adapter")
+    expected = np.asarray(run(params))
+    with torch.no_grad():
+        before = pair.torch_model(torch.tensor(tokens)).logits.numpy()
+        for theirs in (with_adapter, load(tmp_path / "merged")):
+            np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits.numpy(), expected, atol=5e-4, rtol=1e-4)
+    assert np.abs(before - expected).max() > 1e-2
+
+
 def test_gradients_of_the_msd_loss_equal_autograd(pair, rng):
     """Reverse KL with DPSW weights, every parameter, against PyTorch's autograd in float64 on unpadded sequences."""
     B, P, Q, R = 3, 8, 14, 9
@@ -243,13 +303,13 @@ def test_gradients_of_the_msd_loss_equal_autograd(pair, rng):
         total = total + (weight * (student.exp() * (student - teacher)).sum(-1)).sum()
         normaliser += weight.sum()
     (total / normaliser).backward()
-    expected = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    expected = {layout.in_file(name): p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
-    table = weights.layout(pair.config)
-    for path, grad in jax.tree.leaves_with_path(actual):
-        tensor, pattern = table[".".join(key.key for key in path)]
+    table = layout.layout(pair.config)
+    for name, grad in decoder.flat(actual):
+        tensor, pattern, row = table[name]
         left, right = pattern.split("->")
         for layer, value in enumerate(np.asarray(grad) if "{}" in tensor else [np.asarray(grad)]):
-            wanted = expected[tensor.format(layer)]
-            difference = np.linalg.norm(einops.rearrange(value, f"{right} -> {left}") - wanted)
-            assert difference <= 1e-3 * np.linalg.norm(wanted) > 0, tensor.format(layer)
+            value = einops.rearrange(value, f"{right} -> {left}")
+            wanted = expected[tensor.format(layer)][row : row + len(value)]
+            assert np.linalg.norm(value - wanted) <= 1e-3 * np.linalg.norm(wanted) > 0, (name, layer)

@@ -14,15 +14,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, export, tensor_files, weights
+from msd_jax.models import decoder, export, layout, tensor_files, weights
 from msd_jax.parallel import sharding
 from tests.conftest import LLAMA
 
 
-def read(directory, config, dtype=np.float32, layout=None):
+def read(directory, config, dtype=np.float32, shardings=None):
     _, abstract, _ = decoder.abstract(config, param_dtype=dtype)
-    if layout:
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+    if shardings:
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     return weights.read(directory, config, abstract)
 
 
@@ -50,9 +50,9 @@ def test_weights_are_read_into_their_sharding(model_dir, loaded):
     config, params = loaded
     mesh = sharding.make_mesh(2, 2, 2)
     _, abstract, axes = decoder.abstract(config)
-    layout = sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN)
-    spread = read(model_dir, config, layout=layout)
-    for leaf, whole, wanted in zip(*map(jax.tree.leaves, (spread, params, layout))):
+    shardings = sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN)
+    spread = read(model_dir, config, shardings=shardings)
+    for leaf, whole, wanted in zip(*map(jax.tree.leaves, (spread, params, shardings))):
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
         np.testing.assert_array_equal(leaf, whole)
 
@@ -192,7 +192,7 @@ def test_each_device_reads_its_own_slice_once(model_dir, loaded, monkeypatch):
     monkeypatch.setattr(weights, "_read_slice", counted)
     mesh = sharding.make_mesh(2, 2, 2)  # each slice is on two devices at least
     _, abstract, axes = decoder.abstract(config)
-    read(model_dir, config, layout=sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN))
+    read(model_dir, config, shardings=sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN))
     assert sum(read_elements) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -232,7 +232,7 @@ def test_host_memory_stays_within_two_tensors_of_the_models_own(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = model_config.read(tmp_path)
     rng = np.random.default_rng(0)
-    tensors = {name: rng.random(shape, np.float32) for name, shape in weights._expected_shapes(config).items()}
+    tensors = {name: rng.random(shape, np.float32) for name, shape in layout.shapes(config).items()}
     total = sum(t.nbytes for t in tensors.values())
     assert total > 0.95e9
     save_file(tensors, tmp_path / "model.safetensors")

@@ -24,11 +24,19 @@ from msd_jax.parallel import sharding
 from msd_jax.testbed import tiny
 from msd_jax.training import optimizer, train_step
 from tests.conftest import REPOSITORY
+from tests.models.published import MODELS
+from tests.models.published_test import shrunk
 from tests.recipes_test import RECIPES
 
 B, P, Q, R = 16, 12, 20, 6
+# One of each family that has no recipe.
+OTHERS = [
+    *("CohereLabs/aya-expanse-8b", "CohereLabs/c4ai-command-r7b-12-2024", "HuggingFaceTB/SmolLM3-3B"),
+    *("allenai/Olmo-3-7B-Instruct", "google/gemma-3-4b-it", "microsoft/Phi-4-mini-instruct"),
+    "swiss-ai/Apertus-8B-Instruct-2509",
+]
 # Heads divide, are fewer than devices (key/value heads), rows are split alone; batches by data, fsdp and both.
-MESHES = {name: [(1, 2, 4), (2, 2, 2)] for name in RECIPES} | {
+MESHES = {name: [(1, 2, 4), (2, 2, 2)] for name in [*RECIPES, *OTHERS]} | {
     "llama3_8b": [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 }
 
@@ -36,7 +44,8 @@ MESHES = {name: [(1, 2, 4), (2, 2, 2)] for name in RECIPES} | {
 @functools.cache
 def computed(name, shape):
     """(state after a step, its scalars, a rollout) as host arrays."""
-    config = importlib.import_module(f"msd_jax.configs.{name}").get_config("smoke")
+    recipe = name if name in RECIPES else "llama3_8b"
+    config = importlib.import_module(f"msd_jax.configs.{recipe}").get_config("smoke")
     config.model.dtype, config.train.micro_batches = "float32", 2
     # So large an eps makes AdamW's update linear in the gradient: it does not blow up the rounding of small ones.
     config.optimizer.warmup_steps, config.optimizer.learning_rate, config.optimizer.adamw.eps = 0, 1e-2, 1.0
@@ -45,7 +54,15 @@ def computed(name, shape):
     options = {key: value for key, value in config.model.items() if key != "path"}
     # A vocabulary that divides over four devices, and weights so large that student and teacher differ.
     sizes = {"vocab_size": 1120, "initializer_range": 0.2}
-    architecture = dataclasses.replace(model_config.read(tiny.model(name)), **sizes)
+    if name in OTHERS:
+        architecture = model_config.from_dict(shrunk(MODELS[name][0]))
+        # Rounding grows with depth; the last layers are of every kind.
+        sizes |= {"layers": 3, "windows": architecture.windows[-3:], "ropes": architecture.ropes[-3:]}
+        if architecture.logit_scale != 1.0:  # as published, it makes rows so flat that their entropy is all rounding
+            sizes["logit_scale"] = 1.5
+    else:
+        architecture = model_config.read(tiny.model(name))
+    architecture = dataclasses.replace(architecture, **sizes)
     model = pretrained.architecture(architecture, **options, mesh=mesh)
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
 

@@ -1,11 +1,13 @@
-"""A real checkpoint, SmolLM2-135M-Instruct, against transformers' PyTorch model.
+"""Real checkpoints, SmolLM2-135M-Instruct and Gemma 3 270M, against transformers' PyTorch models.
 
-Set MSD_JAX_SMOLLM2 to its directory in float32; without it these tests are skipped.
+Set MSD_JAX_SMOLLM2 and MSD_JAX_GEMMA3 to their directories in float32; without them these tests are skipped.
 """
 
 import functools
+import json
 import os
 import pathlib
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +21,29 @@ from msd_jax.models import decoder, export, forward, pretrained
 from msd_jax.models.tokenizer import token_ids
 from msd_jax.parallel import padding, sharding
 from msd_jax.training import train_step
+from tests.models.formats_test import OTHER_PYTHON
 
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 import transformers  # noqa: E402
 
-DIRECTORY = os.environ.get("MSD_JAX_SMOLLM2", "")
-pytestmark = pytest.mark.skipif(not DIRECTORY, reason="MSD_JAX_SMOLLM2 does not name a directory of SmolLM2")
-TEXTS = ("How do I boil an egg?", "Nitapikaje wali na maharagwe kwa watu wanne?", "Ciao")
+TEXTS = (
+    *("How do I boil an egg?", "Nitapikaje wali na maharagwe kwa watu wanne?", "Ciao"),
+    *("আমি কীভাবে ভাত রান্না করব?", "ฉันจะหุงข้าวอย่างไร", "كيف أطبخ الأرز لأربعة أشخاص؟", "Kepriye carane masak sega?"),
+    *("Báwo ni mo ṣe lè se ìrẹsì?", "쌀밥은 어떻게 짓나요?"),
+)
+
+
+@pytest.fixture(scope="module", params=["smollm2", "gemma3"])
+def directory(request):
+    variable = f"MSD_JAX_{request.param.upper()}"
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} does not name a directory of {request.param}")
+    return os.environ[variable]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return pretrained.load(DIRECTORY, dtype="float32", param_dtype="float32", remat="full")
+def model(directory):
+    return pretrained.load(directory, dtype="float32", param_dtype="float32", remat="full")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +52,8 @@ def params(model):
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32).eval()
+def reference(directory):
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def torch_log_probs(reference, ids):
@@ -59,7 +72,7 @@ def padded(model, rng):
     for row, ids in zip(prompt, rows):
         row[P - len(ids) :] = ids
     response = rng.integers(0, model.config.vocab_size, (len(rows), R)).astype(np.int32)
-    return prompt, np.array([len(ids) for ids in rows]), response, np.array([12, 5, 1, 9])
+    return prompt, np.array([len(ids) for ids in rows]), response, np.array([12, 5, 1, 9, *[12] * (len(rows) - 4)])
 
 
 def test_log_probs_equal_pytorch(model, params, reference, rng):
@@ -96,24 +109,58 @@ def test_cached_decoding_equals_pytorch(model, params, reference, rng):
         log_probs, cache = run(decoder.Decoder.decode, params, *inputs)
 
 
-def test_the_exported_directory_gives_the_same_logits(model, params, reference, rng, tmp_path):
-    changed = params | {"final_norm": params["final_norm"] * 1.1}
-    export.save(tmp_path / "out", changed, pathlib.Path(DIRECTORY))
+def changed(params):
+    return params | {"final_norm": params["final_norm"] * 1.1}
+
+
+def test_the_exported_directory_gives_the_same_logits(directory, model, params, reference, tmp_path):
+    export.save(tmp_path / "out", changed(params), pathlib.Path(directory))
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = tokens(TEXTS[1])["input_ids"]
-    hidden = nnx.merge(model.graphdef, changed)(
-        jnp.array(ids)[None], jnp.arange(len(ids))[None], jnp.ones((1, len(ids)), bool)
-    )
-    actual = jax.nn.log_softmax(nnx.merge(model.graphdef, changed).logits(hidden)[0])
-    np.testing.assert_allclose(actual, torch_log_probs(exported, ids), atol=2e-4, rtol=0)
-    assert np.abs(torch_log_probs(reference, ids) - torch_log_probs(exported, ids)).max() > 1e-2
+    for text in TEXTS[1:4]:
+        ids = tokens(text)["input_ids"]
+        merged = nnx.merge(model.graphdef, changed(params))
+        hidden = merged(jnp.array(ids)[None], jnp.arange(len(ids))[None], jnp.ones((1, len(ids)), bool))
+        actual = jax.nn.log_softmax(merged.logits(hidden)[0])
+        np.testing.assert_allclose(actual, torch_log_probs(exported, ids), atol=2e-4, rtol=0)
+        assert np.abs(torch_log_probs(reference, ids) - torch_log_probs(exported, ids)).max() > 1e-2
 
 
-def test_bfloat16_is_close_to_float32(model, params):
+OTHER = """
+import json, sys
+import numpy as np, torch, transformers
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+out, rows = sys.argv[1], json.loads(sys.argv[2])
+model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+with torch.no_grad():
+    for i, (text, ids) in enumerate(rows):
+        messages = [{"role": "user", "content": text}]
+        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True) == ids, text
+        np.save(f"{out}/{i}.npy", model(torch.tensor([ids])).logits[0].numpy())
+"""
+
+
+@pytest.mark.skipif(not OTHER_PYTHON, reason="MSD_JAX_TRANSFORMERS4 names no interpreter with transformers 4.57")
+def test_transformers_4_computes_the_same_from_an_export(directory, model, params, tmp_path):
+    """The same ids of a prompt, and the same logits."""
+    out = tmp_path / "out"
+    export.save(out, changed(params), pathlib.Path(directory), companions=model.companions())
+    exported = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    prompts = {text: token_ids(model.tokenizer, [{"role": "user", "content": text}], {}).tolist() for text in TEXTS}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [OTHER_PYTHON, "-c", OTHER, str(out), json.dumps(list(prompts.items()))]
+    subprocess.run(command, check=True, env=environment)
+    with torch.no_grad():
+        for i, ids in enumerate(prompts.values()):
+            np.testing.assert_allclose(np.load(out / f"{i}.npy"), exported(torch.tensor([ids])).logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("directory", ["smollm2"], indirect=True)
+def test_bfloat16_is_close_to_float32(directory, model, params):
     """On the model's own greedy replies: log-probabilities within 3e-2 in the mean by probability, loss within 2%."""
-    half = pretrained.load(DIRECTORY, dtype="bfloat16", param_dtype="float32", remat="full")
-    rows = [token_ids(model.tokenizer, [{"role": "user", "content": text}], {}) for text in TEXTS]
+    half = pretrained.load(directory, dtype="bfloat16", param_dtype="float32", remat="full")
+    rows = [token_ids(model.tokenizer, [{"role": "user", "content": text}], {}) for text in TEXTS[:3]]
     hints = [np.concatenate([model.tokenizer("Think first: is it safe?")["input_ids"], row]) for row in rows]
     (student, student_length), (teacher, teacher_length) = (
         padding.left_pad(prompt, 96, model.pad_id) for prompt in (rows, hints)
