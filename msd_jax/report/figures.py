@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
@@ -12,7 +13,8 @@ from msd_jax.report.results import Results
 from msd_jax.report.rows import RATES, RateRow
 
 _WIDTH = 6.5  # inches
-_BEFORE, _AFTER = "#a3adb9", "#0072b2"
+_BEFORE, _AFTER = "#a3adb9", "#0072b2"  # as page.css has them, and the next line too
+_HEAT = matplotlib.colors.LinearSegmentedColormap.from_list("heat", ["#fdf6ea", "#9c2a00"])
 _STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
 
 
@@ -47,14 +49,14 @@ def _asr(results: Results) -> matplotlib.figure.Figure | None:
                 rates[names.index((row.pooled, row.label)), j] = 100 * entry["asr"]
     figure = matplotlib.figure.Figure(figsize=(min(_WIDTH, 1.5 + 0.7 * len(columns)), 0.8 + 0.22 * len(names)))
     axes = figure.add_subplot()
-    image = axes.imshow(rates, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(rates, cmap=_HEAT, vmin=0, vmax=100, aspect="auto")
     for i, j in np.argwhere(~np.isnan(rates)):
-        axes.text(j, i, f"{rates[i, j]:.0f}", ha="center", va="center", color="white" if rates[i, j] > 70 else "black")
-    if len(sides) > 1:
-        heads = [f"{_text(benchmark) if side == sides[0] else ''}\n{side}" for benchmark, side in columns]
-    else:
-        heads = [_text(benchmark) for benchmark, _ in columns]
-    axes.set_xticks(range(len(columns)), heads)
+        axes.text(j, i, f"{rates[i, j]:.0f}", ha="center", va="center", color="white" if rates[i, j] > 65 else "black")
+    axes.set_xticks(range(len(columns)), [side for _, side in columns] if len(sides) > 1 else [""] * len(columns))
+    for index, benchmark in enumerate(tables):  # over all of its columns
+        middle = (len(sides) * (2 * index + 1) - 1) / 2
+        above = {"xytext": (0, 16 if len(sides) > 1 else 5), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(_text(benchmark), (middle, 1), xycoords=("data", "axes fraction"), weight="bold", **above)
     axes.set_yticks(range(len(names)), [_text(label) for _, label in names])
     for tick, (pooled, _) in zip(axes.get_yticklabels(), names):
         tick.set_fontweight("bold" if pooled else "normal")

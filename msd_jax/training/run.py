@@ -321,6 +321,8 @@ def describe(run: Run) -> None:
         log(f"responses: the records' answers, at most {config.rollout.max_new_tokens} tokens")
     else:
         _describe_sampling(run)
+    if run.loss.normalize == "mean" and run.loss.weighting != "uniform":
+        log("note: follow kl; the loss is divided by its weights, which shrink with kl, so that it may rise meanwhile")
     if config.teacher.kind == "live":
         log("note: a live teacher can collapse within 100 steps; ema with decay 0.95 held where it did not")
 
