@@ -8,6 +8,7 @@ import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
+from msd_jax.evaluation import rates
 from msd_jax.report import untrusted
 from msd_jax.report.results import Results
 from msd_jax.report.rows import RATES, RateRow
@@ -41,17 +42,17 @@ def _asr(results: Results) -> matplotlib.figure.Figure | None:
     sides = ["before", "after"] if results.before else ["after"]
     names = list(dict.fromkeys((row.pooled, row.label) for rows in tables.values() for row in rows))
     columns = [(benchmark, side) for benchmark in tables for side in sides]
-    rates = np.full((len(names), len(columns)), np.nan)
+    shown = np.full((len(names), len(columns)), np.nan)
     for j, (benchmark, side) in enumerate(columns):
         for row in tables[benchmark]:
             entry = getattr(row, side)
             if entry and entry.get("asr") is not None:
-                rates[names.index((row.pooled, row.label)), j] = 100 * entry["asr"]
+                shown[names.index((row.pooled, row.label)), j] = 100 * entry["asr"]
     figure = matplotlib.figure.Figure(figsize=(min(_WIDTH, 1.5 + 0.7 * len(columns)), 0.8 + 0.22 * len(names)))
     axes = figure.add_subplot()
-    image = axes.imshow(rates, cmap=_HEAT, vmin=0, vmax=100, aspect="auto")
-    for i, j in np.argwhere(~np.isnan(rates)):
-        axes.text(j, i, f"{rates[i, j]:.0f}", ha="center", va="center", color="white" if rates[i, j] > 65 else "black")
+    image = axes.imshow(shown, cmap=_HEAT, vmin=0, vmax=100, aspect="auto")
+    for i, j in np.argwhere(~np.isnan(shown)):
+        axes.text(j, i, f"{shown[i, j]:.0f}", ha="center", va="center", color="white" if shown[i, j] > 65 else "black")
     axes.set_xticks(range(len(columns)), [side for _, side in columns] if len(sides) > 1 else [""] * len(columns))
     for index, benchmark in enumerate(tables):  # over all of its columns
         middle = (len(sides) * (2 * index + 1) - 1) / 2
@@ -109,8 +110,14 @@ def _bars(axes: matplotlib.axes.Axes, rate: str, rows: Sequence[RateRow]) -> Non
     axes.set_yticks(range(len(rows)), [_text(row.label) for row in rows])
     for tick, row in zip(axes.get_yticklabels(), rows):
         tick.set_fontweight("bold" if row.pooled else "normal")
-    axes.set_xlim(0, 100)
+    axes.set_xlim(0, 100 if rates.BY_KEY[rate].better > 0 else _end(rate, rows))
     axes.set_xlabel("%")
+
+
+def _end(rate: str, rows: Sequence[RateRow]) -> float:
+    """Of the axis of a rate that is to be low, in percent: such bars would be lost on one that goes to 100."""
+    entries = [entry for row in rows for entry in (row.before, row.after) if entry and entry.get(rate) is not None]
+    return min(max(10.0, *(115 * entry[rate + "_interval"][1] for entry in entries)), 100.0)
 
 
 def _training(results: Results) -> matplotlib.figure.Figure | None:

@@ -68,7 +68,11 @@ CURVES = {
         ),
         Wanted("grad_norm", "gradient norm", "Before clipping to config.optimizer.clip_norm."),
         Wanted("learning_rate", "learning rate"),
-        Wanted("skipped", "skipped steps", "So far: their loss or gradient was not finite, and nothing was updated."),
+        Wanted(
+            "skipped",
+            "skipped steps",
+            "So far. Their loss or gradient was not finite, or a spike, and nothing was updated.",
+        ),
         Wanted(
             "saturated",
             "share of the loss that is saturated",
