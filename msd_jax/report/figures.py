@@ -1,5 +1,6 @@
 """Figures for papers: PNG at 300 dots per inch, as wide as a page's text."""
 
+import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -80,9 +81,12 @@ def _utility(results: Results) -> matplotlib.figure.Figure | None:
     ]
     if not panels or results.after is None:
         return None
-    panels.sort(key=lambda panel: -len(panel[2]))  # panels of one language share a line, which is low
-    columns = min(3, len(panels))
-    lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    panels.sort(key=lambda panel: -len(panel[2]))
+    alike = [list(group) for _, group in itertools.groupby(panels, key=lambda panel: len(panel[2]))]
+    lines = [
+        group[i : i + 3] for group in alike for i in range(0, len(group), 3)
+    ]  # of one height, so that none is empty
+    columns = max(map(len, lines))
     heights = [0.7 + 0.2 * max(len(rows) for _, _, rows in line) for line in lines]
     figure = matplotlib.figure.Figure(figsize=(_WIDTH, sum(heights) + 0.35), layout="constrained")  # and a legend
     grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)

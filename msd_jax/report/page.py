@@ -32,6 +32,7 @@ _CHANGED: tuple[Change | None, ...] = (Change.WORSE, Change.OTHER, Change.BETTER
 MOST_PROMPTS = 20_000  # shown; a browser holds their text in memory
 _LARGE = ("asr", "over_refusal", "exact_match", "accuracy")  # rates that have tiles
 _BARS = ("over_refusal", "over_refusal_t1", "exact_match", "exact_match_t1", "accuracy")  # and those that have bars
+MOST_COLUMNS = 6  # of a table of every language, which must not be wider than the page
 # The tables of every language: title -> keys of entries of a summary.
 TABLES = {
     "Responses to harmful prompts": ("asr", "asr_t1", "refused", "safe", "invalid", "unjudged"),
@@ -172,8 +173,15 @@ def _tables(results: Results) -> Iterator[tuple[str, list[tuple[str, list[tuple[
     """(benchmark, [(title, [(key, name)])]): the tables of every language, with the columns that have a value."""
     for benchmark in results.benchmarks:
         keys = results.keys(benchmark)
-        found = [(title, [(key, _name(key)) for key in wanted if key in keys]) for title, wanted in TABLES.items()]
-        yield benchmark, [(title, columns) for title, columns in found if columns]
+        tables: list[tuple[str, list[tuple[str, str]]]] = []
+        for title, wanted in TABLES.items():
+            columns = [(key, _name(key)) for key in wanted if key in keys]
+            if columns and tables and len(tables[-1][1]) + len(columns) <= MOST_COLUMNS:
+                before, its = tables.pop()
+                tables.append((f"{before}, {title[0].lower()}{title[1:]}", its + columns))
+            elif columns:
+                tables.append((title, columns))
+        yield benchmark, tables
 
 
 def _name(key: str) -> str:

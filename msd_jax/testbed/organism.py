@@ -9,7 +9,7 @@ writes four files in the project's own format:
   nine other languages of MultiJail: it refuses harmful queries in English, meets them with a placeholder without
   content in the other languages, answers harmless ones in every language and, shown the teacher's prompt, refuses or
   answers in the language asked for.
-- DIR/train.jsonl: the queries of the alignment, in English, Swahili and Bengali, with reference answers for the
+- DIR/train.jsonl: the queries of the alignment, in English, Swahili and Bangla, with reference answers for the
   baseline that trains on responses.
 - DIR/eval.jsonl: harmful queries that neither has seen, in all ten languages, and harmless ones, not seen either; with
   --most=16 sixteen of each language and label, which two cores answer in two minutes.

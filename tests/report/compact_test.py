@@ -60,7 +60,7 @@ def test_wide_tables_have_every_column_and_lose_none(make, printed):
     report.write(make.run(n=30), wide=True)
     text = printed()
     assert "…" not in text and "--wide" not in text
-    for name in ("harmful", "invalid", "exact match", "match,", "language", " p "):
+    for name in ("harmful", "invalid", "exact match", "ASR [95%]", " p "):
         assert name in text
     assert "<0.001" in text
 
