@@ -12,6 +12,7 @@ from msd_jax import cli, report
 from msd_jax.errors import UserError
 from msd_jax.evaluation import evaluator, preflight
 from msd_jax.generation import rollout
+from msd_jax.io import provenance
 from msd_jax.io.console import log
 from msd_jax.models import pretrained, trained
 from msd_jax.parallel import distributed, sharding
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
             raise UserError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
         evaluation = evaluator.Evaluator(config, model, mesh)
         params = trained.load_params(cli.FLAGS.checkpoint, model, mesh)
+        provenance.record(out, config.seed, {})  # each response is stored with the hash of weights and prompts
     layout = model.shardings(mesh, sharding.ROLLOUT)
     summary = evaluation.run(lambda: rollout.reshard(params, model.dtype, layout), out)
     report.print_summary(summary, cli.FLAGS.wide)

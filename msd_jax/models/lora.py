@@ -64,7 +64,7 @@ def write_peft(directory: pathlib.Path, params: dict[str, Any], lora: Lora, layo
       params: holds the adapters; everything else in it is ignored.
       lora: their settings.
       layout: weights.layout of the model.
-      base: hub id or directory of the base model, named in adapter_config.json.
+      base: the base model, as adapter_config.json names it.
     """
     flat = traverse_util.flatten_dict(params, sep=".")
     modules = {target: layout[f"layers.{target}"][0].removesuffix(".weight") for target in lora.targets}

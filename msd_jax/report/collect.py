@@ -10,7 +10,7 @@ from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import records
 from msd_jax.evaluation.rates import Summary
 from msd_jax.evaluation.records import ResponseRecord
-from msd_jax.io import jsonl
+from msd_jax.io import jsonl, provenance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class RunFiles:
       completions: rows of completions.jsonl.
       evaluations: the finished ones, by step.
       model: the exported model's directory; None before it is there.
+      starts: rows of provenance.jsonl, one per start.
       near_duplicates: rows of near_duplicates.jsonl; None where nothing was compared.
     """
 
@@ -54,6 +55,7 @@ class RunFiles:
     evaluations: tuple[FinishedEvaluation, ...] = ()
     model: pathlib.Path | None = None
     near_duplicates: Sequence[dict[str, Any]] | None = None
+    starts: Sequence[dict[str, Any]] = ()
 
     @property
     def after(self) -> FinishedEvaluation | None:
@@ -92,6 +94,7 @@ def workdir(directory: pathlib.Path) -> RunFiles:
         tuple(_evaluation(path, step) for step, path in found if (path / "summary.json").is_file()),
         model if (model / "config.json").is_file() else None,
         jsonl.read(duplicates) if duplicates.is_file() else None,
+        jsonl.read(directory / provenance.FILE),
     )
 
 
@@ -107,7 +110,11 @@ def evaluations(directories: Sequence[pathlib.Path]) -> RunFiles:
     for directory in directories:
         if not (directory / "summary.json").is_file():
             raise UserFileError(f"--evaluation={directory} holds no finished evaluation: it has no summary.json")
-    return RunFiles(directories[-1], evaluations=tuple(_evaluation(path, None) for path in directories))
+    return RunFiles(
+        directories[-1],
+        evaluations=tuple(_evaluation(path, None) for path in directories),
+        starts=jsonl.read(directories[-1] / provenance.FILE),
+    )
 
 
 def _evaluation(directory: pathlib.Path, step: int | None) -> FinishedEvaluation:

@@ -22,7 +22,7 @@ from msd_jax.evaluation import rates
 from msd_jax.evaluation.intervals import Paired
 from msd_jax.evaluation.rates import LANGUAGE_GROUPS, Rate
 from msd_jax.evaluation.records import ResponseRecord
-from msd_jax.report import charts, untrusted
+from msd_jax.report import charts, origin, untrusted
 from msd_jax.report.pairs import ResponsePair
 from msd_jax.report.results import Results
 from msd_jax.report.rows import MOST_UNJUDGED, RATES, RateRow, by_group
@@ -123,6 +123,7 @@ def html(results: Results) -> str:
         tiles=list(_tiles(results)),
         bar_charts=list(_bar_charts(results)),
         sections=sections,
+        origin=origin.facts(run),
         config=flax.traverse_util.flatten_dict(run.config, sep="."),
         most_prompts=MOST_PROMPTS,
     )

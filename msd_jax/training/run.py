@@ -22,7 +22,7 @@ from msd_jax.data.records import Query
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import evaluator
 from msd_jax.generation import responses, rollout
-from msd_jax.io import jsonl, lock
+from msd_jax.io import jsonl, lock, provenance
 from msd_jax.io.console import log
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
@@ -98,6 +98,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Run:
     inputs = read(config)
     model, mesh = inputs.model, inputs.mesh
     held = claim(workdir, config, inputs.fingerprint)
+    provenance.record(workdir, config.seed, inputs.fingerprint)
     if inputs.evaluation and distributed.is_first():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in inputs.duplicates)
         jsonl.replace_text(workdir / "near_duplicates.jsonl", lines)
