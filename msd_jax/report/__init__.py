@@ -103,7 +103,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "verdict": results.verdict,
         "findings": [dataclasses.asdict(finding) for finding in results.findings],
         "run": results.facts(),
-        "provenance": list(run.starts),
+        "provenance": list(run.provenance),
         "evaluations": {
             name: {"label": evaluation.label, "step": evaluation.step, "directory": str(evaluation.directory)}
             for name, evaluation in (("before", results.before), ("after", results.after))

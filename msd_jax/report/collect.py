@@ -44,7 +44,7 @@ class RunFiles:
       completions: rows of completions.jsonl.
       evaluations: the finished ones, by step.
       model: the exported model's directory; None before it is there.
-      starts: rows of provenance.jsonl, one per start.
+      provenance: rows of provenance.jsonl, one per start.
       near_duplicates: rows of near_duplicates.jsonl; None where nothing was compared.
     """
 
@@ -55,7 +55,7 @@ class RunFiles:
     evaluations: tuple[FinishedEvaluation, ...] = ()
     model: pathlib.Path | None = None
     near_duplicates: Sequence[dict[str, Any]] | None = None
-    starts: Sequence[dict[str, Any]] = ()
+    provenance: Sequence[dict[str, Any]] = ()
 
     @property
     def after(self) -> FinishedEvaluation | None:
@@ -113,7 +113,7 @@ def evaluations(directories: Sequence[pathlib.Path]) -> RunFiles:
     return RunFiles(
         directories[-1],
         evaluations=tuple(_evaluation(path, None) for path in directories),
-        starts=jsonl.read(directories[-1] / provenance.FILE),
+        provenance=jsonl.read(directories[-1] / provenance.FILE),
     )
 
 

@@ -12,7 +12,7 @@ _PATH = re.compile(r"(?<![\w.:/\\<])(?:~?/|[A-Za-z]:\\)(?:[^\s'\",;:()?]*[/\\])?
 
 def facts(run: RunFiles) -> dict[str, str]:
     """What provenance.jsonl says of the last start; {} where a run has none."""
-    return dict(_facts(run)) if run.starts else {}
+    return dict(_facts(run)) if run.provenance else {}
 
 
 def without_paths(text: str) -> str:
@@ -21,10 +21,10 @@ def without_paths(text: str) -> str:
 
 
 def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
-    first, last = run.starts[0], run.starts[-1]
+    first, last = run.provenance[0], run.provenance[-1]
     yield "begun", first["begun"]
-    if len(run.starts) > 1:
-        yield "resumed", f"{_times(len(run.starts) - 1)}, last on {last['begun']}" + _what_changed(first, last)
+    if len(run.provenance) > 1:
+        yield "resumed", f"{_times(len(run.provenance) - 1)}, last on {last['begun']}" + _what_changed(first, last)
     if last["command"]:
         yield "command", last["command"]
     yield "code", _commit(last["commit"])
