@@ -17,6 +17,7 @@ from msd_jax.losses import (
     mean_loss,
     per_token_loss,
     reverse_kl,
+    static_argnames,
     student_weight,
     teacher_weight,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "mean_loss",
     "per_token_loss",
     "reverse_kl",
+    "static_argnames",
     "student_weight",
     "teacher_weight",
 ]

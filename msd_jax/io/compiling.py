@@ -41,7 +41,7 @@ def _began(event: str, value: float, **labels: Any) -> None:
         _running[threading.get_ident()] = (name, time.monotonic())
 
 
-def _ended(event: str, duration: float, **labels: Any) -> None:
-    del duration, labels
+def _ended(event: str, duration_secs: float, **labels: Any) -> None:
+    del duration_secs, labels
     if event == _COMPILING:
         _running.pop(threading.get_ident(), None)

@@ -51,7 +51,7 @@ def _table(title: str, benchmark: str, rows: Sequence[RateRow]) -> Table:
 def _sizes(rows: Sequence[RateRow]) -> str:
     """How many prompts a language has: "; 112 harmful, 160 harmless prompts per language"."""
     named = {"harmful": "unjudged_n", "harmless": "over_refusal_n", "": "n"}
-    parts = []
+    parts: list[str] = []
     for label, key in named.items():
         counts = [row.after.get(key, 0) for row in rows if not row.pooled]
         if max(counts) and (label or not parts):

@@ -57,8 +57,15 @@ def _asr(results: Results) -> matplotlib.figure.Figure | None:
     axes.set_xticks(range(len(columns)), [side for _, side in columns] if len(sides) > 1 else [""] * len(columns))
     for index, benchmark in enumerate(tables):  # over all of its columns
         middle = (len(sides) * (2 * index + 1) - 1) / 2
-        above = {"xytext": (0, 16 if len(sides) > 1 else 5), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(_text(benchmark), (middle, 1), xycoords=("data", "axes fraction"), weight="bold", **above)
+        axes.annotate(
+            _text(benchmark),
+            (middle, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 16 if len(sides) > 1 else 5),
+            textcoords="offset points",
+            ha="center",
+            weight="bold",
+        )
     axes.set_yticks(range(len(names)), [_text(label) for _, label in names])
     for tick, (pooled, _) in zip(axes.get_yticklabels(), names):
         tick.set_fontweight("bold" if pooled else "normal")
