@@ -22,6 +22,8 @@ from msd_jax.losses import (
     teacher_weight,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "DIVERGENCES",
     "LossSettings",
