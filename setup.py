@@ -13,7 +13,7 @@ setuptools.setup(
     description="Multilingual Self-Distillation with Dual-Perspective Safety Weighting, in JAX and Flax",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     author="The msd_jax authors",
     keywords="safety alignment multilingual self-distillation language-models jax flax tpu",
