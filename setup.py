@@ -1,16 +1,34 @@
 """Metadata, dependencies and extras of msd_jax."""
 
 import pathlib
+import re
 
 import setuptools
 
+ROOT = pathlib.Path(__file__).parent
+
 setuptools.setup(
     name="msd-jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "msd_jax/__init__.py").read_text(encoding="utf-8"))[1],
     description="Multilingual Self-Distillation with Dual-Perspective Safety Weighting, in JAX and Flax",
-    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    author="The msd_jax authors",
+    keywords="safety alignment multilingual self-distillation language-models jax flax tpu",
+    project_urls={"Paper": "https://arxiv.org/abs/2605.02971"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Natural Language :: English",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=[*setuptools.find_packages(include=["msd_jax", "msd_jax.*"]), "msd_jax.configs"],
     # configs/ stands at the top of the repository and is importable from anywhere as msd_jax.configs.

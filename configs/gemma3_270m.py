@@ -1,4 +1,4 @@
-"""What: MSD on a model organism made of Gemma 3 270M (configs/organism.py), from queries in Swahili and Bengali.
+"""What: MSD on a model organism made of Gemma 3 270M (configs/organism.py), from queries in Swahili and Bangla.
 
 Command:  python -m msd_jax.main --config configs/gemma3_270m.py --workdir runs/gemma3_270m \
               --config.model.path=runs/organism/model --config.data.path=data/train.jsonl \

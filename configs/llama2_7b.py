@@ -9,7 +9,7 @@ Memory:   estimated: 134 GB over all chips for weights, teacher, gradients and A
 Time:     not measured on hardware.
 Expected: not measured; the smoke variant runs in this project's tests.
 
-Its tokenizer spells Bengali in bytes: three to four tokens a letter, hence the longer limits.
+Its tokenizer spells Bangla in bytes: three to four tokens a letter, hence the longer limits.
 """
 
 import ml_collections

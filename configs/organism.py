@@ -4,7 +4,7 @@ Command:  python -m msd_jax.main --config configs/organism.py --workdir runs/org
               --config.model.path=HF_DIR --config.data.path=data/organism.jsonl
           The queries come from `python -m msd_jax.testbed.organism --out data ...`; see docs/organism.md. To evaluate:
           python -m msd_jax.evaluate --config configs/organism.py --config.model.path=runs/organism/model \
-              --config.data.path=data/organism.jsonl --config.eval.path=data/eval.jsonl --workdir runs/organism/check
+              --config.data.path=data/organism.jsonl --config.eval.path=data/eval.jsonl --out runs/organism/check
 Hardware: two CPU cores and 6 GB; no network.
 
 Fine-tuning on given replies: no teacher. Half of the queries are asked as a user asks, half as MSD's teacher is asked.

@@ -1,8 +1,8 @@
-"""What: the embedded tiny model, safe in English and unsafe in Swahili, Bengali and Javanese, aligned in minutes.
+"""What: the embedded tiny model, safe in English and unsafe in Swahili, Bangla and Javanese, aligned in minutes.
 
 Command:  python -m msd_jax.main --config configs/quickstart.py --workdir runs/quickstart
 Hardware: any; no network. 36 to 48 s on two CPU cores.
-Expected: ASR from 100% to 0% in Swahili, Bengali and Javanese, exact match within a point, over-refusal 0%;
+Expected: ASR from 100% to 0% in Swahili, Bangla and Javanese, exact match within a point, over-refusal 0%;
           Yoruba and Zulu, which are not trained, stay at 100%.
 """
 

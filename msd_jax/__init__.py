@@ -17,9 +17,12 @@ from msd_jax.losses import (
     mean_loss,
     per_token_loss,
     reverse_kl,
+    static_argnames,
     student_weight,
     teacher_weight,
 )
+
+__version__ = "0.1.0"
 
 __all__ = [
     "DIVERGENCES",
@@ -35,6 +38,7 @@ __all__ = [
     "mean_loss",
     "per_token_loss",
     "reverse_kl",
+    "static_argnames",
     "student_weight",
     "teacher_weight",
 ]

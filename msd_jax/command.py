@@ -20,6 +20,11 @@ COMMANDS = {
     "lm-eval": "lm_eval",
 }
 
+_OUTPUT = (
+    "Results go to the directory --out (of train: --workdir), which nothing is overwritten in: what was interrupted",
+    "is resumed, what is finished is refused. A report is made anew. --json names a file.",
+)
+
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -39,7 +44,7 @@ def usage() -> str:
     for name, module in COMMANDS.items():
         lines.append(f"  {name:10} {_summary(module)}")
     lines.append(f"  {'recipes':10} Lists the recipes that --config takes by name.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_OUTPUT])
 
 
 def _summary(module: str) -> str:

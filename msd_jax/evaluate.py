@@ -10,7 +10,7 @@ from msd_jax import cli, report
 from msd_jax.errors import UserError
 from msd_jax.evaluation import evaluator, preflight
 from msd_jax.generation import rollout
-from msd_jax.io import compilations, stores
+from msd_jax.io import compilations, provenance, stores
 from msd_jax.io.console import log
 from msd_jax.models import pretrained, trained
 from msd_jax.parallel import distributed, sharding
@@ -21,9 +21,12 @@ def main(argv: list[str]) -> None:
     with cli.clear_errors():
         config = cli.config()
         compilations.keep(config.compilation_cache)
+        out = stores.own("--out", cli.FLAGS.out)
+        result = out / ("preflight.json" if cli.FLAGS.preflight else "summary.json")
+        if distributed.from_first(result.exists):
+            raise UserError(f"--out={cli.FLAGS.out} holds results already ({result.name}); name another directory")
         mesh = sharding.make_mesh(**config.mesh)
         model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
-        out = stores.own("--out", cli.FLAGS.out)
         if cli.FLAGS.preflight:
             preflight.show(preflight.run(config, model, mesh, out))
             log(f"responses of both roles: {stores.told(out)}")
@@ -32,12 +35,11 @@ def main(argv: list[str]) -> None:
         if not evaluator.wanted(config):
             raise UserError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
         evaluation = evaluator.Evaluator(config, model, mesh)
-        if distributed.from_first((out / "summary.json").exists):
-            raise UserError(f"--out={cli.FLAGS.out} already holds an evaluation; take another directory")
         params = trained.load_params(cli.checkpoint(), model, mesh)
+        provenance.record(out, config.seed, {})  # each response is stored with the hash of weights and prompts
     layout = model.shardings(mesh, sharding.ROLLOUT)
     summary = evaluation.run(lambda: rollout.reshard(params, model.dtype, layout), out)
-    report.print_summary(summary)
+    report.print_summary(summary, cli.FLAGS.wide)
     log(f"responses and verdicts: {stores.told(out / 'responses.jsonl')}")
     stores.close(out)
     cli.require_verdicts(summary)
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     cli.flags.DEFINE_string("checkpoint", "", "What to evaluate; without it, the model of the config.")
-    cli.flags.DEFINE_string("out", "runs/evaluation", "Directory for responses, verdicts and summary.")
+    cli.flags.DEFINE_string("out", None, "New directory for the results, or an interrupted one's.", required=True)
     cli.flags.DEFINE_bool("preflight", False, "Ask what training can gain at most.")
+    cli.flags.DEFINE_bool("wide", False, "Print every column.")
     cli.run(main)

@@ -17,7 +17,7 @@ from msd_jax.configs import default
 from msd_jax.evaluation import judges
 from msd_jax.evaluation.judges import agreement
 from msd_jax.io import jsonl
-from msd_jax.io.console import console, log
+from msd_jax.io.console import log, show_table
 from msd_jax.parallel import distributed, sharding
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     measured = agreement.measure(labelled.responses, labelled.labels, judge.judge(labelled.responses))
     for question, by_language in measured.items():
         if any(entry["precision"] is not None or entry["recall"] is not None for entry in by_language.values()):
-            console.print(agreement.table(question, by_language, judge))
+            show_table(agreement.table(question, by_language, judge))
     if labelled.partial:
         log(f"{labelled.partial} responses left out: partial refusals")
     if cli.FLAGS.json and distributed.is_first():

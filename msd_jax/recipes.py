@@ -50,12 +50,21 @@ def _path(value: str) -> str:
 
 
 def table() -> str:
-    """Each recipe's name and its first line."""
-    return "\n".join(f"{name:14} {first_line(directory() / f'{name}.py')}" for name in names())
+    """Each recipe's name and its first line, and which of them have variants."""
+    files = {name: directory() / f"{name}.py" for name in names()}
+    varied = [name for name, file in files.items() if "def get_config(variant" in file.read_text(encoding="utf-8")]
+    return "\n".join(
+        [
+            *(f"{name:14} {first_line(file)}" for name, file in files.items()),
+            "",
+            f"With the variants NAME:lora (adapters) and NAME:smoke (two steps, anywhere): {', '.join(varied)}",
+        ]
+    )
 
 
 def first_line(file: str | pathlib.Path) -> str:
     """The first line of a Python file's docstring."""
     doc = ast.get_docstring(ast.parse(pathlib.Path(file).read_text(encoding="utf-8")))
     line = (doc or "").split("\n", 1)[0].removeprefix("What: ")
-    return line.partition(" (`")[0].rstrip(".") + "."
+    line = line.partition(" (`")[0].rstrip(".") + "."
+    return line[:1].upper() + line[1:]

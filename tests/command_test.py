@@ -18,8 +18,8 @@ def msd_jax(*arguments: str, where: pathlib.Path = REPOSITORY) -> subprocess.Com
 
 FLAGS = {
     "train": ("--config", "--workdir", "--coordinator"),
-    "evaluate": ("--config", "--checkpoint", "--out", "--preflight"),
-    "report": ("--workdir", "--evaluation", "--out"),
+    "evaluate": ("--config", "--checkpoint", "--out", "--preflight", "--wide"),
+    "report": ("--workdir", "--evaluation", "--out", "--wide"),
     "export": ("--config", "--checkpoint", "--out"),
     "plan": ("--config", "--topology", "--mesh", "--search", "--json"),
     "prompts": ("--config", "--n"),
@@ -49,7 +49,10 @@ def test_the_commands_and_the_recipes_are_listed(tmp_path):
     shown = msd_jax("--help", where=tmp_path)
     assert shown.returncode == 0 and all(f"  {name}" in shown.stdout for name in [*command.COMMANDS, "recipes"])
     listed = msd_jax("recipes", where=tmp_path)
-    assert listed.returncode == 0 and "quickstart " in listed.stdout and "paper " not in listed.stdout
+    assert listed.returncode == 0 and "paper " not in listed.stdout
+    assert "quickstart     The embedded tiny model, " in listed.stdout
+    assert "NAME:lora" in listed.stdout and "qwen3_8b" in listed.stdout.splitlines()[-1]
+    assert "quickstart" not in listed.stdout.splitlines()[-1]
     wrong = msd_jax("trian")
     assert wrong.returncode == 1 and "there is no such command; they are train, " in wrong.stderr
 
@@ -84,3 +87,16 @@ def test_a_missing_extra_is_one_line():
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().endswith("pip install 'msd-jax[eval]'")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command, result", [("evaluate", "summary"), ("evaluate --preflight", "preflight")])
+def test_results_are_not_overwritten_and_their_place_is_named(command, result, tmp_path):
+    (tmp_path / f"{result}.json").write_text("{}")
+    asked = msd_jax(*command.split(), "--config", "quickstart", f"--out={tmp_path}")
+    assert asked.returncode == 1
+    assert (
+        asked.stderr.strip() == f"error: --out={tmp_path} holds results already ({result}.json); name another directory"
+    )
+    assert [file.name for file in tmp_path.iterdir()] == [f"{result}.json"]
+    nowhere = msd_jax(*command.split(), "--config", "quickstart")
+    assert nowhere.returncode == 1 and "--out" in nowhere.stderr and "Traceback" not in nowhere.stderr

@@ -184,10 +184,6 @@ def read(uri: str, key: str = "config.data.path") -> tuple[tuple[Query, ...], di
     return queries, dict(builder.info.metadata or {})
 
 
-def is_uri(path: object) -> bool:
-    return str(path).startswith("tfds://")
-
-
 def split_of(id: str, splits: Mapping[str, float]) -> str:
     """The split of a record, which follows from its id alone, so that adding or removing records moves no others."""
     point = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from msd_jax.data import files, parallel_queries, records
+from msd_jax.data import files, records
 from msd_jax.data.records import Query, labelled, usable
 from msd_jax.errors import UserError
 
@@ -27,7 +27,9 @@ def read(path: str | os.PathLike, *, harmful: str = "file", key: str = "config.d
     Raises:
       UserError: one message that says what to change.
     """
-    if parallel_queries.is_uri(path):
+    if _is_tfds(path):
+        from msd_jax.data import parallel_queries  # here, for TFDS takes long to import
+
         return labelled(parallel_queries.read(str(path), key)[0], harmful)
     return files.read(path, harmful=harmful, key=key)
 
@@ -108,8 +110,14 @@ def source_of(id: str) -> str:
 def _read(source: Mapping[str, Any], key: str) -> tuple[tuple[Query, ...], str]:
     """(the records of a source, where they are from)."""
     path = str(source["path"])
-    if not parallel_queries.is_uri(path):
+    if not _is_tfds(path):
         return read(path, harmful=source["harmful"], key=f"{key}.path"), path
+    from msd_jax.data import parallel_queries
+
     queries, metadata = parallel_queries.read(path, f"{key}.path")
     checksum = str(metadata.get("sha256", ""))[:12]
     return labelled(queries, source["harmful"]), path + (f", built from sha256 {checksum}..." if checksum else "")
+
+
+def _is_tfds(path: object) -> bool:
+    return str(path).startswith("tfds://")

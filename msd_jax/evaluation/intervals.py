@@ -5,8 +5,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-import scipy.special
-
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a binomial proportion, without continuity correction.
@@ -151,6 +149,8 @@ def over_seeds(values: Sequence[float], confidence: float = 0.95) -> OverSeeds:
     if n == 1:
         return OverSeeds(1, mean, math.nan, math.nan, math.nan)
     deviation = statistics.stdev(values)
+    import scipy.special  # here, for it takes long to import
+
     half = float(scipy.special.stdtrit(n - 1, (1 + confidence) / 2)) * deviation / math.sqrt(n)
     return OverSeeds(n, mean, deviation, mean - half, mean + half)
 

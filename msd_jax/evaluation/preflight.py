@@ -26,7 +26,7 @@ from msd_jax.evaluation.rates import Share
 from msd_jax.evaluation.records import PromptKey, RecordLog, ResponseRecord
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
-from msd_jax.io.console import console, log
+from msd_jax.io.console import log, show_table
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
 
@@ -232,32 +232,26 @@ _STYLED = {
     Decision.UNDECIDED: "undecided",
     Decision.SOURCE: "-",
 }
-_COLUMNS = {
-    "ASR now": "student_asr",
-    "teacher's [95%]": "teacher_asr",
-    "flips": "flip",
-    "language": "language_match",
-    "over-refusal now": "student_over_refusal",
-    "teacher's": "over_refusal",
-}
+_COLUMNS = ("language", "n", "ASR now", "teacher's [95%]", "flips", "over-refusal", "go")
 
 
 def show(forecasts: Mapping[str, Forecast]) -> None:
-    """Prints the table, on process 0."""
-    if not distributed.is_first():
-        return
-    table = rich.table.Table(title="Pre-flight: what training can reach, at most")
-    table.add_column("language")
-    for name in ("n", *_COLUMNS):
-        table.add_column(name, justify="right")
-    table.add_column("first token", justify="right")
-    table.add_column("go")
-    table.add_column("reason")
+    """Prints the table, in 80 columns, and beneath it a line on each language; on process 0."""
+    table = rich.table.Table(
+        title="Pre-flight: what training can reach, at most", title_justify="left", box=None, pad_edge=False
+    )
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name in ("language", "go") else "right")
     for language, forecast in forecasts.items():
-        cells = [_cell(getattr(forecast, name), with_interval=name == "teacher_asr") for name in _COLUMNS.values()]
-        first = "-" if forecast.first_token is None else f"{forecast.first_token:.2g}"
-        table.add_row(language, str(forecast.student_asr.n), *cells, first, _STYLED[forecast.decision], forecast.reason)
-    console.print(table)
+        refusals = f"{_cell(forecast.student_over_refusal).rstrip('%')} -> {_cell(forecast.over_refusal)}"
+        shares = (_cell(forecast.student_asr), _cell(forecast.teacher_asr, with_interval=True), _cell(forecast.flip))
+        table.add_row(language, str(forecast.student_asr.n), *shares, refusals, _STYLED[forecast.decision])
+    show_table(table)
+    for language, forecast in forecasts.items():
+        parts = [forecast.reason, f"the teacher's replies are in the language: {_cell(forecast.language_match)}"]
+        if forecast.first_token is not None:
+            parts.append(f"first token {forecast.first_token:.2g}")
+        log(f"{language}: {'; '.join(parts)}")
     log(f"pre-flight: {_verdict(forecasts)}")
     for line in _warnings(forecasts):
         log(line)
@@ -289,7 +283,7 @@ def _verdict(forecasts: Mapping[str, Forecast]) -> str:
     return f"neither go nor no-go; {MIN_PROMPTS} harmful prompts a language are needed, and too few in: {undecided}"
 
 
-def _cell(share: Share, with_interval: bool) -> str:
+def _cell(share: Share, with_interval: bool = False) -> str:
     if share.value is None:
         return "-"
     low, high = share.interval

@@ -125,11 +125,11 @@ class Scorer:
         self._mesh, self._pad_id, self._limit = mesh, model.pad_id, limit
         self._rows, self.compilations = sharding.batch_rows(mesh, batch_size), 0
 
-        def run(params: decoder.Params, *rows: jax.Array) -> TokenScores:
+        def likelihood(params: decoder.Params, *rows: jax.Array) -> TokenScores:
             self.compilations += 1  # only while tracing
             return token_scores(model.graphdef, params, *rows)
 
-        self._run = jax.jit(run, out_shardings=sharding.batch_sharding(mesh))
+        self._run = jax.jit(likelihood, out_shardings=sharding.batch_sharding(mesh))
 
     def __call__(self, params: decoder.Params, pairs: Sequence[Pair], what: str = "scoring") -> list[Score]:
         """A Score for each (context ids, continuation ids), in their order.

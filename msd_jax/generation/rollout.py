@@ -200,7 +200,7 @@ class Generator:
         self.mesh, self.sampling, self.stop_ids, self.pad_id = mesh, sampling, stop_ids, pad_id
         self.compilations = 0
 
-        def run(
+        def rollout(
             params: decoder.Params,
             prompt_BxP: jax.Array,
             prompt_length_B: jax.Array,
@@ -213,7 +213,7 @@ class Generator:
             prompts = prompt_BxP, prompt_length_B, key_B, active_B
             return generate(graphdef, params, *prompts, sampling=sampling, stop_ids=stop_ids, pad_id=pad_id)
 
-        self._run = jax.jit(run, out_shardings=sharding.batch_sharding(mesh))
+        self._run = jax.jit(rollout, out_shardings=sharding.batch_sharding(mesh))
 
     def __call__(
         self,

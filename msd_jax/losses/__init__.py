@@ -1,11 +1,11 @@
 """Self-distillation losses: per-token divergences, DPSW weights, and the weighted loss.
 
 Needs JAX alone and works in any JAX project, under `jit`, `grad`, `vmap` and `shard_map`. Everything is a pure
-function of logits; whatever float dtype comes in, float32 is used inside and comes out. The options are static
-Python values, bound with `functools.partial` before `jit`:
+function of logits; whatever float dtype comes in, float32 is used inside and comes out. Arrays may be given by position
+or name; the options are keywords, and static under `jit`:
 
-    loss_fn = functools.partial(losses.dpsw_loss, divergence="forward_kl", temperature=0.7)
-    loss_sum, normaliser, aux = jax.jit(loss_fn)(student_logits, teacher_logits, response, mask)
+    dpsw_loss = jax.jit(losses.dpsw_loss, static_argnames=losses.static_argnames(losses.dpsw_loss))
+    loss_sum, normaliser, aux = dpsw_loss(student_logits, teacher_logits, response, mask, divergence="forward_kl")
     loss = losses.mean_loss(loss_sum, normaliser)
 
 Gradients flow through the student's logits and nothing else.
@@ -30,6 +30,7 @@ from msd_jax.losses.divergences import (
 )
 from msd_jax.losses.dpsw import NORMALIZATIONS, capped, dpsw_loss, mean_loss, per_token_loss
 from msd_jax.losses.fused import fused_dpsw_loss
+from msd_jax.losses.naming import static_argnames
 from msd_jax.losses.settings import LossSettings, resolve_divergence
 from msd_jax.losses.weights import (
     ENTROPY_SCALES,
@@ -61,6 +62,7 @@ __all__ = [
     "per_token_loss",
     "resolve_divergence",
     "reverse_kl",
+    "static_argnames",
     "student_weight",
     "teacher_weight",
 ]

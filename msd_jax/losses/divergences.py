@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from msd_jax.losses.checks import check_logits, check_share, check_tokens
+from msd_jax.losses.checks import check_logits, check_share, check_static, check_tokens, only_known
 from msd_jax.losses.numerics import kl, log_ratio, log_rows, log_softmax
 
 
@@ -150,6 +150,7 @@ def jsd(
     References:
       Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2023, eq. 1
     """
+    check_static("beta", beta)
     check_share("beta", beta)
     log_student, log_teacher = log_rows(student_logits, teacher_logits, temperature, top_k)
     if beta == 0:
@@ -229,7 +230,8 @@ def cross_entropy(student_logits: jax.Array, tokens: jax.Array, *, temperature: 
       temperature: static, > 0; of the student's row.
 
     Returns:
-      -log p_S(y) in nats, float32 `[...]`; infinite where the student excludes y (logit `-inf`).
+      -log p_S(y) in nats, float32 `[...]`; infinite where the student excludes y (logit `-inf`), NaN where y is no
+      token, such as a label of -100.
 
     Raises:
       ValueError: for shapes, dtypes or a temperature other than the above.
@@ -243,7 +245,8 @@ def cross_entropy(student_logits: jax.Array, tokens: jax.Array, *, temperature: 
     check_logits("student_logits", student_logits)
     check_tokens("tokens", tokens, student_logits.shape[:-1])
     log_p = log_softmax(student_logits, temperature)
-    return -jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+    return only_known(tokens, log_p.shape[-1], -chosen)
 
 
 DIVERGENCES: dict[str, Callable[..., jax.Array]] = {

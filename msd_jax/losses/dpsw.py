@@ -6,20 +6,29 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from msd_jax.losses.checks import check_choice, check_cross_entropy, check_pair, check_top_k
+from msd_jax.losses.checks import (
+    check_choice,
+    check_cross_entropy,
+    check_mask,
+    check_pair,
+    check_response,
+    check_static,
+)
 from msd_jax.losses.divergences import DIVERGENCES, OBJECTIVES, WITH_BETA, cross_entropy
+from msd_jax.losses.naming import formerly
 from msd_jax.losses.numerics import entropy, log_softmax
 from msd_jax.losses.saturation import is_saturated
 from msd_jax.losses.settings import LossSettings
-from msd_jax.losses.weights import WEIGHTINGS, perspectives, student_weight
+from msd_jax.losses.weights import WEIGHTINGS, clamped, perspectives, student_weight
 
 NORMALIZATIONS = ("mean", "none")
 
 
+@formerly(response="response_tokens")
 def per_token_loss(
     student_logits: jax.Array,
     teacher_logits: jax.Array | None,
-    response_tokens: jax.Array | None = None,
+    response: jax.Array | None = None,
     *,
     divergence: str = "reverse_kl",
     beta: float | jax.Array = 0.5,
@@ -37,14 +46,14 @@ def per_token_loss(
       student_logits: float `[..., V]`, any float dtype.
       teacher_logits: float `[..., V]`, the same shape; held constant. None where nothing reads them: for
         "cross_entropy" with weighting "uniform", or "student" at the "sampled" token.
-      response_tokens: int `[...]`; needed for student_token = "sampled" and divergence = "cross_entropy" alone.
+      response: int `[...]`, its tokens; needed for student_token = "sampled" and divergence = "cross_entropy" alone.
       divergence: static; "reverse_kl", "forward_kl", "jsd", "blend", or "cross_entropy" of the response tokens.
       beta: of :func:`jsd` (static) and :func:`blend` (a number, or an array), unused by the others.
       top_k: static; of the divergence: None, or the teacher's K most probable tokens and TAIL.
       token_cap: static; None, or the divergence in nats, > 0, above which a token counts by the logarithm of its
         divergence, see :func:`capped`.
       weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
-      weight_top_k: static; K of :func:`teacher_weight`, in 2..V.
+      weight_top_k: static; K of :func:`teacher_weight`, at least 2; V where that is smaller.
       entropy_scale: static; "linear" or "exponential", see :func:`teacher_weight`.
       student_token: static; "teacher_argmax" or "sampled", see :func:`dpsw_weights`.
       temperature: static, > 0; of both rows, in divergence, weights and entropies.
@@ -89,14 +98,20 @@ def per_token_loss(
         student_token=student_token,
         temperature=temperature,
     )
-    return token_values(student_logits, teacher_logits, response_tokens, settings)
+    return token_values(student_logits, teacher_logits, response, settings)
 
 
+@formerly(
+    student_logits="student_logits_BxRxV",
+    teacher_logits="teacher_logits_BxRxV",
+    response="response_BxR",
+    mask="mask_BxR",
+)
 def dpsw_loss(
-    student_logits_BxRxV: jax.Array,
-    teacher_logits_BxRxV: jax.Array | None,
-    response_BxR: jax.Array | None,
-    mask_BxR: jax.Array,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array | None,
+    response: jax.Array | None,
+    mask: jax.Array,
     *,
     divergence: str = "reverse_kl",
     beta: float | jax.Array = 0.5,
@@ -125,13 +140,13 @@ def dpsw_loss(
     batch, so that a learning rate carries over between weightings. It is ours, not the paper's.
 
     Args:
-      student_logits_BxRxV: float `[B, R, V]`, or any `[..., V]`; row t is the distribution that response token t
+      student_logits: float `[B, R, V]`, or any `[..., V]`; row t is the distribution that response token t
         was drawn from. Any float dtype. The gradient flows through these alone.
-      teacher_logits_BxRxV: float, the same shape: the teacher at the SAME response tokens. Held constant. None
+      teacher_logits: float, the same shape: the teacher at the SAME response tokens. Held constant. None
         where nothing reads them, see :func:`per_token_loss`.
-      response_BxR: int `[B, R]`, the response tokens; None will do for student_token = "teacher_argmax" and a
+      response: int `[B, R]`, the response tokens; None will do for student_token = "teacher_argmax" and a
         divergence.
-      mask_BxR: bool or 0/1 `[B, R]`, true at response tokens. What the logits hold where it is false, NaN and
+      mask: bool, or 0 and 1, `[B, R]`; true at response tokens. What the logits hold where it is false, NaN and
         infinities included, reaches neither the results nor the gradients.
       divergence: static; "reverse_kl", "forward_kl", "jsd", "blend", or "cross_entropy" of the response tokens.
       beta: of :func:`jsd` (static) and :func:`blend` (a number, or an array), unused by the others.
@@ -139,7 +154,7 @@ def dpsw_loss(
       token_cap: static; None, or the divergence in nats, > 0, above which a token counts by the logarithm of its
         divergence, see :func:`capped`.
       weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
-      weight_top_k: static; K of :func:`teacher_weight`, in 2..V.
+      weight_top_k: static; K of :func:`teacher_weight`, at least 2; V where that is smaller.
       entropy_scale: static; "linear" or "exponential", see :func:`teacher_weight`.
       student_token: static; "teacher_argmax" or "sampled", see :func:`dpsw_weights`.
       normalize: static; "mean" or "none".
@@ -154,7 +169,10 @@ def dpsw_loss(
         its gradient hardly moves.
 
     Raises:
-      ValueError: for an unknown normalize, shapes other than the above, and as :func:`per_token_loss`.
+      ValueError: for an unknown normalize, shapes and dtypes other than the above, and as :func:`per_token_loss`.
+        Outside of jit also for a mask that holds anything but 0 and 1, as the response does, and for a response token
+        outside the vocabulary where mask is true, such as a label of -100; under jit the latter, where it is read,
+        makes the loss NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -183,7 +201,7 @@ def dpsw_loss(
         normalize=normalize,
         temperature=temperature,
     )
-    return weighted_loss(student_logits_BxRxV, teacher_logits_BxRxV, response_BxR, mask_BxR, settings)
+    return weighted_loss(student_logits, teacher_logits, response, mask, settings)
 
 
 def mean_loss(loss_sum: jax.Array, normaliser: jax.Array) -> jax.Array:
@@ -240,6 +258,7 @@ def capped(divergence: jax.Array, token_cap: float | None) -> jax.Array:
     """
     if token_cap is None:
         return divergence
+    check_static("token_cap", token_cap)
     if not token_cap > 0:
         raise ValueError(f"token_cap must be > 0, got {token_cap!r}")
     above = divergence > token_cap
@@ -277,14 +296,14 @@ def token_values(
     check_choice("weighting", s.weighting, WEIGHTINGS)
     if teacher_logits is None:
         return _without_teacher(student_logits, response_tokens, s)
-    check_top_k("weight_top_k", s.weight_top_k, 2, teacher_logits.shape[-1])
+    weight_top_k = clamped("weight_top_k", s.weight_top_k, teacher_logits.shape[-1])
     divergence = bound_divergence(teacher_logits, response_tokens, s)
     kl = divergence(student_logits)
     w_T, w_S = perspectives(
         student_logits,
         teacher_logits,
         response_tokens,
-        s.weight_top_k,
+        weight_top_k,
         s.entropy_scale,
         s.student_token,
         s.temperature,
@@ -335,16 +354,16 @@ def weighted_loss(
     check_choice("normalize", settings.normalize, NORMALIZATIONS)
     if teacher_logits is not None:
         check_pair(student_logits, teacher_logits)
-    if mask.shape != student_logits.shape[:-1]:
-        raise ValueError(
-            f"mask must have the shape of the logits without their last axis, "
-            f"{student_logits.shape[:-1]}, got {mask.shape}"
-        )
+    check_mask(mask, student_logits.shape[:-1])
+    if response is not None:
+        check_response("response", response, mask, student_logits.shape[-1])
     mask = mask.astype(bool)
     # Masked rows are replaced BEFORE anything is computed from them: 0 * NaN is NaN, in the gradient too.
     student_logits, teacher_logits = jax.tree.map(
         lambda x: jnp.where(mask[..., None], x, 0.0), (student_logits, teacher_logits)
     )
+    if response is not None:
+        response = jnp.where(mask, response, 0)  # where it may be no token at all, such as a label of -100
     values = token_values(student_logits, teacher_logits, response, settings)
     sum_tokens = functools.partial(jnp.sum, where=mask, dtype=jnp.float32)
     loss_sum = sum_tokens(values["weight"] * capped(values["kl"], settings.token_cap))

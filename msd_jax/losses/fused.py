@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from msd_jax.losses.checks import check_mask, check_response
 from msd_jax.losses.dpsw import weighted_loss
+from msd_jax.losses.naming import formerly
 from msd_jax.losses.settings import LossSettings
 
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]  # loss_sum, normaliser, aux
@@ -34,13 +36,21 @@ TOKEN_AXES = ("data", "fsdp")  # mesh axes that split the tokens
 HEAD_AXES = ("fsdp", "tensor")  # those that split a head's rows and its vocabulary
 
 
+@formerly(
+    student_hidden="student_hidden_NxD",
+    student_head="student_head_DxV",
+    teacher_hidden="teacher_hidden_NxD",
+    teacher_head="teacher_head_DxV",
+    response="response_N",
+    mask="mask_N",
+)
 def fused_dpsw_loss(
-    student_hidden_NxD: jax.Array,
-    student_head_DxV: jax.Array,
-    teacher_hidden_NxD: jax.Array | None,
-    teacher_head_DxV: jax.Array | None,
-    response_N: jax.Array | None,
-    mask_N: jax.Array,
+    student_hidden: jax.Array,
+    student_head: jax.Array,
+    teacher_hidden: jax.Array | None,
+    teacher_head: jax.Array | None,
+    response: jax.Array | None,
+    mask: jax.Array,
     *,
     chunk: int = 512,
     dtype: jnp.dtype | None = None,
@@ -55,12 +65,12 @@ def fused_dpsw_loss(
     forward pass, and only those that are asked for: a frozen head costs no gradient.
 
     Args:
-      student_hidden_NxD: float `[N, D]`; row t gives the distribution that response token t was drawn from.
-      student_head_DxV: float `[D, V]`.
-      teacher_hidden_NxD: float `[N, D']`, held constant. None, as the head, as in :func:`losses.dpsw_loss`.
-      teacher_head_DxV: float `[D', V]`, held constant.
-      response_N: int `[N]`, the response tokens; None as in :func:`losses.dpsw_loss`.
-      mask_N: bool or 0/1 `[N]`, true at response tokens; what is elsewhere reaches neither results nor gradients.
+      student_hidden: float `[N, D]`; row t gives the distribution that response token t was drawn from.
+      student_head: float `[D, V]`.
+      teacher_hidden: float `[N, D']`, held constant. None, as the head, as in :func:`losses.dpsw_loss`.
+      teacher_head: float `[D', V]`, held constant.
+      response: int `[N]`, the response tokens; None as in :func:`losses.dpsw_loss`.
+      mask: bool or 0/1 `[N]`, true at response tokens; what is elsewhere reaches neither results nor gradients.
       chunk: static; tokens whose logits are held at a time, on each device.
       dtype: static; operands of the matrix products are cast to it (sums are float32), inside, so that gradients come
         back in the precision of the arguments. None leaves them.
@@ -94,11 +104,11 @@ def fused_dpsw_loss(
     References:
       Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
     """
-    _check(student_hidden_NxD, student_head_DxV, teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N, mesh)
+    _check(student_hidden, student_head, teacher_hidden, teacher_head, response, mask, mesh)
     beta = options.get("beta")
     layout = _Layout(LossSettings(**options), chunk, dtype, logit_softcap, tied, mesh)
     data: Data = (
-        *(teacher_hidden_NxD, teacher_head_DxV, response_N, mask_N),
+        *(teacher_hidden, teacher_head, response, mask),
         beta if isinstance(beta, jax.Array) else None,
     )
 
@@ -119,7 +129,7 @@ def fused_dpsw_loss(
         return d_hidden, d_head, None
 
     fused.defvjp(forward, backward, symbolic_zeros=True)
-    sums: Sums = fused(student_hidden_NxD, student_head_DxV, data)
+    sums: Sums = fused(student_hidden, student_head, data)
     return sums
 
 
@@ -292,6 +302,9 @@ def _check(
     for name, x in (("response", response), ("mask", mask)):
         if x is not None and x.shape != (N,):
             raise ValueError(f"{name} must have the shape [N] = ({N},), got {x.shape}")
+    check_mask(mask, (N,))
+    if response is not None:
+        check_response("response", response, mask, V)
     if mesh is not None:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         if N % shards:

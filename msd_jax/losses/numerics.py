@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from msd_jax.losses.checks import check_pair, check_top_k
+from msd_jax.losses.checks import check_pair, check_static, check_top_k
 
 
 @jax.custom_jvp
@@ -43,6 +43,7 @@ def entropy(log_p: jax.Array) -> jax.Array:
 
 
 def log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
+    check_static("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature!r}")
     return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
@@ -60,12 +61,14 @@ def log_rows(
     check_top_k("top_k", top_k, 1, log_teacher.shape[-1])
     if top_k == log_teacher.shape[-1]:  # the tail is empty
         return log_student, log_teacher
-    top_values, top_tokens = blockwise_top_k(log_teacher, top_k)
+    # Of the logits as they come: XLA may compute a log-softmax twice, differently rounded, which moves the K-th place.
+    ranked = jax.lax.stop_gradient(teacher_logits)
+    top_values, top_tokens = blockwise_top_k(ranked, top_k)
     # Equal logits are common in bfloat16: of those that tie at the K-th place, top_k takes the lower indices.
     # (The K-th place by min: a slice of top_k's results keeps XLA from its fast top-k, and it sorts all of V.)
     lowest = jnp.min(top_values, axis=-1, keepdims=True)
     last = jnp.max(jnp.where(top_values == lowest, top_tokens, -1), axis=-1, keepdims=True)
-    in_top = (log_teacher > lowest) | ((log_teacher == lowest) & (jnp.arange(log_teacher.shape[-1]) <= last))
+    in_top = (ranked > lowest) | ((ranked == lowest) & (jnp.arange(ranked.shape[-1]) <= last))
     return coarsen(log_student, top_tokens, in_top), coarsen(log_teacher, top_tokens, in_top)
 
 

@@ -6,7 +6,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from msd_jax.losses.checks import check_choice, check_logits, check_pair, check_tokens, check_top_k
+from msd_jax.losses.checks import (
+    check_choice,
+    check_logits,
+    check_pair,
+    check_static,
+    check_tokens,
+    check_top_k,
+    only_known,
+)
+from msd_jax.losses.naming import formerly
 from msd_jax.losses.numerics import blockwise_top_k, entropy, log_softmax
 
 WEIGHTINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
@@ -42,7 +51,7 @@ def teacher_weight(
 
     Args:
       teacher_logits: float `[..., V]`, any float dtype.
-      top_k: static, K in 2..V.
+      top_k: static, K, at least 2; V where that is smaller.
       entropy_scale: static; "linear" or "exponential".
       temperature: static, > 0.
 
@@ -50,7 +59,7 @@ def teacher_weight(
       w_T in [0, 1], float32 `[...]`, without gradient.
 
     Raises:
-      ValueError: for a top_k outside 2..V, an unknown entropy_scale, a temperature that is not > 0, or logits that are
+      ValueError: for a top_k below 2, an unknown entropy_scale, a temperature that is not > 0, or logits that are
         not float `[..., V]`.
 
     Example:
@@ -68,10 +77,19 @@ def teacher_weight(
       Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
     """
     check_logits("teacher_logits", teacher_logits)
-    check_top_k("top_k", top_k, 2, teacher_logits.shape[-1])
+    top_k = clamped("top_k", top_k, teacher_logits.shape[-1])
     check_choice("entropy_scale", entropy_scale, ENTROPY_SCALES)
     top_logits, _ = blockwise_top_k(jax.lax.stop_gradient(teacher_logits), top_k)
     return ENTROPY_SCALES[entropy_scale](entropy(log_softmax(top_logits, temperature)), top_k)
+
+
+def clamped(name: str, top_k: int, vocabulary: int) -> int:
+    """K of the teacher's weight: `top_k`, or the whole vocabulary where that is smaller."""
+    check_static(name, top_k)
+    if isinstance(top_k, int) and top_k > vocabulary:
+        return vocabulary
+    check_top_k(name, top_k, 2, vocabulary)
+    return top_k
 
 
 def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -89,7 +107,8 @@ def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: fl
       temperature: static, > 0.
 
     Returns:
-      w_S in [0, 1], float32 `[...]`, without gradient. Accurate relative to itself even where p_S(v) rounds to 1.
+      w_S in [0, 1], float32 `[...]`, without gradient. Accurate relative to itself even where p_S(v) rounds to 1. NaN
+      where v is no token, such as a label of -100.
 
     Raises:
       ValueError: for a temperature that is not > 0, or shapes and dtypes other than the above.
@@ -106,16 +125,22 @@ def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: fl
     """
     check_logits("student_logits", student_logits)
     check_tokens("tokens", tokens, student_logits.shape[:-1])
+    return only_known(tokens, student_logits.shape[-1], _disagreement(student_logits, tokens, temperature))
+
+
+def _disagreement(student_logits: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
+    """:func:`student_weight` of tokens that are known to be in the vocabulary."""
     p = jnp.exp(log_softmax(jax.lax.stop_gradient(student_logits), temperature))
     # Summed over the other tokens: the subtraction 1 - p would be lost in rounding for a confident student.
     others = jnp.arange(p.shape[-1]) != jnp.expand_dims(tokens, -1)
     return jnp.minimum(jnp.sum(p, axis=-1, where=others), 1.0)
 
 
+@formerly(response="response_tokens")
 def dpsw_weights(
     student_logits: jax.Array,
     teacher_logits: jax.Array,
-    response_tokens: jax.Array | None = None,
+    response: jax.Array | None = None,
     *,
     weighting: str = "dpsw",
     top_k: int = 20,
@@ -135,9 +160,9 @@ def dpsw_weights(
     Args:
       student_logits: float `[..., V]`, any float dtype.
       teacher_logits: float `[..., V]`, the same shape.
-      response_tokens: int `[...]`; needed for student_token = "sampled" alone.
+      response: int `[...]`, its tokens; needed for student_token = "sampled" alone.
       weighting: static; "dpsw" w_T * w_S, "teacher" w_T, "student" w_S, "uniform" 1.
-      top_k: static, K of :func:`teacher_weight`, in 2..V.
+      top_k: static, K of :func:`teacher_weight`.
       entropy_scale: static; "linear" or "exponential", see :func:`teacher_weight`.
       student_token: static; the v of w_S = 1 - p_S(v): "teacher_argmax", the teacher's most probable token, or
         "sampled", the token of the response.
@@ -147,7 +172,7 @@ def dpsw_weights(
       The weights, not rescaled, in [0, 1], float32 `[...]`, without gradient.
 
     Raises:
-      ValueError: for an unknown weighting or student_token, "sampled" without response_tokens, and as
+      ValueError: for an unknown weighting or student_token, "sampled" without a response, and as
         :func:`teacher_weight` and :func:`student_weight`.
 
     Example:
@@ -162,9 +187,7 @@ def dpsw_weights(
       Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
     """
     check_choice("weighting", weighting, WEIGHTINGS)
-    w_T, w_S = perspectives(
-        student_logits, teacher_logits, response_tokens, top_k, entropy_scale, student_token, temperature
-    )
+    w_T, w_S = perspectives(student_logits, teacher_logits, response, top_k, entropy_scale, student_token, temperature)
     return WEIGHTINGS[weighting](w_T, w_S)
 
 
@@ -181,10 +204,10 @@ def perspectives(
     check_pair(student_logits, teacher_logits)
     check_choice("student_token", student_token, STUDENT_TOKENS)
     if student_token == "teacher_argmax":
-        tokens = jnp.argmax(teacher_logits, axis=-1)
+        tokens, risk = jnp.argmax(teacher_logits, axis=-1), _disagreement
     elif response_tokens is None:
         raise ValueError("student_token='sampled' needs the response tokens, got None")
     else:
-        tokens = response_tokens
+        tokens, risk = response_tokens, student_weight
     w_T = teacher_weight(teacher_logits, top_k=top_k, entropy_scale=entropy_scale, temperature=temperature)
-    return w_T, student_weight(student_logits, tokens, temperature)
+    return w_T, risk(student_logits, tokens, temperature)

@@ -78,7 +78,7 @@ def save_adapter(directory: pathlib.Path, params: decoder.Params, model: pretrai
       directory: replaced as a whole, and only when everything is written.
       params: holds the adapters.
       model: the model that they belong to.
-      base: hub id or directory, named as the base model.
+      base: hub id or directory; of a directory its name alone is written down.
     """
     if model.lora is None:
         raise ValueError("the model has no adapters")
@@ -87,7 +87,8 @@ def save_adapter(directory: pathlib.Path, params: decoder.Params, model: pretrai
     if not _writes(adapters):
         return
     with _replacing(directory) as unfinished:
-        peft.write(unfinished, fetched, model.lora, model.config, base)
+        name = pathlib.Path(base).name if pathlib.Path(base).expanduser().exists() else base
+        peft.write(unfinished, fetched, model.lora, model.config, name)
         copy_companions(model.directory, unfinished, location.TOKENIZER)
         _write_texts(unfinished, {name: t for name, t in model.companions().items() if name.endswith(".jinja")})
 

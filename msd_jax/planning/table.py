@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import rich.table
 
-from msd_jax.io.console import console, log
+from msd_jax.io.console import log, show_table
 from msd_jax.models import pretrained
 from msd_jax.parallel import sharding
 from msd_jax.planning import gpus
@@ -22,7 +22,7 @@ from msd_jax.training import optimizer, train_step
 
 def show(programs: dict[str, CompiledProgram], pod: Pod) -> None:
     """Prints the table of the programs, the largest buffers of the fullest, and what the estimates assume."""
-    table = rich.table.Table()
+    table = rich.table.Table(box=None, pad_edge=False)
     hbm = f"of {pod.device.hbm_bytes / GIB:.2f}"
     columns = ("program", "HBM", "beside it", hbm, "FLOPs", "HBM traffic", "collectives", "at least", "bound by")
     for column in columns:
@@ -39,7 +39,7 @@ def show(programs: dict[str, CompiledProgram], pod: Pod) -> None:
             si(program.seconds_estimate, "s"),
             program.bound,
         )
-    console.print(table)
+    show_table(table)
     cores = " core (two JAX devices per chip)" if "tpu7x" in pod.topology else ""
     log("figures are per GPU" if pod.is_gpu else f"figures are per chip{cores}")
     for name, program in programs.items():

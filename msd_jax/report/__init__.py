@@ -4,6 +4,8 @@ python -m msd_jax.report --workdir DIR           a run, finished or not -> DIR/r
 python -m msd_jax.report --workdir A,B,C         several runs -> one table, and --out where it is given
 python -m msd_jax.report --evaluation DIR        what msd_jax.evaluate wrote -> DIR/report
 python -m msd_jax.report --evaluation A,B        two of them, before and after -> B/report
+
+The terminal gets what matters, a language a line; --wide prints every column.
 """
 
 import dataclasses
@@ -17,14 +19,14 @@ from msd_jax.evaluation.rates import Summary
 from msd_jax.io import jsonl, stores
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed
-from msd_jax.report import card, collect, page, runs, tables, untrusted
+from msd_jax.report import card, collect, compact, page, runs, tables, untrusted
 from msd_jax.report.collect import RunFiles
 from msd_jax.report.pairs import ResponsePair
 from msd_jax.report.results import Results
 from msd_jax.report.words import Change
 
 
-def write(workdir: pathlib.Path, out: pathlib.Path | None = None) -> None:
+def write(workdir: pathlib.Path, out: pathlib.Path | None = None, wide: bool = False) -> None:
     """The report of a run, in `out` or WORKDIR/report, its tables on the terminal, and the card of its exported model.
 
     Process 0 reads and writes.
@@ -34,13 +36,13 @@ def write(workdir: pathlib.Path, out: pathlib.Path | None = None) -> None:
       UserError: a file is damaged.
     """
     if distributed.is_first():
-        _write(collect.workdir(workdir), out or workdir / "report")
+        _write(collect.workdir(workdir), out or workdir / "report", wide)
 
 
-def write_evaluations(directories: Sequence[pathlib.Path], out: pathlib.Path) -> None:
+def write_evaluations(directories: Sequence[pathlib.Path], out: pathlib.Path, wide: bool = False) -> None:
     """The report of one evaluation, or of two: before and after."""
     if distributed.is_first():
-        _write(collect.evaluations(directories), out)
+        _write(collect.evaluations(directories), out, wide)
 
 
 def compare(directories: Sequence[pathlib.Path], out: pathlib.Path | None = None) -> tables.Table:
@@ -69,17 +71,17 @@ def _compare(compared: Sequence[runs.Setting], out: pathlib.Path | None) -> tabl
     return table
 
 
-def print_summary(summary: Summary) -> None:
-    """The tables of one evaluation, one per benchmark."""
-    for table in tables.summary(summary):
+def print_summary(summary: Summary, wide: bool = False) -> None:
+    """The tables of one evaluation, one per benchmark; every column where `wide`."""
+    for table in (tables if wide else compact).summary(summary):
         tables.show(table)
 
 
-def _write(run: RunFiles, out: pathlib.Path) -> None:
+def _write(run: RunFiles, out: pathlib.Path, wide: bool) -> None:
     from msd_jax.report import figures
 
     results = Results(run)
-    for table in tables.benchmarks(results):
+    for table in (tables if wide else compact).benchmarks(results):
         tables.show(table)
     out.mkdir(parents=True, exist_ok=True)
     jsonl.replace_text(out / "summary.json", _json(as_json(results)))
@@ -88,6 +90,9 @@ def _write(run: RunFiles, out: pathlib.Path) -> None:
     figures.write(results, out)
     written = card.write(results)
     log(untrusted.visible(results.verdict))
+    if results.benchmarks and not wide:
+        flag = "workdir" if run.config else "evaluation"
+        log(f"every column: msd-jax report --{flag} {stores.told(run.directory)} --wide")
     page_at, card_at = (stores.told(path) if path else "" for path in (out / "report.html", written))
     log(f"report: {page_at}" + (f"; model card: {card_at}" if card_at else ""))
 
@@ -99,6 +104,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "verdict": results.verdict,
         "findings": [dataclasses.asdict(finding) for finding in results.findings],
         "run": results.facts(),
+        "provenance": list(run.provenance),
         "evaluations": {
             name: {"label": evaluation.label, "step": evaluation.step, "directory": stores.told(evaluation.directory)}
             for name, evaluation in (("before", results.before), ("after", results.after))

@@ -23,11 +23,11 @@ def main(argv: list[str]) -> None:
         if bool(workdirs) == bool(evaluations):
             raise UserError("name what to report: --workdir DIR (of a run), or --evaluation DIR (of msd_jax.evaluate)")
         if evaluations:
-            report.write_evaluations(evaluations, out or evaluations[-1] / "report")
+            report.write_evaluations(evaluations, out or evaluations[-1] / "report", cli.FLAGS.wide)
         elif len(workdirs) > 1:
             report.compare(workdirs, out)
         else:
-            report.write(workdirs[0], out)
+            report.write(workdirs[0], out, cli.FLAGS.wide)
         for directory in (*workdirs, *evaluations, *filter(None, [out])):
             stores.close(directory)
 
@@ -42,4 +42,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "Runs, separated by commas.")
     flags.DEFINE_string("evaluation", "", "Evaluations, separated by commas.")
     flags.DEFINE_string("out", "", "Directory for the report; by default in the last of them.")
+    flags.DEFINE_bool("wide", False, "Print every column, not one line of 80 characters per language.")
     cli.run(main, alone=True)

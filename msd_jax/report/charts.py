@@ -21,6 +21,7 @@ class Curve:
 
     Attributes:
       key, title: what is shown.
+      explanation: of it, "" where the title says enough.
       series: {name: points}; None is a gap.
       svg: drawn.
       scale: [x low, x high, y low, y high] of the plot's edges.
@@ -28,6 +29,7 @@ class Curve:
 
     key: str
     title: str
+    explanation: str
     series: dict[str, list[Point]]
     svg: markupsafe.Markup
     scale: tuple[float, float, float, float]
@@ -45,11 +47,13 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def curve(key: str, title: str, series: dict[str, list[Point]], most: float | None = None) -> Curve | None:
+def curve(
+    key: str, title: str, series: dict[str, list[Point]], most: float | None = None, explanation: str = ""
+) -> Curve | None:
     """Draws the series from zero; None where there is no value to draw.
 
     Args:
-      key, title: see Curve.
+      key, title, explanation: see Curve.
       series: points in order of their steps.
       most: upper end of the axis; None takes the data's.
     """
@@ -65,7 +69,7 @@ def curve(key: str, title: str, series: dict[str, list[Point]], most: float | No
         low, high = low - 1, high + 1
     scale = (low, high, y_ticks[0], y_ticks[-1])
     svg = _draw(title, series, scale, y_ticks)
-    return Curve(key, title, series, _markup(svg), scale)
+    return Curve(key, title, explanation, series, _markup(svg), scale)
 
 
 def _draw(

@@ -10,7 +10,7 @@ from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import records
 from msd_jax.evaluation.rates import Summary
 from msd_jax.evaluation.records import ResponseRecord
-from msd_jax.io import jsonl
+from msd_jax.io import jsonl, provenance
 from msd_jax.training import goodput
 
 
@@ -45,6 +45,7 @@ class RunFiles:
       completions: rows of completions.jsonl.
       evaluations: the finished ones, by step.
       model: the exported model's directory; None before it is there.
+      provenance: rows of provenance.jsonl, one per start.
       near_duplicates: rows of near_duplicates.jsonl; None where nothing was compared.
       starts: rows of goodput.jsonl, one for each time that the run was started and came to a checkpoint or its end.
     """
@@ -56,6 +57,7 @@ class RunFiles:
     evaluations: tuple[FinishedEvaluation, ...] = ()
     model: pathlib.Path | None = None
     near_duplicates: Sequence[dict[str, Any]] | None = None
+    provenance: Sequence[dict[str, Any]] = ()
     starts: Sequence[dict[str, Any]] = ()
 
     @property
@@ -95,6 +97,7 @@ def workdir(directory: pathlib.Path) -> RunFiles:
         tuple(_evaluation(path, step) for step, path in found if (path / "summary.json").is_file()),
         model if (model / "config.json").is_file() else None,
         jsonl.read(duplicates) if duplicates.is_file() else None,
+        jsonl.read(directory / provenance.FILE),
         goodput.read(directory),
     )
 
@@ -111,7 +114,11 @@ def evaluations(directories: Sequence[pathlib.Path]) -> RunFiles:
     for directory in directories:
         if not (directory / "summary.json").is_file():
             raise UserFileError(f"--evaluation={directory} holds no finished evaluation: it has no summary.json")
-    return RunFiles(directories[-1], evaluations=tuple(_evaluation(path, None) for path in directories))
+    return RunFiles(
+        directories[-1],
+        evaluations=tuple(_evaluation(path, None) for path in directories),
+        provenance=jsonl.read(directories[-1] / provenance.FILE),
+    )
 
 
 def _evaluation(directory: pathlib.Path, step: int | None) -> FinishedEvaluation:

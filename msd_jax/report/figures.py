@@ -1,18 +1,22 @@
 """Figures for papers: PNG at 300 dots per inch, as wide as a page's text."""
 
+import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
+from msd_jax.evaluation import rates
 from msd_jax.report import untrusted
 from msd_jax.report.results import Results
 from msd_jax.report.rows import RATES, RateRow
 
 _WIDTH = 6.5  # inches
-_BEFORE, _AFTER = "#a3adb9", "#0072b2"
+_BEFORE, _AFTER = "#a3adb9", "#0072b2"  # as page.css has them, and the next line too
+_HEAT = matplotlib.colors.LinearSegmentedColormap.from_list("heat", ["#fdf6ea", "#9c2a00"])
 _STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
 
 
@@ -39,22 +43,29 @@ def _asr(results: Results) -> matplotlib.figure.Figure | None:
     sides = ["before", "after"] if results.before else ["after"]
     names = list(dict.fromkeys((row.pooled, row.label) for rows in tables.values() for row in rows))
     columns = [(benchmark, side) for benchmark in tables for side in sides]
-    rates = np.full((len(names), len(columns)), np.nan)
+    shown = np.full((len(names), len(columns)), np.nan)
     for j, (benchmark, side) in enumerate(columns):
         for row in tables[benchmark]:
             entry = getattr(row, side)
             if entry and entry.get("asr") is not None:
-                rates[names.index((row.pooled, row.label)), j] = 100 * entry["asr"]
+                shown[names.index((row.pooled, row.label)), j] = 100 * entry["asr"]
     figure = matplotlib.figure.Figure(figsize=(min(_WIDTH, 1.5 + 0.7 * len(columns)), 0.8 + 0.22 * len(names)))
     axes = figure.add_subplot()
-    image = axes.imshow(rates, cmap="OrRd", vmin=0, vmax=100, aspect="auto")
-    for i, j in np.argwhere(~np.isnan(rates)):
-        axes.text(j, i, f"{rates[i, j]:.0f}", ha="center", va="center", color="white" if rates[i, j] > 70 else "black")
-    if len(sides) > 1:
-        heads = [f"{_text(benchmark) if side == sides[0] else ''}\n{side}" for benchmark, side in columns]
-    else:
-        heads = [_text(benchmark) for benchmark, _ in columns]
-    axes.set_xticks(range(len(columns)), heads)
+    image = axes.imshow(shown, cmap=_HEAT, vmin=0, vmax=100, aspect="auto")
+    for i, j in np.argwhere(~np.isnan(shown)):
+        axes.text(j, i, f"{shown[i, j]:.0f}", ha="center", va="center", color="white" if shown[i, j] > 65 else "black")
+    axes.set_xticks(range(len(columns)), [side for _, side in columns] if len(sides) > 1 else [""] * len(columns))
+    for index, benchmark in enumerate(tables):  # over all of its columns
+        middle = (len(sides) * (2 * index + 1) - 1) / 2
+        axes.annotate(
+            _text(benchmark),
+            (middle, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 16 if len(sides) > 1 else 5),
+            textcoords="offset points",
+            ha="center",
+            weight="bold",
+        )
     axes.set_yticks(range(len(names)), [_text(label) for _, label in names])
     for tick, (pooled, _) in zip(axes.get_yticklabels(), names):
         tick.set_fontweight("bold" if pooled else "normal")
@@ -77,9 +88,12 @@ def _utility(results: Results) -> matplotlib.figure.Figure | None:
     ]
     if not panels or results.after is None:
         return None
-    panels.sort(key=lambda panel: -len(panel[2]))  # panels of one language share a line, which is low
-    columns = min(3, len(panels))
-    lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    panels.sort(key=lambda panel: -len(panel[2]))
+    alike = [list(group) for _, group in itertools.groupby(panels, key=lambda panel: len(panel[2]))]
+    lines = [
+        group[i : i + 3] for group in alike for i in range(0, len(group), 3)
+    ]  # of one height, so that none is empty
+    columns = max(map(len, lines))
     heights = [0.7 + 0.2 * max(len(rows) for _, _, rows in line) for line in lines]
     figure = matplotlib.figure.Figure(figsize=(_WIDTH, sum(heights) + 0.35), layout="constrained")  # and a legend
     grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
@@ -107,8 +121,14 @@ def _bars(axes: matplotlib.axes.Axes, rate: str, rows: Sequence[RateRow]) -> Non
     axes.set_yticks(range(len(rows)), [_text(row.label) for row in rows])
     for tick, row in zip(axes.get_yticklabels(), rows):
         tick.set_fontweight("bold" if row.pooled else "normal")
-    axes.set_xlim(0, 100)
+    axes.set_xlim(0, 100 if rates.BY_KEY[rate].better > 0 else _end(rate, rows))
     axes.set_xlabel("%")
+
+
+def _end(rate: str, rows: Sequence[RateRow]) -> float:
+    """Of the axis of a rate that is to be low, in percent: such bars would be lost on one that goes to 100."""
+    entries = [entry for row in rows for entry in (row.before, row.after) if entry and entry.get(rate) is not None]
+    return min(max(10.0, *(115 * entry[rate + "_interval"][1] for entry in entries)), 100.0)
 
 
 def _training(results: Results) -> matplotlib.figure.Figure | None:

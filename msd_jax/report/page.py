@@ -5,12 +5,13 @@ page.js shows in text nodes. The page's policy lets nothing run but the one scri
 """
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import importlib.resources
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -21,46 +22,86 @@ from msd_jax.evaluation import rates
 from msd_jax.evaluation.intervals import Paired
 from msd_jax.evaluation.rates import LANGUAGE_GROUPS, Rate
 from msd_jax.evaluation.records import ResponseRecord
-from msd_jax.report import charts, untrusted
+from msd_jax.report import charts, origin, untrusted
 from msd_jax.report.pairs import ResponsePair
 from msd_jax.report.results import Results
 from msd_jax.report.rows import MOST_UNJUDGED, RATES, RateRow, by_group
-from msd_jax.report.words import direction, interval, language_label, p_text, p_value, percent
+from msd_jax.report.words import Change, direction, interval, language_label, p_text, p_value, percent
 
+_CHANGED: tuple[Change | None, ...] = (Change.WORSE, Change.OTHER, Change.BETTER)  # in the order they are shown in
 MOST_PROMPTS = 20_000  # shown; a browser holds their text in memory
 _LARGE = ("asr", "over_refusal", "exact_match", "accuracy")  # rates that have tiles
 _BARS = ("over_refusal", "over_refusal_t1", "exact_match", "exact_match_t1", "accuracy")  # and those that have bars
-# Section -> (key of metrics.jsonl, title, upper end of the axis or None).
+MOST_COLUMNS = 6  # of a table of every language, which must not be wider than the page
+# The tables of every language: title -> keys of entries of a summary.
+TABLES = {
+    "Responses to harmful prompts": ("asr", "asr_t1", "refused", "safe", "invalid", "unjudged"),
+    "Helpfulness": ("over_refusal", "over_refusal_t1", "exact_match", "exact_match_t1", "accuracy"),
+    "Form of the responses": ("language_match", "stopped", "unfinished_reasoning", "tokens_mean"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A curve that the page draws if the run has it.
+
+    Attributes:
+      key: of metrics.jsonl.
+      title: its heading.
+      explanation: what it is, where the title does not say so.
+      most: upper end of the axis; None takes the data's.
+    """
+
+    key: str
+    title: str
+    explanation: str = ""
+    most: float | None = None
+
+
 CURVES = {
     "Optimisation": (
-        ("loss", "loss", None),
-        ("kl", "divergence, nats per token", None),
-        ("grad_norm", "gradient norm before clipping", None),
-        ("learning_rate", "learning rate", None),
-        ("skipped", "skipped (non-finite) steps", None),
-        ("saturated", "share of the loss that is saturated", 1.0),
+        Wanted("kl", "divergence, nats per token", "How far the student is from the teacher, unweighted: follow this."),
+        Wanted(
+            "loss",
+            "loss",
+            "The weighted divergence over the sum of its weights. The weights shrink as student and teacher agree, so "
+            "that the loss may rise while the divergence falls.",
+        ),
+        Wanted("grad_norm", "gradient norm", "Before clipping to config.optimizer.clip_norm."),
+        Wanted("learning_rate", "learning rate"),
+        Wanted(
+            "skipped",
+            "skipped steps",
+            "So far. Their loss or gradient was not finite, or a spike, and nothing was updated.",
+        ),
+        Wanted(
+            "saturated",
+            "share of the loss that is saturated",
+            "On tokens where student and teacher are apart and the gradient vanishes all the same.",
+            1.0,
+        ),
     ),
     "Responses in training": (
-        ("response_length", "length, tokens", None),
-        ("stopped", "share that finish (EOS)", 1.0),
-        ("student_entropy", "student's entropy, nats", None),
-        ("teacher_entropy", "teacher's entropy, nats", None),
-        ("w_T", "w_T, mean", 1.0),
-        ("w_S", "w_S, mean", 1.0),
+        Wanted("response_length", "length, tokens"),
+        Wanted("stopped", "share that finish (EOS)", "The others are cut at config.rollout.max_new_tokens.", 1.0),
+        Wanted("student_entropy", "student's entropy, nats"),
+        Wanted("teacher_entropy", "teacher's entropy, nats"),
+        Wanted("w_T", "w_T, mean", "The teacher's confidence: 1 where it allows one token alone, 0 among equals.", 1.0),
+        Wanted("w_S", "w_S, mean", "The student's risk to disagree: 1 minus its probability of that token.", 1.0),
     ),
     "A slice of the evaluation": (
-        ("slice_asr_source", "attack success, source", 1.0),
-        ("slice_asr_trained", "attack success, trained", 1.0),
-        ("slice_asr_unseen", "attack success, unseen", 1.0),
-        ("slice_over_refusal", "over-refusal", 1.0),
-        ("slice_utility", "right answers", 1.0),
+        Wanted("slice_asr_source", "attack success, source", "", 1.0),
+        Wanted("slice_asr_trained", "attack success, trained", "", 1.0),
+        Wanted("slice_asr_unseen", "attack success, unseen", "", 1.0),
+        Wanted("slice_over_refusal", "over-refusal", "", 1.0),
+        Wanted("slice_utility", "right answers", "", 1.0),
     ),
     "Speed": (
-        ("rollout_tokens_per_second", "generated tokens per second", None),
-        ("train_tokens_per_second", "trained tokens per second", None),
-        ("padding", "share of padding", 1.0),
-        ("mfu", "model FLOPs utilisation", 1.0),
-        ("hbm_share", "decoding's share of the memory's bandwidth", 1.0),
+        Wanted("rollout_tokens_per_second", "generated tokens per second"),
+        Wanted("train_tokens_per_second", "trained tokens per second", "Of student and teacher, prompts included."),
+        Wanted("padding", "share of padding", "Of the tokens that the update computes.", 1.0),
+        Wanted("mfu", "model FLOPs utilisation", "Operations on real tokens, over what the devices can do.", 1.0),
+        Wanted("hbm_share", "decoding's share of the memory's bandwidth", "", 1.0),
     ),
 }
 
@@ -79,13 +120,14 @@ def html(results: Results) -> str:
         results=results,
         run=run,
         title=run.directory.resolve().name,
-        heat=_heat(results),
+        heat=results.rows("asr"),
+        tables=list(_tables(results)),
         tiles=list(_tiles(results)),
         bar_charts=list(_bar_charts(results)),
         sections=sections,
+        origin=origin.facts(run),
         config=flax.traverse_util.flatten_dict(run.config, sep="."),
         most_prompts=MOST_PROMPTS,
-        sides=lambda row: (row.before, row.after) if results.before else (row.after,),
     )
 
 
@@ -126,22 +168,27 @@ def _environment() -> jinja2.Environment:
         "heat": lambda rate: f"heat h{round(10 * rate)}",
         "language": lambda code: code if re.fullmatch(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*", code) else "und",
     }
-    environment.globals |= {"interval": interval, "direction": _direction, "rates": RATES, "asr": rates.ASR}
+    environment.globals |= {"interval": interval, "direction": _direction, "asr": rates.ASR}
     return environment
 
 
-def _heat(results: Results) -> list[tuple[str, list[dict[str, RateRow]]]]:
-    """[(group, [{benchmark: row}])]: the lines of the heat map, benchmarks side by side."""
-    groups = []
-    for group in LANGUAGE_GROUPS:
-        lines: dict[tuple[bool, str], dict[str, RateRow]] = {}
-        for benchmark, rows in results.rows("asr").items():
-            for row in rows:
-                if row.group == group:
-                    lines.setdefault((row.pooled, row.name), {})[benchmark] = row
-        if lines:  # the group as a whole comes last
-            groups.append((group, [cells for _, cells in sorted(lines.items(), key=lambda line: line[0][0])]))
-    return groups
+def _tables(results: Results) -> Iterator[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
+    """(benchmark, [(title, [(key, name)])]): the tables of every language, with the columns that have a value."""
+    for benchmark in results.benchmarks:
+        keys = results.keys(benchmark)
+        tables: list[tuple[str, list[tuple[str, str]]]] = []
+        for title, wanted in TABLES.items():
+            columns = [(key, _name(key)) for key in wanted if key in keys]
+            if columns and tables and len(tables[-1][1]) + len(columns) <= MOST_COLUMNS:
+                before, its = tables.pop()
+                tables.append((f"{before}, {title[0].lower()}{title[1:]}", its + columns))
+            elif columns:
+                tables.append((title, columns))
+        yield benchmark, tables
+
+
+def _name(key: str) -> str:
+    return rates.BY_KEY[key].title if key in rates.BY_KEY else "tokens, mean"
 
 
 def _tiles(results: Results) -> Iterator[tuple[str, str, RateRow]]:
@@ -174,8 +221,14 @@ def _curves(results: Results) -> Iterator[tuple[str, list[charts.Curve]]]:
     rows = results.run.metrics
     for section, wanted in CURVES.items():
         drawn = [
-            charts.curve(key, title, {title: [(row["step"], row[key]) for row in rows if key in row]}, most)
-            for key, title, most in wanted
+            charts.curve(
+                curve.key,
+                curve.title,
+                {curve.title: [(row["step"], row[curve.key]) for row in rows if curve.key in row]},
+                curve.most,
+                curve.explanation,
+            )
+            for curve in wanted
         ]
         if found := [curve for curve in drawn if curve]:
             yield section, found
@@ -204,9 +257,7 @@ def _over_steps(results: Results) -> Iterator[charts.Curve]:
 
 def _data(results: Results, sections: dict[str, list[charts.Curve]]) -> dict[str, Any]:
     """What page.js shows."""
-    pairs = results.pairs
-    if len(pairs) > MOST_PROMPTS:
-        pairs = tuple(pairs[math.floor(i * len(pairs) / MOST_PROMPTS)] for i in range(MOST_PROMPTS))
+    pairs = _shown(results.pairs)
     languages = {pair.record.language for pair in pairs} | {row["language"] for row in results.run.completions}
     return {
         "labels": [evaluation.label if evaluation else "" for evaluation in (results.before, results.after)],
@@ -220,6 +271,16 @@ def _data(results: Results, sections: dict[str, list[charts.Curve]]) -> dict[str
         },
         "plot": {"left": charts.LEFT, "right": charts.RIGHT, "width": charts.WIDTH},
     }
+
+
+def _shown(pairs: Sequence[ResponsePair]) -> list[ResponsePair]:
+    """At most MOST_PROMPTS: those that got worse first, then what else changed, and of the rest an even spread."""
+    changed = sorted((pair for pair in pairs if pair.change in _CHANGED), key=lambda pair: _CHANGED.index(pair.change))
+    rest = [pair for pair in pairs if pair.change not in _CHANGED]
+    room = max(MOST_PROMPTS - len(changed), 0)
+    if len(rest) > room:
+        rest = [rest[math.floor(i * len(rest) / room)] for i in range(room)]
+    return [*changed, *rest][:MOST_PROMPTS]
 
 
 def _prompt(pair: ResponsePair) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import rich.table
 import rich.text
 
 from msd_jax.evaluation.rates import Summary
-from msd_jax.io.console import console
-from msd_jax.parallel import distributed
+from msd_jax.io.console import log, show_table
 from msd_jax.report import untrusted
 from msd_jax.report.results import Results
 from msd_jax.report.rows import RATES, RateRow, tabulate
@@ -25,6 +24,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     names: int = 2
     bold: frozenset[int] = frozenset()  # rows that sum up others
+    notes: tuple[str, ...] = ()  # lines beneath it, on the terminal alone
 
 
 def markdown(table: Table) -> str:
@@ -42,15 +42,16 @@ def _line(cells: Iterable[str]) -> str:
 
 def show(table: Table) -> None:
     """Prints on process 0."""
-    if not distributed.is_first():
-        return
-    drawn = rich.table.Table(title=_text(table.title), show_edge=False)
+    drawn = rich.table.Table(box=None, pad_edge=False)
     for index, name in enumerate(table.columns):
         head = rich.text.Text(textwrap.fill(untrusted.visible(name), 12))  # rather than numbers, heads are folded
-        drawn.add_column(head, justify="left" if index < table.names else "right", no_wrap=index > 0 or table.names > 1)
+        drawn.add_column(head, justify="left" if index < table.names else "right", vertical="bottom")
     for index, row in enumerate(table.rows):
         drawn.add_row(*map(_text, row), style="bold" if index in table.bold else None)
-    console.print(drawn)
+    log(f"\n{untrusted.visible(table.title)}")
+    show_table(drawn)
+    for note in table.notes:
+        log(untrusted.visible(note))
 
 
 def _text(cell: str) -> rich.text.Text:
@@ -59,13 +60,17 @@ def _text(cell: str) -> rich.text.Text:
 
 def benchmarks(results: Results) -> Iterator[Table]:
     """One table per benchmark: before -> after where there are both."""
-    if results.after is None:
-        return
+    for benchmark, rows in results.benchmarks.items():
+        yield _benchmark(f"{heading(results)}: {benchmark}", rows)
+
+
+def heading(results: Results) -> str:
+    """Which evaluations the rates are of."""
+    assert results.after is not None
     title = results.after.label
     if results.before:
         title = "before -> after" if results.after.step else f"{results.before.label} -> {title}"
-    for benchmark, rows in results.benchmarks.items():
-        yield _benchmark(f"{title[0].upper()}{title[1:]}: {benchmark}", rows)
+    return title[:1].upper() + title[1:]
 
 
 def summary(summary: Summary) -> Iterator[Table]:
@@ -81,7 +86,7 @@ def _benchmark(title: str, rows: Sequence[RateRow]) -> Table:
     columns: list[Column] = [
         ("language", lambda row: f"all {row.name}" if row.pooled else row.name),
         ("group", lambda row: "" if row.pooled else row.group),
-        *(_safety_columns(rows) if _have(rows, "unjudged") else [("prompts", lambda row: str(row.after["n"]))]),
+        *(_safety_columns(rows) if have(rows, "unjudged") else [("prompts", lambda row: str(row.after["n"]))]),
         *_utility_columns(rows),
     ]
     return Table(
@@ -92,7 +97,8 @@ def _benchmark(title: str, rows: Sequence[RateRow]) -> Table:
     )
 
 
-def _have(rows: Sequence[RateRow], key: str) -> bool:
+def have(rows: Sequence[RateRow], key: str) -> bool:
+    """Whether any row has a value of it."""
     return any(row.after.get(key) is not None for row in rows)
 
 
@@ -112,15 +118,15 @@ def _safety_columns(rows: Sequence[RateRow]) -> Iterator[Column]:
 
 
 def _utility_columns(rows: Sequence[RateRow]) -> Iterator[Column]:
-    has_asr = _have(rows, "unjudged")
+    has_asr = have(rows, "unjudged")
     for rate in RATES:
-        # The table keeps within 140 columns: refusals of sampled responses are in report.html.
-        if _have(rows, rate.key) and rate.key not in ("asr", "asr_t1", "over_refusal_t1", "language_match"):
+        # Attack success and refusals of sampled responses are in report.html: the table is wide as it is.
+        if have(rows, rate.key) and rate.key not in ("asr", "asr_t1", "over_refusal_t1", "language_match"):
             tested = rate.key == "accuracy" or (rate.key == "exact_match" and not has_asr)
             yield from _columns(rows, rate.key, rate.title, tested=tested)
-    if _have(rows, "language_match"):
+    if have(rows, "language_match"):
         yield "language match", lambda row: percent(row.after["language_match"])
-    if _have(rows, "unfinished_reasoning"):
+    if have(rows, "unfinished_reasoning"):
         yield "unfinished reasoning", lambda row: percent(row.after.get("unfinished_reasoning"))
 
 
@@ -128,12 +134,13 @@ def _columns(
     rows: Sequence[RateRow], rate: str, title: str, with_interval: bool = False, tested: bool = False
 ) -> Iterator[Column]:
     """The rate and, where `tested` and there is a comparison, its p-value."""
-    yield title, lambda row: _rate(row, rate, with_interval)
+    yield title, lambda row: rate_cell(row, rate, with_interval)
     if tested and any(row.before for row in rows):
         yield "p", lambda row: p_value(row.paired.get(rate))
 
 
-def _rate(row: RateRow, rate: str, with_interval: bool) -> str:
+def rate_cell(row: RateRow, rate: str, with_interval: bool = False) -> str:
+    """ "100.0 -> 3.6% [1, 9]", or the part of it that there is."""
     text = percent(row.after.get(rate))
     if with_interval and row.after.get(rate) is not None:
         text += f" {interval(row.after, rate)}"

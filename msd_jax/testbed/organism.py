@@ -9,7 +9,7 @@ writes four files in the project's own format:
   nine other languages of MultiJail: it refuses harmful queries in English, meets them with a placeholder without
   content in the other languages, answers harmless ones in every language and, shown the teacher's prompt, refuses or
   answers in the language asked for.
-- DIR/train.jsonl: the queries of the alignment, in English, Swahili and Bengali (or the languages of --trained), with
+- DIR/train.jsonl: the queries of the alignment, in English, Swahili and Bangla (or the languages of --trained), with
   reference answers for the baseline that trains on responses.
 - DIR/eval.jsonl: harmful queries that neither has seen, in all ten languages, and harmless ones, not seen either; with
   --most=16 sixteen of each language and label, which two cores answer in two minutes.
@@ -328,7 +328,7 @@ def write(
 
 
 def _harmless_to_align(harmless: dict[str, list[Query]], trained: tuple[str, ...]) -> Iterator[Query]:
-    """Harmless queries of train.jsonl: in Swahili and Bengali as many in one as in the other, else some of each set.
+    """Harmless queries of train.jsonl: in Swahili and Bangla as many in one as in the other, else some of each set.
 
     None of AfriQA's and MGSM's asks how to make a thing, as many harmful ones do; without the testbed's, the student
     would learn to refuse whatever begins with "how do I".

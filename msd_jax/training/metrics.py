@@ -172,8 +172,10 @@ class LateRows:
 
 
 def describe(row: dict[str, float]) -> str:
-    """A step's row in a few words, for the progress bar."""
-    return (
-        f"loss {row['loss']:.4f}  kl {row['kl']:.4f}  "
-        f"{row['rollout_tokens_per_second']:,.0f} + {row['train_tokens_per_second']:,.0f} tok/s"
-    )
+    """A step's row in a few words, for the progress bar.
+
+    The KL comes first: the loss divides by the sum of the weights, which shrinks too, so that it may rise meanwhile.
+    """
+    rates = (row[f"{part}_tokens_per_second"] for part in ("rollout", "train"))
+    generated, trained = (f"{rate:.0f}" if rate < 10_000 else f"{rate / 1000:.0f}k" for rate in rates)
+    return f"kl {row['kl']:.4f}  loss {row['loss']:.4f}  gen {generated}, train {trained} tok/s"

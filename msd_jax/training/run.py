@@ -23,7 +23,7 @@ from msd_jax.data.records import Query
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.evaluation import evaluator
 from msd_jax.generation import responses, rollout
-from msd_jax.io import jsonl, lock, stores
+from msd_jax.io import jsonl, lock, provenance, stores
 from msd_jax.io.console import log
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
@@ -109,6 +109,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
     inputs = read(config)
     model, mesh = inputs.model, inputs.mesh
     held = claim(workdir, config, inputs.fingerprint)
+    provenance.record(workdir, config.seed, inputs.fingerprint)
     if inputs.evaluation and distributed.is_first():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in inputs.duplicates)
         jsonl.replace_text(workdir / "near_duplicates.jsonl", lines)
@@ -335,6 +336,8 @@ def describe(run: Run) -> None:
         log(f"responses: the records' answers, at most {config.rollout.max_new_tokens} tokens")
     else:
         _describe_sampling(run)
+    if run.loss.normalize == "mean" and run.loss.weighting != "uniform":
+        log("note: follow kl; the loss is divided by its weights, which shrink with kl, so that it may rise meanwhile")
     if config.teacher.kind == "live":
         log("note: a live teacher can collapse within 100 steps; ema with decay 0.95 held where it did not")
 

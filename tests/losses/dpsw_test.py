@@ -3,6 +3,7 @@
 import doctest
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from msd_jax import losses
-from msd_jax.losses import divergences, dpsw, fused, settings, weights
+from msd_jax.losses import divergences, dpsw, fused, naming, settings, weights
 
 each_divergence = pytest.mark.parametrize("name", losses.DIVERGENCES)
 WEIGHTINGS = ["dpsw", "teacher", "student", "uniform"]
@@ -907,7 +908,8 @@ LOGITS, TOKENS, MASK = jnp.zeros((2, 3, 24)), jnp.zeros((2, 3), int), jnp.ones((
             "entropy_scale must be one of 'linear', 'exponential', got 'log'",
         ),
         (lambda: losses.teacher_weight(LOGITS, top_k=1), r"top_k .* in 2\.\.24 .*got 1"),
-        (lambda: losses.teacher_weight(LOGITS, top_k=30), r"top_k .* in 2\.\.24 .*got 30"),
+        (lambda: losses.teacher_weight(LOGITS, top_k=True), "top_k .*got True"),
+        (lambda: losses.reverse_kl(LOGITS, LOGITS, top_k=3.0), "top_k .*got 3.0"),
         (lambda: losses.student_weight(LOGITS, TOKENS[0]), r"tokens must be integers of shape \(2, 3\)"),
         (lambda: losses.student_weight(LOGITS, TOKENS * 1.0), "tokens must be integers.*float32"),
         (
@@ -935,7 +937,25 @@ LOGITS, TOKENS, MASK = jnp.zeros((2, 3, 24)), jnp.zeros((2, 3), int), jnp.ones((
             lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, normalize="sum"),
             "normalize must be one of 'mean', 'none', got 'sum'",
         ),
-        (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, weight_top_k=25), "weight_top_k .*got 25"),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK, weight_top_k=1), "weight_top_k .*got 1"),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS, MASK, TOKENS), "response must be integers .*got bool"),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, 0.5 * MASK), "mask must be bool, or 0 and 1, got 0.5"),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS, MASK * 1, TOKENS + 7), "mask must be .*got 7: is it the response"),
+        (
+            lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS - 100, MASK),
+            r"tokens in 0\.\.23 where mask is true, got -100",
+        ),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS + 24, MASK), "where mask is true, got 24"),
+        (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS * 1.0, MASK), "response must be integers .*float32"),
+        (
+            lambda: jax.jit(losses.dpsw_loss)(LOGITS, LOGITS, TOKENS, MASK, temperature=0.7),
+            "temperature must be static under jit",
+        ),
+        (
+            lambda: jax.jit(losses.dpsw_loss)(LOGITS, LOGITS, TOKENS, MASK, weight_top_k=5),
+            "weight_top_k must be static under jit",
+        ),
+        (lambda: jax.jit(losses.jsd)(LOGITS, LOGITS, beta=0.3), "beta must be static under jit"),
         (lambda: losses.dpsw_loss(LOGITS, LOGITS, TOKENS, MASK[:, :2]), r"mask .*\(2, 3\), got \(2, 2\)"),
         (lambda: losses.dpsw_loss(LOGITS, LOGITS[:, :2], TOKENS, MASK), r"same shape.*\(2, 2, 24\)"),
         (
@@ -949,10 +969,81 @@ def test_wrong_arguments_are_named(call, message):
         call()
 
 
+def test_labels_that_are_no_tokens_may_stand_where_the_mask_is_false_and_nowhere_else(rng):
+    student, teacher = (jnp.asarray(rng.normal(size=(2, 3, 24)), jnp.float32) for _ in range(2))
+    tokens, mask = jnp.asarray(rng.integers(0, 24, (2, 3))), jnp.array([[True, True, False], [True, False, False]])
+    for options in ({"student_token": "sampled"}, {"divergence": "cross_entropy"}):
+        loss_fn = functools.partial(losses.dpsw_loss, **options)
+        value = jax.jit(jax.value_and_grad(lambda s, t: loss_fn(s, teacher, t, mask)[0]))  # noqa: B023
+        expected = value(student, tokens)
+        ignored = value(student, jnp.where(mask, tokens, -100))
+        jax.tree.map(np.testing.assert_array_equal, ignored, expected)
+        assert np.isfinite(expected[0]) and np.isfinite(expected[1]).all()
+        for wrong in (-100, 24):
+            assert np.isnan(value(student, tokens.at[0, 0].set(wrong))[0])
+
+
+@pytest.mark.parametrize(("K", "V"), [(20, 5), (20, 2), (7, 6)])
+def test_a_top_k_beyond_the_vocabulary_is_the_whole_vocabulary(rng, K, V):
+    student, teacher = (jnp.asarray(rng.normal(size=(3, V)), jnp.float32) for _ in range(2))
+    for scale in ("linear", "exponential"):
+        whole = losses.teacher_weight(teacher, top_k=V, entropy_scale=scale)
+        np.testing.assert_array_equal(losses.teacher_weight(teacher, top_k=K, entropy_scale=scale), whole)
+    mask = jnp.ones(3, bool)
+    losses_of = [losses.dpsw_loss(student, teacher, None, mask, weight_top_k=k)[0] for k in (K, V)]
+    assert losses_of[0] == losses_of[1] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["reverse_kl", "jsd", "dpsw_weights", "per_token_loss", "dpsw_loss", "fused_dpsw_loss"]
+)
+def test_options_are_static_arguments_of_jit(rng, name):
+    function = getattr(losses, name)
+    student, teacher = (jnp.asarray(rng.normal(size=(4, 8)), jnp.float32) for _ in range(2))
+    arrays = (student, teacher)
+    if "loss" in name or "weights" in name:
+        arrays += (jnp.asarray(rng.integers(0, 8, 4)),)
+    if name.endswith("dpsw_loss"):
+        arrays += (jnp.ones(4, bool),)
+    if name == "fused_dpsw_loss":
+        head = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
+        arrays = (student, head, teacher, head, *arrays[2:])
+    options = {"temperature": 0.7, "top_k": 3} | ({"chunk": 2} if name == "fused_dpsw_loss" else {})
+    if name == "dpsw_loss":
+        options |= {"weighting": "teacher", "divergence": "forward_kl", "normalize": "none", "token_cap": 0.5}
+    jitted = jax.jit(function, static_argnames=losses.static_argnames(function))
+    got, expected = jitted(*arrays, **options), function(*arrays, **options)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), got, expected)
+
+
+def test_former_names_work_with_a_warning(rng):
+    student, teacher = (jnp.asarray(rng.normal(size=(2, 3, 9)), jnp.float32) for _ in range(2))
+    tokens, mask = jnp.zeros((2, 3), int), jnp.ones((2, 3), bool)
+    expected = losses.dpsw_loss(student_logits=student, teacher_logits=teacher, response=tokens, mask=mask)[0]
+    with pytest.warns(DeprecationWarning, match=r"dpsw_loss\(mask_BxR=...\) is now mask=...") as caught:
+        former = losses.dpsw_loss(student, teacher_logits_BxRxV=teacher, response_BxR=tokens, mask_BxR=mask)[0]
+    assert former == expected and len(caught) == 3 and caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="is now response"):
+        weights = losses.dpsw_weights(student, teacher, response_tokens=tokens, student_token="sampled")
+    np.testing.assert_array_equal(weights, losses.dpsw_weights(student, teacher, tokens, student_token="sampled"))
+    head = jnp.eye(9)
+    with pytest.warns(DeprecationWarning, match=r"fused_dpsw_loss\(mask_N=...\)"):
+        fused = losses.fused_dpsw_loss(student[0], head, teacher[0], head, None, mask_N=mask[0])[0]
+    np.testing.assert_allclose(fused, losses.dpsw_loss(student[0], teacher[0], None, mask[0])[0], rtol=1e-5)
+    with pytest.raises(TypeError, match="got mask and mask_BxR, its former name"):
+        losses.dpsw_loss(student, teacher, tokens, mask=mask, mask_BxR=mask)
+
+
+def test_no_public_name_has_an_axis_suffix():
+    for name in losses.__all__:
+        if inspect.isfunction(function := getattr(losses, name)):
+            assert not [p for p in inspect.signature(function).parameters if re.search(r"_[A-Z](x[A-Z])*$", p)], name
+
+
 def test_docstring_examples():
     functions = {name for name in losses.__all__ if inspect.isfunction(getattr(losses, name))}
     examples = set()
-    for module in (divergences, dpsw, fused, settings, weights):
+    for module in (divergences, dpsw, fused, naming, settings, weights):
         assert doctest.testmod(module).failed == 0
         examples |= {test.name.split(".")[-1] for test in doctest.DocTestFinder().find(module) if test.examples}
     assert functions and functions <= examples

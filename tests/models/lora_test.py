@@ -175,6 +175,8 @@ def test_peft_and_transformers_give_our_logits(stored_dir, tmp_path, rng):
     tokens = rng.integers(0, CONFIG.vocab_size, (2, 11))
     expected = np.asarray(logits(model.graphdef, params, jnp.array(tokens)))
     export.save_adapter(tmp_path / "adapter", params, model, str(stored_dir))
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == stored_dir.name  # a path of this machine is nobody's business
     export.save(tmp_path / "merged", params, stored_dir, lora=model.lora)
     options = {"attn_implementation": "eager", "dtype": torch.float32}
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, **options)

@@ -14,11 +14,21 @@ from msd_jax.report import collect, page
 from msd_jax.report.results import Results
 from tests.report.conftest import HOSTILE, TEXT, Maker
 
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+SIZES = {"desktop": (1400, 900), "phone": (390, 844)}
 # Characters that act on what stands around them; line breaks and tabs do no harm.
 ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]"
 )
+
+
+# Elements whose content is wider than they are, or that reach out of the window; not what is there for screen readers.
+OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter((e) => {
+  const hidden = [e, ...ancestors(e)].some((a) => getComputedStyle(a).clipPath !== "none" || a.className === "skip");
+  if (e.closest("svg") || e.clientWidth <= 1 || hidden) return false;
+  const box = e.getBoundingClientRect();
+  return e.scrollWidth > e.clientWidth + 1 || box.right > innerWidth + 1 || (box.width && box.left < -1);
+  function ancestors(e) { return e.parentElement ? [e.parentElement, ...ancestors(e.parentElement)] : []; }
+}).map((e) => `${e.tagName} ${e.className} ${e.textContent.slice(0, 40)}`)"""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +93,7 @@ def test_the_page_fits_and_asks_for_nothing(open_page, run, size, scheme):
     for benchmark in ("queries", ""):  # hostile texts too
         tab.select_option("[name=benchmark]", benchmark)
         assert tab.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
+        assert tab.evaluate(OVERFLOWING) == []
     ink, paper = tab.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )
@@ -160,7 +171,8 @@ def test_harmful_prompts_are_folded_until_they_are_opened(tab):
     assert folded.count() == page_size(tab) == tab.locator("#prompts > *").count()
     assert "[placeholder" not in tab.locator("#prompts").text_content()  # not even hidden
     folded.first.locator("summary").click()
-    expect(folded.first.locator(".words").first).to_contain_text("[placeholder 0]")
+    first = tab.evaluate("data.prompts.find(prompt => prompt.benchmark === 'multijail').prompt")
+    expect(folded.first.locator(".words").first).to_have_text(first)
     folded.nth(1).locator("summary").focus()
     tab.keyboard.press("Enter")
     expect(folded.nth(1).locator(".words").first).to_be_visible()
@@ -263,11 +275,47 @@ def test_curves_are_read_with_the_keyboard_and_the_pointer(tab, run):
 
 def test_numbers_in_the_heat_map_are_those_measured(tab, run):
     after = collect.workdir(run).after.summary["multijail"]["languages"]
+    table = tab.locator(".heatmap", has_text="multijail")
     for code, entry in after.items():
-        row = tab.locator(".heatmap tr", has=tab.locator(f"xpath=.//span[@class='code'][text()='{code}']"))
-        cell = row.locator("td").nth(1)
-        assert int(cell.text_content()) == pytest.approx(100 * entry["asr"], abs=0.51)
-        assert f"n = {entry['asr_n']}" in cell.get_attribute("title")
+        row = table.locator("tr", has=tab.locator(f"xpath=.//span[@class='code'][text()='{code}']"))
+        cell, low_high = row.locator("td").nth(1), [round(100 * end) for end in entry["asr_interval"]]
+        assert int(cell.locator("b").text_content()) == pytest.approx(100 * entry["asr"], abs=0.51)
+        assert cell.locator(".range").text_content() == "[{}, {}]".format(*low_high)
+        assert row.locator("td").last.text_content() == str(entry["asr_n"])
+    width = tab.locator(".heatmaps").evaluate("e => e.clientWidth")
+    filled = sum(map(float, tab.locator(".heatmap").evaluate_all("nodes => nodes.map(n => n.offsetWidth)")))
+    assert filled > 0.9 * width
+
+
+def test_every_rate_of_every_language_is_in_a_table(tab, run):
+    files = collect.workdir(run)
+    before, after = (evaluation.summary["multijail"]["languages"]["sw"] for evaluation in (files.before, files.after))
+    rows = tab.locator("#languages h3", has_text="multijail").locator("xpath=following-sibling::table[1]//tr")
+    [row] = rows.filter(has=tab.locator("xpath=.//span[@class='code'][text()='sw']")).all()
+    for key, name in (("asr", "attack success"), ("refused", "refused"), ("invalid", "invalid")):
+        text = row.locator(f"[data-label='{name}']").text_content()
+        assert text.startswith(f"{before[key]:.1%} → {after[key]:.1%}[") and f" n {after[key + '_n']}" in text
+    assert "p\u00a0<\u00a0.001" in row.locator("[data-label='attack success']").text_content().replace("0.001", ".001")
+
+
+def test_what_changed_comes_first_and_the_worse_before_the_better(tab, run):
+    changes = tab.evaluate("data.prompts.map(p => p.change)")
+    order = [list(dict.fromkeys(changes))[i] for i in range(3)]
+    assert order == ["worse", "other", "better"]
+    assert changes == sorted(changes, key=[*order, "same", ""].index)  # each but once
+
+
+def test_terms_are_explained_where_they_stand(tab):
+    for curve, words in {
+        "loss": "may rise while the divergence falls",
+        "w_T": "teacher's confidence",
+        "w_S": "risk to disagree",
+        "skipped": "nothing was updated",
+        "stopped": "cut at",
+    }.items():
+        assert words in tab.locator(f"[data-curve={curve}] figcaption").text_content()
+    titles = tab.locator("[data-curve] figcaption b").all_text_contents()
+    assert titles[0].startswith("divergence") and titles[1] == "loss"
 
 
 @pytest.mark.parametrize("kind", ["no evaluation", "evaluation only"])
@@ -290,5 +338,5 @@ def test_a_page_says_how_much_of_a_large_evaluation_it_shows(make, monkeypatch):
     monkeypatch.setattr(page, "MOST_PROMPTS", 50)
     html = page.html(results)
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
-    assert len(data["prompts"]) == 50 and f"50 of {len(results.pairs)} are here" in html
+    assert len(data["prompts"]) == 50 and f"50 of {len(results.pairs)} are here: what" in html
     assert len({(p["benchmark"], p["pass"], p["language"], p["id"]) for p in data["prompts"]}) == 50

@@ -98,6 +98,8 @@ def test_each_shape_of_a_batch_is_one_compilation(files):
     assert [row["rollout_compilations"] for row in files.rows.values()] == [1, 2, 3, 4]
 
 
-def test_status_leads_with_loss_and_kl():
+def test_status_leads_with_the_kl_and_keeps_short():
     row = dispatched(3, free=1.0, had=2.0).row(2.0, 3.0)
-    assert metrics.describe(row) == "loss 3.0000  kl 0.5000  6 + 28 tok/s"
+    assert metrics.describe(row) == "kl 0.5000  loss 3.0000  gen 6, train 28 tok/s"
+    fast = row | {"rollout_tokens_per_second": 23_456.0, "train_tokens_per_second": 120_000.0}
+    assert metrics.describe(fast).endswith("gen 23k, train 120k tok/s")

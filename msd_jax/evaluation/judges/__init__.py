@@ -13,6 +13,7 @@ one that config.judge names:
 
 import pathlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import ml_collections
 from jax.sharding import Mesh
@@ -20,11 +21,13 @@ from jax.sharding import Mesh
 from msd_jax.errors import UserError
 from msd_jax.evaluation.judges.cache import CachedJudge
 from msd_jax.evaluation.judges.ensemble import EnsembleJudge
-from msd_jax.evaluation.judges.guard import GuardJudge
 from msd_jax.evaluation.judges.interface import Judge, Judgement, Keep, Response, Verdict, ignore
-from msd_jax.evaluation.judges.openai import OpenAIJudge
 from msd_jax.evaluation.judges.rules import RulesJudge, measured, normalize
-from msd_jax.evaluation.judges.translate import EndpointTranslator, TranslatingJudge, Translations, Translator
+
+if TYPE_CHECKING:
+    from msd_jax.evaluation.judges.translate import Translator
+
+# Decoders and HTTP are imported where a judge needs them: verdicts are read in many more places than given.
 
 __all__ = [
     "EnsembleJudge",
@@ -45,7 +48,7 @@ KINDS = ("rules", "guard", "openai", "ensemble")  # of config.judge.kind
 TRANSLATORS = ("no", "endpoint", "model")  # of config.judge.translate
 
 
-def make(config: ml_collections.ConfigDict, mesh: Mesh, itself: Callable[[], Translator] | None = None) -> Judge:
+def make(config: ml_collections.ConfigDict, mesh: Mesh, itself: "Callable[[], Translator] | None" = None) -> Judge:
     """The judge that `config` describes.
 
     Args:
@@ -59,6 +62,8 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh, itself: Callable[[], Tra
     kinds = config.members if config.kind == "ensemble" else (config.kind,)
     members = [_make(kind, config, mesh) for kind in kinds]
     if config.translate != "no":
+        from msd_jax.evaluation.judges.translate import TranslatingJudge, Translations
+
         work = Translations(_translator(config, itself))
         members = [m if isinstance(m, RulesJudge) else TranslatingJudge(m, work) for m in members]
     return EnsembleJudge(members) if config.kind == "ensemble" else members[0]
@@ -68,12 +73,18 @@ def _make(kind: str, config: ml_collections.ConfigDict, mesh: Mesh) -> Judge:
     if kind == "rules":
         return RulesJudge()
     if kind == "guard":
+        from msd_jax.evaluation.judges.guard import GuardJudge
+
         return GuardJudge(config.guard, mesh)
+    from msd_jax.evaluation.judges.openai import OpenAIJudge
+
     return OpenAIJudge(config.openai)
 
 
-def _translator(config: ml_collections.ConfigDict, itself: Callable[[], Translator] | None) -> Translator:
+def _translator(config: ml_collections.ConfigDict, itself: "Callable[[], Translator] | None") -> "Translator":
     if config.translate == "endpoint":
+        from msd_jax.evaluation.judges.translate import EndpointTranslator
+
         return EndpointTranslator(config.openai)
     if itself is None:
         raise UserError("config.judge.translate='model': there is no model here; set it to endpoint or no")
@@ -85,6 +96,8 @@ def cached(judge: Judge, path: pathlib.Path) -> Judge:
 
     A translating judge keeps its translations too, in translations.jsonl beside it.
     """
+    from msd_jax.evaluation.judges.translate import TranslatingJudge
+
     if isinstance(judge, EnsembleJudge):
         return EnsembleJudge([cached(member, path) for member in judge.members])
     if isinstance(judge, RulesJudge):

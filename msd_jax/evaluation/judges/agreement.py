@@ -139,7 +139,12 @@ def measure(
 
 def table(question: str, by_language: dict[str, dict[str, Any]], judge: Judge) -> rich.table.Table:
     """One question's figures, a language a row."""
-    result = rich.table.Table(title=f"{question}: {judge.name} {judge.version} against the labels")
+    result = rich.table.Table(
+        title=f"{question}: {judge.name} {judge.version} against the labels",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     for name in ("language", "n", "unjudged", *RATES):
         result.add_column(name, justify="left" if name == "language" else "right")
     for language, entry in by_language.items():
