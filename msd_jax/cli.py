@@ -17,6 +17,7 @@ from msd_jax.errors import UserError
 from msd_jax.evaluation import rates
 from msd_jax.io import places, stores
 from msd_jax.parallel import distributed, peers
+from msd_jax.settings import allowed
 from msd_jax.training import former_keys
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed
@@ -153,5 +154,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
                 if now := former_keys.today(old):
                     return f"{flag}: config.{old} is now {now}"
                 hint = f"did you mean {parents.removeprefix('--')}.{near}?" if near else "see configs/default.py"
+                if parents.removeprefix("--config.") in allowed.FREE:
+                    hint = f"give the whole mapping, as in {parents}=\"{{'{key}': {rest[1:] or '...'}}}\""
                 return f"{flag}: there is no such key; {hint}"
     return text

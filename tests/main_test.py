@@ -171,6 +171,11 @@ def test_top_k_beyond_the_vocabulary(config, tmp_path):
             "--config.train.completions_kept=3",
             "error: --config.train.completions_kept=3: config.train.completions_kept is now config.train.completions.k",
         ),
+        (
+            "--config.data.languages.zu=1.0",
+            "error: --config.data.languages.zu=1.0: there is no such key; give the whole mapping, as in "
+            "--config.data.languages=\"{'zu': 1.0}\"",
+        ),
         ("--config.train.steps=abc", "error: flag --config.train.steps=abc: invalid literal"),
         ("--config.loss.divergence=kl", "error: config.loss.divergence='kl': choose one of"),
         ("--config=configs/nothing.py", "error: --config=configs/nothing.py does not load: "),

@@ -98,7 +98,7 @@ class Dispatched:
         }
 
 
-class Watch(Protocol):
+class StepObserver(Protocol):
     """What `LateRows` shows each step to; see watch.py."""
 
     def notes(self, dispatched: Dispatched, row: dict[str, float]) -> jsonl.Row:
@@ -123,7 +123,7 @@ class LateRows:
         every: int,
         last: int,
         advance: Callable[[int, str], None],
-        watch: Watch,
+        watch: StepObserver,
         utilisation: Utilisation,
     ):
         """Writes the steps that `every` divides, `last`, and those that `watch` has notes on.

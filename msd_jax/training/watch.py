@@ -62,7 +62,7 @@ class Watch:
         return self._skipped > 0
 
     def notes(self, dispatched: Dispatched, row: dict[str, float]) -> jsonl.Row:
-        """As metrics.Watch; warns of a collapse, and once of a loss that stands still, too."""
+        """As metrics.StepObserver; warns of a collapse, and once of a loss that stands still, too."""
         self._look_at_rollouts(dispatched, row)
         self._look_at_saturation(dispatched.step, row)
         if not row["skip"]:
@@ -82,7 +82,7 @@ class Watch:
         return {"skipped_queries": ids}
 
     def check(self, dispatched: Dispatched) -> None:
-        """As metrics.Watch: after a collapse, if that is to stop; after too many skipped steps, whose last it dumps."""
+        """As metrics.StepObserver: after a collapse, if that is to stop; after too many skipped steps, whose last it dumps."""
         if self._collapse and self._stops:
             raise UserError(
                 f"stopped after step {dispatched.step}: {self._collapse} (config.train.stop_on_collapse=True); the "
