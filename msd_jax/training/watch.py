@@ -82,7 +82,7 @@ class Watch:
         return {"skipped_queries": ids}
 
     def check(self, dispatched: Dispatched) -> None:
-        """As metrics.StepObserver: after a collapse, if that is to stop; after too many skipped steps (dumps the last)."""
+        """As metrics.StepObserver: after a collapse, if that is to stop, or too many skipped steps (dumps the last)."""
         if self._collapse and self._stops:
             raise UserError(
                 f"stopped after step {dispatched.step}: {self._collapse} (config.train.stop_on_collapse=True); the "
