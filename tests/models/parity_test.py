@@ -167,7 +167,7 @@ def test_cached_decoding_equals_pytorch(pair, rng):
         log_probs, cache = run(decoder.Decoder.prefill, pair.params, *prompt, cache)
         yield log_probs
         for first, last in [(P, 20)] * (P < 20) + [(t, t + 1) for t in range(20, T)]:
-            inputs = tokens[:, first:last], positions[:, first:last], valid, cache, first
+            inputs = tokens[:, first:last], positions[:, first:last], cache, first
             log_probs, cache = run(decoder.Decoder.decode, pair.params, *inputs)
             yield log_probs
 
