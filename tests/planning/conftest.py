@@ -17,6 +17,11 @@ needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'msd-jax[plan]'"
 )
 
+needs_cuda = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="JAX's plugin for CUDA is not installed: pip install 'msd-jax[cuda]'",
+)
+
 COMPILED = CompiledProgram(
     peak_hbm_bytes=10 * GIB,
     resident_hbm_bytes=2 * GIB,
@@ -48,6 +53,12 @@ def smoke(model_dir, tmp_path, monkeypatch) -> Callable[..., ml_collections.Froz
 def v5e_8() -> pod.Pod:
     """Eight chips, with the CPU's devices in their place."""
     return pod.Pod("v5e:2x4", 1, sharding.make_mesh(1, 4, 2))
+
+
+@pytest.fixture
+def two_h100_nodes() -> pod.Pod:
+    """Two nodes of four GPUs, with the CPU's devices in their place."""
+    return pod.Pod("h100:4x2", 2, sharding.make_mesh(2, 4, 1))
 
 
 @pytest.fixture

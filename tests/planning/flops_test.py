@@ -8,6 +8,7 @@ import pytest
 
 from msd_jax.parallel import sharding
 from msd_jax.planning.flops import count_flops
+from tests.planning.conftest import needs_cuda
 
 
 def flops(f, *shapes, **options):
@@ -25,6 +26,20 @@ def test_flops_of_a_convolution():
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     assert flops(conv, (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * (2 * 6 * 6 * 5) * (3 * 3 * 3)
+
+
+@needs_cuda
+def test_flops_of_cudnns_attention_are_those_of_its_products():
+    B, T, N, K, H = 2, 16, 4, 2, 64
+    shapes = [jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, K, K)]
+
+    def attend(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn").sum()
+
+    product = 2 * B * N * T * T * H
+    assert count_flops(jax.jit(attend).trace(*shapes).jaxpr) == 2 * product
+    backward = jax.jit(jax.grad(attend, argnums=(0, 1, 2))).trace(*shapes)
+    assert count_flops(backward.jaxpr) == (2 + 5) * product
 
 
 def test_flops_of_nested_scans_count_both_lengths():

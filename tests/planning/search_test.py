@@ -16,6 +16,11 @@ def test_candidate_meshes_fill_the_pod(v5e_8):
     assert all(data * fsdp * tensor == 8 and data % 2 == 0 for data, fsdp, tensor in tried)
 
 
+def test_between_gpu_nodes_fsdp_may_cross_too(two_h100_nodes):
+    tried = list(search.candidate_meshes(two_h100_nodes))
+    assert tried[:3] == [(1, 8, 1), (2, 4, 1), (8, 1, 1)]
+
+
 def test_the_search_takes_the_fewest_micro_batches_that_fit_and_then_the_fastest(smoke, monkeypatch, capsys):
     """The compiler is a stand-in: each row takes 5 GiB, fewer micro-batches save time, and tensor costs it."""
     setting = {}

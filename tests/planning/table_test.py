@@ -34,3 +34,21 @@ def test_remedies_depend_on_what_does_not_fit(v5e_8):
     lines = list(table.remedies(config, v5e_8, {"train": COMPILED, "rollout": too_big}, model))
     assert any("--mesh 1,-1,4: during generation each chip holds 7.09 GiB" in line for line in lines)
     assert not any("micro_batches" in line for line in lines)
+
+
+def test_a_table_for_gpus_speaks_of_nodes(two_h100_nodes, capsys):
+    program = dataclasses.replace(COMPILED, dcn_bytes=10**8, seconds={"hbm": 1.2, "network": 0.1})
+    table.show({"train": program}, two_h100_nodes)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "figures are per GPU" in shown and "100 MB of it between nodes" in shown
+    assert (
+        "assumed per GPU: 989 TFLOP/s, HBM 3350 GB/s, a collective receives 450 GB/s within a node (NVLink), " in shown
+    )
+    assert "50.0 GB/s between nodes" in shown and "torus" not in shown
+
+
+def test_remedies_for_gpus_let_fsdp_cross_nodes(two_h100_nodes):
+    config = recipe("qwen2_5_7b", **{"data.batch_size": 64})
+    model = abstract_model(config, read_sizes(config.model.path)[0], two_h100_nodes.mesh)
+    too_big = dataclasses.replace(COMPILED, fits=False, peak_hbm_bytes=90 * GIB)
+    assert any("--mesh 1,-1,1:" in line for line in table.remedies(config, two_h100_nodes, {"train": too_big}, model))
