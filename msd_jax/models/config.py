@@ -22,7 +22,8 @@ class DecoderConfig:
       activation: "silu" (SwiGLU), "gelu_tanh" (GeGLU), or "xielu", which has parameters and no gate (Apertus).
       tied_embeddings: the head is the transposed embedding.
       embed_scale: factor on the embeddings: sqrt(D) for Gemma.
-      logit_scale: factor on the logits (Cohere).
+      residual_scale: factor on what attention and feed-forward add to the residual stream (Granite).
+      logit_scale: factor on the logits (Cohere, Granite).
       qkv_bias: biases on the query, key and value projections (Qwen2).
       qk_norm: a norm of query and key before RoPE: over each head, all heads with one weight ("head": Qwen3, Gemma 3,
         Apertus), over each head with its own ("each head": Command R+), over all heads together ("all heads": OLMo), or
@@ -57,6 +58,7 @@ class DecoderConfig:
     activation: str = "silu"
     tied_embeddings: bool = False
     embed_scale: float = 1.0
+    residual_scale: float = 1.0
     logit_scale: float = 1.0
     qkv_bias: bool = False
     qk_norm: str = ""
@@ -82,6 +84,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": _COHERE,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA | {"qk_norm": "head"},
+    "granite": {},
     "llama": {},
     "mistral": {},
     "olmo2": _OLMO,
@@ -168,7 +171,6 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
     ropes = {kind: rope.read(values, kind, head_dim) for kind in kinds}
     slides = values.get("use_sliding_window") is not False
     windows = {FULL: None, SLIDING: (values.get("sliding_window") or None) if slides else None}
-    scale = values.get("query_pre_attn_scalar", head_dim) if gemma else head_dim
     qk_norm = {"qk_norm": "each head"} if family == "cohere" and values.get("use_qk_norm") else {}
     return DecoderConfig(
         vocab_size=values["vocab_size"],
@@ -179,21 +181,36 @@ def from_dict(values: dict[str, Any]) -> DecoderConfig:
         head_dim=head_dim,
         ffw=values["intermediate_size"],
         norm_eps=values.get("layer_norm_eps" if family.startswith("cohere") else "rms_norm_eps", 1e-6),
-        query_scale=scale**-0.5,
         windows=tuple(windows[kind] for kind in kinds),
         ropes=tuple(
             ropes[kind] if sees else Rope(ropes[kind].theta, "none") for kind, sees in zip(kinds, _seen(values, kinds))
         ),
         activation=config_checks.activation(values),
         tied_embeddings=values.get("tie_word_embeddings", False),
-        embed_scale=width**0.5 if gemma else 1.0,
-        logit_scale=float(values.get("logit_scale", 1.0)) if family.startswith("cohere") else 1.0,
         attention_softcap=values.get("attn_logit_softcapping") if gemma else None,
         logit_softcap=values.get("final_logit_softcapping") if gemma else None,
         longest=next((int(r.original_positions) for r in ropes.values() if r.rope_type == "longrope"), None),
         initializer_range=float(values.get("initializer_range", 0.02)),
+        **_scales(values, width, head_dim),
         **FAMILIES[family] | qk_norm,
     )
+
+
+def _scales(values: dict[str, Any], width: int, head_dim: int) -> dict[str, Any]:
+    """The factors of DecoderConfig that are not its defaults."""
+    family = values["model_type"]
+    if family.startswith("gemma"):
+        return {"query_scale": values.get("query_pre_attn_scalar", head_dim) ** -0.5, "embed_scale": width**0.5}
+    if family.startswith("cohere"):
+        return {"query_scale": head_dim**-0.5, "logit_scale": float(values["logit_scale"])}
+    if family == "granite":
+        return {
+            "query_scale": float(values.get("attention_multiplier", 1.0)),
+            "embed_scale": float(values.get("embedding_multiplier", 1.0)),
+            "residual_scale": float(values.get("residual_multiplier", 1.0)),
+            "logit_scale": 1.0 / values.get("logits_scaling", 1.0),
+        }
+    return {"query_scale": head_dim**-0.5}
 
 
 def _from_wrapper(values: dict[str, Any], family: str) -> DecoderConfig:

@@ -21,7 +21,8 @@ _NEAREST = {
     "gpt2": ("llama", "learned positions, LayerNorm and biases"),
     "gpt_neox": ("llama", "LayerNorm, biases, and RoPE on a part of each head"),
     "gpt_oss": ("mistral", "experts, and sinks in the attention"),
-    "granite": ("llama", "factors on embeddings, residuals, attention and logits"),
+    "granitemoe": ("granite", "experts"),
+    "granitemoehybrid": ("granite", "experts, and layers of Mamba"),
     "helium": ("llama", "RoPE on neighbours in a head"),
     "llama4": ("llama", "experts, layers without RoPE, and an image encoder"),
     "mistral3": ("mistral", "an image encoder"),
@@ -86,7 +87,8 @@ _SIZES = {
 }
 _POSITIVE = (
     *("rms_norm_eps", "initializer_range", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
-    *("layer_norm_eps", "logit_scale"),
+    *("layer_norm_eps", "logit_scale", "logits_scaling"),
+    *("attention_multiplier", "embedding_multiplier", "residual_multiplier"),
     *("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor"),
 )
 _ROPE_NUMBERS = (

@@ -161,7 +161,7 @@ class Layers(nnx.Module):
 
     def attention_output(self, heads_BxTxNxH: jax.Array) -> jax.Array:
         update_BxTxD = self.project(heads_BxTxNxH, self.output, self.output_lora_a, self.output_lora_b, inputs=2)
-        return self.norm(update_BxTxD, self.post_attention_norm)
+        return self.scale(self.norm(update_BxTxD, self.post_attention_norm))
 
     def feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
         """SwiGLU or GeGLU; or, without a gate, xIELU."""
@@ -174,4 +174,9 @@ class Layers(nnx.Module):
             gate_BxTxF = ACTIVATIONS[self.config.activation](gate_BxTxF)
             inner_BxTxF = gate_BxTxF * self.project(x_BxTxD, self.up, self.up_lora_a, self.up_lora_b)
         update_BxTxD = self.project(inner_BxTxF, self.down, self.down_lora_a, self.down_lora_b)
-        return self.norm(update_BxTxD, self.post_ffw_norm)
+        return self.scale(self.norm(update_BxTxD, self.post_ffw_norm))
+
+    def scale(self, update_BxTxD: jax.Array) -> jax.Array:
+        """What a sublayer computed -> what it adds to the residual stream."""
+        factor = self.config.residual_scale
+        return update_BxTxD if factor == 1.0 else update_BxTxD * factor

@@ -78,6 +78,10 @@ NEWER = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
         }
     },
+    "granite": {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "logits_scaling": 2.0}
+    | SPECIAL
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e7}, "attention_multiplier": 0.3}
+    | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
     "apertus": {"model_type": "apertus", "architectures": ["ApertusForCausalLM"], "hidden_act": "xielu"}
     | SPECIAL
     | {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 1.2e7}, "tie_word_embeddings": False},

@@ -88,6 +88,12 @@ FAMILIES = {
         | {"sliding_window": 8, "num_hidden_layers": 5}
         | {"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": YARN_ROPE}},
     ),
+    "granite": (
+        "GraniteConfig",
+        NO_PAD
+        | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "tie_word_embeddings": True}
+        | {"attention_multiplier": 0.09, "logits_scaling": 1.7},
+    ),
     "apertus": ("ApertusConfig", NO_PAD | {"rope_parameters": LLAMA3_ROPE}),
 }
 

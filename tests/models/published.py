@@ -114,6 +114,13 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
         | {"tie_word_embeddings": False, "attention_bias": False},
         8.05,
     ),
+    "ibm-granite/granite-3.3-8b-instruct": (
+        _sizes(4096, 12800, 40, 32, 8, 49159, 131072)
+        | {"model_type": "granite", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000000.0}
+        | {"attention_multiplier": 0.0078125, "embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+        | {"logits_scaling": 16.0, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False},
+        8.17,
+    ),
     "google/gemma-3-4b-it": (_gemma3(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34), 3.88),
     "google/gemma-3-27b-it": (
         _gemma3(hidden_size=5376, intermediate_size=21504, num_hidden_layers=62, num_attention_heads=32) | {},

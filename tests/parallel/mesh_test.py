@@ -33,7 +33,7 @@ B, P, Q, R = 16, 12, 20, 6
 OTHERS = [
     *("CohereLabs/aya-expanse-8b", "CohereLabs/c4ai-command-r7b-12-2024", "HuggingFaceTB/SmolLM3-3B"),
     *("allenai/Olmo-3-7B-Instruct", "google/gemma-3-4b-it", "microsoft/Phi-4-mini-instruct"),
-    "swiss-ai/Apertus-8B-Instruct-2509",
+    *("swiss-ai/Apertus-8B-Instruct-2509", "ibm-granite/granite-3.3-8b-instruct"),
 ]
 # Heads divide, are fewer than devices (key/value heads), rows are split alone; batches by data, fsdp and both.
 MESHES = {name: [(1, 2, 4), (2, 2, 2)] for name in [*RECIPES, *OTHERS]} | {
