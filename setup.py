@@ -59,7 +59,6 @@ setuptools.setup(
         "matplotlib",
         "ml_collections",
         "numpy",
-        "openpyxl",
         "optax",
         "orbax-checkpoint",
         "py3langid",
@@ -84,6 +83,7 @@ setuptools.setup(
         "plan": ["libtpu"],
         "eval": ["lm_eval>=0.4.13"],
         "stores": ["adlfs", "gcsfs", "s3fs"],  # workdirs and compiled programs in object stores
+        "xlsx": ["openpyxl"],  # for XSafety, some of whose files are workbooks
         "parity": ["peft", "torch==2.13.0"],
         "test": [
             "dm-haiku",
@@ -92,6 +92,7 @@ setuptools.setup(
             "hypothesis",
             "moto[s3,server]",
             "mypy",
+            "openpyxl",
             "playwright",
             "pytest",
             "pytest-xdist",

@@ -32,7 +32,10 @@ def csv_rows(path: pathlib.Path) -> list[list[str]]:
 
 def xlsx_rows(path: pathlib.Path) -> list[list[str]]:
     """All rows of a workbook's first sheet, cells as text. Raises UserError where it cannot be read."""
-    import openpyxl
+    try:
+        import openpyxl
+    except ImportError:
+        raise UserError(f"{path} is a workbook, which needs openpyxl: pip install 'msd-jax[xlsx]'") from None
 
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)

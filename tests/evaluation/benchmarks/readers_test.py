@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import openpyxl
 import pytest
@@ -74,6 +75,12 @@ def test_xsafety_that_is_damaged(xsafety, name, content, message):
     (xsafety / name).parent.mkdir(exist_ok=True)
     (xsafety / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        safety.read_xsafety(xsafety)
+
+
+def test_a_workbook_without_its_extra_says_how_to_get_it(xsafety, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ValueError, match=r"Insult_n\.xlsx is a workbook, .*: pip install 'msd-jax\[xlsx\]'"):
         safety.read_xsafety(xsafety)
 
 
