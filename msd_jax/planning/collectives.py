@@ -135,8 +135,8 @@ def replica_groups(attributes: str) -> np.ndarray:
         return (devices.transpose(order) if order else devices).reshape(shape)
     match = re.search(r"replica_groups=" + _MESH, attributes)
     if match:
-        axes, _, listed, turned, dimensions, transposed, named = match.groups()
-        return _mesh_groups(axes, listed or dimensions, turned or transposed, named)
+        axes, _, long, long_order, short, short_order, named = match.groups()
+        return _mesh_groups(axes, long or short, long_order or short_order, named)
     match = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes)
     if match:
         return np.array([_integers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])])
