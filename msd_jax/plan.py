@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for other devices cannot be read back
     flags.DEFINE_string("topology", "", "TPU slice, as v5e:8x8, or GPU nodes, as h100:8x4.")
     flags.DEFINE_string("mesh", "", "DATA,FSDP,TENSOR in place of config.mesh.")
     flags.DEFINE_string("json", "", "File to write the plan to.")

@@ -1,7 +1,7 @@
 """config.json of popular models, as far as a decoder follows from it, and how many parameters they state.
 
-Written down from the models' cards and reports, not copied from the files. The numbers of parameters, which cards and
-the hub show, check the sizes; the factors of longrope, which are long lists, are 1 here.
+Written down by hand, most of them from memory, and not copied from the files: the numbers of parameters, which cards
+and the hub show, check the sizes; the factors of longrope, which are long lists, are 1 here.
 """
 
 from typing import Any

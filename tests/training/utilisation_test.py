@@ -1,5 +1,8 @@
 """Operations and bytes against the programs themselves, and against loops over tokens; and where the wall time went."""
 
+import subprocess
+import sys
+
 import ml_collections
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from msd_jax.planning.flops import count_flops
 from msd_jax.planning.programs import run_programs
 from msd_jax.training import goodput, loop, run, utilisation
 from msd_jax.training.train_step import TrainBatch
+from tests.conftest import REPOSITORY
 from tests.training.conftest import set_up, train
 
 
@@ -74,22 +78,28 @@ def _leaves(tree) -> list:
     return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
 
 
-def test_a_run_with_a_known_peak_and_a_profile(config, tmp_path):
-    config.train.steps, config.train.profile_steps = 4, 2
+def test_a_run_with_a_known_peak(config, tmp_path):
+    config.train.steps = 4
     frozen = ml_collections.FrozenConfigDict(config)
     loop.train(run.setup(frozen, tmp_path / "run", utilisation.Peak(1e9, 1e9)))
     rows = jsonl.read(tmp_path / "run" / "metrics.jsonl")
     assert all(row["mfu"] > 0 and row["hbm_share"] > 0 for row in rows)
     assert rows[0]["compile_seconds"] > 0 == rows[-1]["compile_seconds"]
-    [trace] = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
-    assert b"step" in trace.read_bytes()
-    config.train.profile_steps = 0
-    config.train.steps = 4
     train(config, tmp_path / "plain")
     for name in ("loss", "grad_norm"):
         plain = jsonl.read(tmp_path / "plain" / "metrics.jsonl")
         assert [row[name] for row in plain] == [row[name] for row in rows]
     assert not (tmp_path / "plain" / "profile").exists() and "mfu" not in plain[0]
+
+
+def test_a_profile_of_some_steps(tmp_path):
+    """In a process of its own: after a thousand other programs JAX's profiler was seen to end the process."""
+    flags = "--config=configs/quickstart.py", "--config.eval.path=", "--config.train.export=False"
+    steps = "--config.train.steps=4", "--config.train.profile_steps=2"
+    command = [sys.executable, "-m", "msd_jax.main", *flags, *steps, f"--workdir={tmp_path}/run"]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    [trace] = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert b"step" in trace.read_bytes()
 
 
 def test_seconds_go_to_the_phase_that_they_are_spent_in(tmp_path, monkeypatch):
