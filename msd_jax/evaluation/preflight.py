@@ -106,6 +106,8 @@ def run(
     answered = {}
     for role, evaluator in evaluators.items():
         log(f"pre-flight: {len(evaluator.prompts)} prompts as the {role}")
+        if distributed.is_first():  # of an interrupted one, perhaps with other weights: responses tell whose they are
+            (directory / role / "summary.json").unlink(missing_ok=True)
         evaluator.run(lambda: params, directory / role)
         answered[role] = RecordLog(directory / role / "responses.jsonl").read()
     first_tokens = _first_tokens(evaluators, model, mesh, params, config.eval.batch_size)

@@ -173,6 +173,8 @@ def test_without_an_evaluation_the_training_queries_are_asked(tmp_path):
     config = quickstart.get_config()
     config.eval.path, config.eval.limit, config.eval.batch_size = "", 68, 128
     model, mesh = pretrained.load(**config.model), sharding.make_mesh()
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "summary.json").write_text('{"queries": "of an interrupted pre-flight of another model"}')
     result = preflight.run(ml_collections.FrozenConfigDict(config), model, mesh, tmp_path)
     assert set(result) == {"en", *testbed.TARGET_LANGUAGES}
     written = json.loads((tmp_path / "preflight.json").read_text())
