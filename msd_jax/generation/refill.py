@@ -39,7 +39,8 @@ class PoolGenerator:
 
     Attributes:
       rows: B, how many are generated at a time.
-      compilations: how often a program was compiled: one that decodes, and one for each bucket of prompt lengths.
+      compilations: how often a program was compiled: for pools whose longest prompts share a bucket, one that decodes
+        and one for each bucket of prompt lengths.
     """
 
     def __init__(
