@@ -223,7 +223,8 @@ def _local(
 ) -> tuple[Sums, Gradients]:
     """The sums, and float32 gradients of loss_sum where `wanted`, over the tokens given, one chunk at a time.
 
-    The heads, and the gradient of one, are [V, D] if they are tied, and [D, V] otherwise.
+    Chunks after the last token of `mask` are left out. The heads, and the gradient of one, are [V, D] if they are tied,
+    and [D, V] otherwise.
     """
     settings = layout.loss if beta is None else dataclasses.replace(layout.loss, beta=beta)
     N = len(mask_N)
@@ -233,34 +234,52 @@ def _local(
     def split(x: jax.Array) -> jax.Array:  # the last chunk is filled up with tokens that are masked out
         return jnp.pad(x, [(0, chunks * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
-    def one_chunk(
-        d_head: jax.Array | None, tokens: tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array]
-    ) -> tuple[jax.Array | None, tuple[Sums, jax.Array | None]]:
-        hidden, teacher_hidden, response, mask = tokens
-        hidden = jnp.where(mask[:, None], hidden, 0)  # what is masked out may be NaN, and 0 * NaN is not 0
-        # Transposed here, within the loop, where a product takes its operands either way.
-        head_DxV, teacher_head_DxV = jax.tree.map(lambda w: w.T if layout.tied else w, (head, teacher_head))
-        teacher_logits = None if teacher_hidden is None else layout.capped(_matmul(teacher_hidden, teacher_head_DxV))
+    hidden, teacher_hidden, response, mask = jax.tree.map(split, (hidden_NxD, teacher_hidden_NxD, response_N, mask_N))
+
+    def hidden_of(i: jax.Array | int) -> jax.Array:  # what is masked out may be NaN, and 0 * NaN is not 0
+        return jnp.where(mask[i][:, None], hidden[i], 0)
+
+    def heads() -> Any:  # transposed within the loop, where a product takes its operands either way
+        return jax.tree.map(lambda w: w.T if layout.tied else w, (head, teacher_head))
+
+    def one_chunk(i: jax.Array | int) -> tuple[Sums, Any]:
+        """(sums, gradient of the student's logits)."""
+        student_logits, teacher_logits = _matmul(hidden_of(i), heads()[0]), None
+        if teacher_hidden is not None:
+            teacher_logits = layout.capped(_matmul(teacher_hidden[i], heads()[1]))
 
         def loss(product: jax.Array) -> tuple[jax.Array, Sums]:
-            sums = weighted_loss(layout.capped(product), teacher_logits, response, mask, settings)
+            tokens = None if response is None else response[i]
+            sums = weighted_loss(layout.capped(product), teacher_logits, tokens, mask[i], settings)
             return sums[0], sums
 
         if not any(wanted):
-            return d_head, (loss(_matmul(hidden, head_DxV))[1], None)
-        _, pullback, sums = jax.vjp(loss, _matmul(hidden, head_DxV), has_aux=True)
-        (gradient,) = pullback(jnp.ones((), jnp.float32))
-        d_hidden = _matmul(gradient, head_DxV.T) if wanted[0] else None
-        if d_head is not None:
-            d_head += _matmul(gradient.T, hidden) if layout.tied else _matmul(hidden.T, gradient)
-        return d_head, (sums, d_hidden)
+            return loss(student_logits)[1], None
+        _, pullback, sums = jax.vjp(loss, student_logits, has_aux=True)
+        return sums, pullback(jnp.ones((), jnp.float32))[0]
 
-    start = jnp.zeros(head.shape, jnp.promote_types(head.dtype, jnp.float32)) if wanted[1] else None
-    tokens = jax.tree.map(split, (hidden_NxD, teacher_hidden_NxD, response_N, mask_N))
-    d_head, (sums, d_hidden) = jax.lax.scan(one_chunk, start, tokens)
-    if d_hidden is not None:
-        d_hidden = d_hidden.reshape(chunks * size, -1)[:N]
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums), (d_hidden, d_head)
+    def add(i: jax.Array, carry: tuple[Sums, jax.Array | None, jax.Array | None]) -> Any:
+        total, d_hidden, d_head = carry
+        sums, gradient = one_chunk(i)
+        if d_hidden is not None:
+            d_hidden = d_hidden.at[i].set(_matmul(gradient, heads()[0].T))
+        if d_head is not None:
+            d_head += _matmul(gradient.T, hidden_of(i)) if layout.tied else _matmul(hidden_of(i).T, gradient)
+        return jax.tree.map(jnp.add, total, sums), d_hidden, d_head
+
+    def zeros(x: Any, least: Any = None) -> jax.Array:
+        return jnp.zeros(x.shape, jnp.promote_types(x.dtype, least) if least else x.dtype)
+
+    start = (
+        jax.tree.map(zeros, jax.eval_shape(one_chunk, 0)[0]),
+        zeros(hidden, jnp.float32) if wanted[0] else None,
+        zeros(head, jnp.float32) if wanted[1] else None,
+    )
+    used = jnp.max(jnp.where(jnp.any(mask, axis=1), jnp.arange(chunks) + 1, 0))
+    if layout.mesh is not None:  # all devices take part in the products of a chunk
+        used = jax.lax.pmax(used, TOKEN_AXES)
+    sums, d_hidden, d_head = jax.lax.fori_loop(0, used, add, start)
+    return sums, (None if d_hidden is None else d_hidden.reshape(chunks * size, -1)[:N], d_head)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

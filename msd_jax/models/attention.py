@@ -38,7 +38,7 @@ def self_attention(
     query_BxTxNxH: jax.Array,
     key_BxKxTxH: jax.Array,
     value_BxKxTxH: jax.Array,
-    valid_BxT: jax.Array,
+    segment_BxT: jax.Array,
     window: ArrayLike,
     *,
     windows: tuple[int, ...],
@@ -48,10 +48,13 @@ def self_attention(
 ) -> jax.Array:
     """Causal attention of whole sequences to themselves, within a window.
 
+    A row holds one sequence, or several that are packed one after the other.
+
     Args:
       query_BxTxNxH: float queries.
       key_BxKxTxH, value_BxKxTxH: float; query head n attends to key/value head n // (N / K).
-      valid_BxT: bool, true at real tokens, which are consecutive.
+      segment_BxT: int32 or bool; a token attends to those of its own segment, which are consecutive. Padding is a
+        segment of its own, by convention 0 (false).
       window: int32 scalar, one of `windows`: how many tokens a query sees, its own included.
       windows: static; the windows of all layers, so that a kernel can be made for each.
       scores: static.
@@ -59,14 +62,13 @@ def self_attention(
       kernel: static; "auto" chooses by platform and shapes, see `choose`.
 
     Returns:
-      [B, T, N, H] in the dtype of the values; where a query sees nothing, finite numbers without meaning.
+      [B, T, N, H] in the dtype of the values; finite numbers without meaning at padding.
     """
     if kernel == "auto":
         kernel = choose(query_BxTxNxH, scores, mesh)
     if kernel == "splash":
-        return _splash(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, valid_BxT, window, windows, scores, mesh)
-    T = query_BxTxNxH.shape[1]
-    mask_BxTxT = _causal_mask(jnp.arange(T), valid_BxT, window)
+        return _splash(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, segment_BxT, window, windows, scores, mesh)
+    mask_BxTxT = _causal_mask(segment_BxT, window)
     if kernel == "cudnn":
         return _cudnn(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, mask_BxTxT, scores)
     return _xla(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, mask_BxTxT, scores)
@@ -114,10 +116,11 @@ def choose(query_BxTxNxH: jax.Array, scores: Scores, mesh: Mesh | None) -> str:
     return "xla"
 
 
-def _causal_mask(slot_T: jax.Array, valid_BxS: jax.Array, window: ArrayLike) -> jax.Array:
-    """bool [B, T, S]: whether the query in slot_T may attend to a slot."""
-    distance_TxS = slot_T[:, None] - jnp.arange(valid_BxS.shape[1])
-    return valid_BxS[:, None, :] & (distance_TxS >= 0) & (distance_TxS < window)
+def _causal_mask(segment_BxT: jax.Array, window: ArrayLike) -> jax.Array:
+    """bool [B, T, T]: whether the first token may attend to the second."""
+    column_T = jnp.arange(segment_BxT.shape[1])
+    distance_TxT = column_T[:, None] - column_T
+    return (segment_BxT[:, :, None] == segment_BxT[:, None]) & (distance_TxT >= 0) & (distance_TxT < window)
 
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scores: Scores) -> jax.Array:
@@ -147,7 +150,7 @@ def _splash(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    valid: jax.Array,
+    segment: jax.Array,
     window: ArrayLike,
     windows: tuple[int, ...],
     scores: Scores,
@@ -157,7 +160,7 @@ def _splash(
     """Splash attention on each device's rows and heads."""
     on_device = functools.partial(_splash_on_device, windows=windows, scores=scores, interpret=interpret)
     if mesh is None:
-        return on_device(query, key, value, valid, window)
+        return on_device(query, key, value, segment, window)
     # With fewer key/value heads than devices, each device takes the one that its queries attend to.
     copies = max(1, mesh.shape["tensor"] // key.shape[1])
     key, value = (jnp.repeat(x, copies, axis=1) for x in (key, value))
@@ -169,14 +172,14 @@ def _splash(
         in_specs=(queries, keys, keys, PartitionSpec(rows), PartitionSpec()),
         out_specs=queries,
         check_vma=False,  # pallas_call does not say over which axes its results vary
-    )(query, key, value, valid, window)
+    )(query, key, value, segment, window)
 
 
 def _splash_on_device(
     query_BxTxNxH: jax.Array,
     key_BxKxTxH: jax.Array,
     value_BxKxTxH: jax.Array,
-    valid_BxT: jax.Array,
+    segment_BxT: jax.Array,
     window: ArrayLike,
     *,
     windows: tuple[int, ...],
@@ -187,8 +190,7 @@ def _splash_on_device(
     (B, T, N, H), K = query_BxTxNxH.shape, key_BxKxTxH.shape[1]
     scaled = (query_BxTxNxH.astype(jnp.float32) * scores.scale).astype(query_BxTxNxH.dtype)
     query_BxKxGxTxH = jnp.moveaxis(scaled.reshape(B, T, K, N // K, H), 1, 3)
-    # Padding is a segment of its own, so that every query has a key to attend to.
-    segments = splash_kernel.SegmentIds(valid_BxT.astype(jnp.int32), valid_BxT.astype(jnp.int32))
+    segments = splash_kernel.SegmentIds(segment_BxT.astype(jnp.int32), segment_BxT.astype(jnp.int32))
     block = next(size for size in (512, 256, _LANES) if T % size == 0)
     blocks = splash_kernel.BlockSizes(
         block_q=block,

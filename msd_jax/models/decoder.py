@@ -136,19 +136,20 @@ class Decoder(nnx.Module):
         self.final_norm = make.constant({"norm": config.width}, 1.0 - config.norm_offset)
         self.head = None if config.tied_embeddings else make.normal(width | vocab, config.initializer_range)
 
-    def __call__(self, tokens_BxT: jax.Array, positions_BxT: jax.Array, valid_BxT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BxT: jax.Array, positions_BxT: jax.Array, segment_BxT: jax.Array) -> jax.Array:
         """Final hidden states of whole sequences, for training and scoring.
 
         Args:
           tokens_BxT: int32 token ids; those at padding may be anything.
-          positions_BxT: int32, counting real tokens only.
-          valid_BxT: bool, true at real tokens.
+          positions_BxT: int32, of each token in its sequence.
+          segment_BxT: the sequence that a token is of, see attention.self_attention; bool, true at real tokens, where
+            a row has but one.
 
         Returns:
           hidden_BxTxD, normalised, ready for `logits`, at least float32.
         """
         require_length(self.config, tokens_BxT.shape[1])
-        attend = self._self_attention(valid_BxT)
+        attend = self._self_attention(segment_BxT)
 
         def layer(x_BxTxD: jax.Array, inputs: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, None]:
             x_BxTxD, _ = self.block(x_BxTxD, *inputs, positions_BxT, attend)
@@ -307,7 +308,7 @@ class Decoder(nnx.Module):
     def _scores(self) -> attention_lib.Scores:
         return attention_lib.Scores(self.config.query_scale, self.config.attention_softcap)
 
-    def _self_attention(self, valid_BxT: jax.Array) -> Attend:
+    def _self_attention(self, segment_BxT: jax.Array) -> Attend:
         windows = tuple(sorted({visible_tokens(window) for window in self.config.windows}))
 
         def attend(query: jax.Array, new: KVCache, window: ArrayLike) -> jax.Array:
@@ -315,7 +316,7 @@ class Decoder(nnx.Module):
                 query,
                 new.key,
                 new.value,
-                valid_BxT,
+                segment_BxT,
                 window,
                 windows=windows,
                 scores=self._scores(),

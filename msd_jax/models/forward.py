@@ -1,9 +1,12 @@
 """The forward pass over a prompt and a response: for the student's prompt and for the teacher's, the same program.
 
-A sequence is [prompt, LEFT-padded to P][response, RIGHT-padded to R], so that the response begins in the same column
-in every row and its t-th token is predicted by the hidden state of column P + t - 1. Positions count real tokens
-only, and masks come from lengths, never from a token id.
+Training packs sequences into rows, see `PackedRows`. Elsewhere a row is one sequence, [prompt, LEFT-padded to P]
+[response, RIGHT-padded to R], so that the response begins in the same column in every row and its t-th token is
+predicted by the hidden state of column P + t - 1. Positions count real tokens only, and masks come from lengths, never
+from a token id.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +50,40 @@ def response_hidden(
     return hidden_BxTxD[:, P - 1 : P + R - 1]
 
 
-def response_hidden_and_head(
-    graphdef: nnx.GraphDef, params: decoder.Params, *sequence: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(hidden_NxD, head_DxV), whose product is the logits of the N = B R response tokens, row by row.
-
-    Logits are not capped, see `config.logit_softcap`; `sequence` is as in response_hidden.
-    """
-    hidden_BxRxD = response_hidden(graphdef, params, *sequence)
-    return hidden_BxRxD.reshape(-1, hidden_BxRxD.shape[-1]), nnx.merge(graphdef, params).head_DxV
-
-
 def response_logits(graphdef: nnx.GraphDef, params: decoder.Params, *sequence: jax.Array) -> jax.Array:
     """logits_BxRxV, float32, of the response tokens; `sequence` is as in response_hidden."""
     return nnx.merge(graphdef, params).logits(response_hidden(graphdef, params, *sequence))
+
+
+class PackedRows(NamedTuple):
+    """Sequences packed one after the other into rows of T tokens, and where the response tokens are predicted.
+
+    Rows are split over devices in S equal parts, each of which predicts up to N response tokens, from its own rows.
+
+    Attributes:
+      token_BxT: int32 token ids; at padding anything.
+      position_BxT: int32, of each token in its sequence.
+      segment_BxT: int32, the sequence of the row that a token is of, from 1; 0 at padding.
+      predicts_SxN: int32, for each response token of a part the place, row by row in that part, whose hidden state
+        predicts it; where a part has fewer than N, any place.
+    """
+
+    token_BxT: Any
+    position_BxT: Any
+    segment_BxT: Any
+    predicts_SxN: Any
+
+
+def packed_hidden_and_head(
+    graphdef: nnx.GraphDef, params: decoder.Params, rows: PackedRows
+) -> tuple[jax.Array, jax.Array]:
+    """(hidden [S N, D], head_DxV), whose product is the logits of the response tokens, part by part.
+
+    Logits are not capped, see `config.logit_softcap`.
+    """
+    model = nnx.merge(graphdef, params)
+    hidden_BxTxD = model(rows.token_BxT, rows.position_BxT, rows.segment_BxT)
+    S, D = len(rows.predicts_SxN), hidden_BxTxD.shape[-1]
+    # A gather for each part, so that every device reads its own rows.
+    hidden_SxNxD = jax.vmap(lambda hidden, place: hidden[place])(hidden_BxTxD.reshape(S, -1, D), rows.predicts_SxN)
+    return model.constrain(hidden_SxNxD).reshape(-1, D), model.head_DxV

@@ -21,7 +21,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """A program as compiled for a pod. All figures are per device and run.
+    """A program as compiled for a pod. All figures are per device, work and traffic per step.
 
     Attributes:
       peak_hbm_bytes: the most memory that it needs, its arguments included; if it does not fit, what it would need.
@@ -82,14 +82,14 @@ def compile_program(program: Program, pod: Pod) -> CompiledProgram:
         buffers = parse_buffers(read_dump(dump, "-memory-usage-report.txt"))
     compile_seconds = time.perf_counter() - start
 
-    module = HloModule(text, program.while_trips)
+    module, runs = HloModule(text, program.while_trips), program.runs
     received: dict[str, int] = {}
     dcn = 0
     for collective in find_collectives(module, pod.slices, pod.node_of_device):
-        received[collective.kind] = received.get(collective.kind, 0) + collective.bytes
-        dcn += collective.network_bytes
-    flops = count_flops(traced.jaxpr, program.while_trips) / pod.device_count
-    traffic, device, (within, across) = hbm_traffic(module), pod.device, pod.links
+        received[collective.kind] = received.get(collective.kind, 0) + runs * collective.bytes
+        dcn += runs * collective.network_bytes
+    flops = runs * count_flops(traced.jaxpr, program.while_trips) / pod.device_count
+    traffic, device, (within, across) = runs * hbm_traffic(module), pod.device, pod.links
     return CompiledProgram(
         peak_hbm_bytes=peak,
         resident_hbm_bytes=program.resident_bytes,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
@@ -14,7 +13,7 @@ from msd_jax.evaluation import encoding, evaluator
 from msd_jax.generation import rollout
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import sharding
-from msd_jax.training import optimizer, train_step
+from msd_jax.training import optimizer, packing, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +25,14 @@ class Program:
       trace: traces it with abstract arguments.
       resident_bytes: per device, of what is in HBM while it runs but is not an argument of it.
       while_trips: the most iterations of a loop that ends by a condition; None: it has no such loop.
+      runs: how often it runs in a step.
     """
 
     name: str
     trace: Callable[[], jax.stages.Traced]
     resident_bytes: int
     while_trips: int | None = None
+    runs: int = 1
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -52,21 +53,18 @@ def rollout_params(model: pretrained.Architecture, mesh: Mesh) -> decoder.Params
 def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architecture, mesh: Mesh) -> Iterator[Program]:
     """The programs of a run at its largest shapes: prompts at their limits, responses at config.rollout.max_new_tokens.
 
-    The teacher's forward pass, where the loss reads it, is part of the train step.
+    The teacher's forward pass, where the loss reads it, is part of "train", which runs for each pack of sequences; at
+    these shapes a row of a pack holds but one.
 
     Raises:
       UserError: the batch or a parameter does not divide over the mesh.
     """
-    train_step.check_batch(config, mesh)
+    shape = train_step.pack_shape(config, mesh)
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    kept, spikes = train_step.kept_teacher(config), config.train.skip_spikes > 0
-    state, frozen = train_step.abstract_state(model, mesh, optimize, kept, spikes)
+    step = train_step.TrainStep(config, model, mesh, optimize, shape)
+    state, frozen = step.state, step.frozen
     state_bytes = bytes_per_device((state, frozen))
     weights, relaid = decoder.join(frozen, state.params), rollout_params(model, mesh)
-
-    def trace_train() -> jax.stages.Traced:
-        step: Any = train_step.jit_train_step(config, model, mesh, optimize)
-        return step.trace(state, frozen, _train_batch(config, mesh))
 
     def generation(name: str, rows: int, prompt: int, response: int) -> Program:
         sampling = {key: config.rollout[key] for key in ("temperature", "top_k", "top_p")}
@@ -75,7 +73,15 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
         return Program(name, lambda: generator.trace(relaid, rows, prompt), state_bytes, response - 1)
 
     prompts, response = config.prompts, config.rollout.max_new_tokens
-    yield Program("train", trace_train, resident_bytes=0)
+    read = state.params, frozen, state.teacher if train_step.reads_teacher(config) else None
+    yield Program(
+        "train",
+        lambda: step.accumulate.trace(*step.inputs, step.sums, step.pack),
+        state_bytes - bytes_per_device(read),
+        while_trips=_loss_chunks(shape, config),
+        runs=config.train.micro_batches,
+    )
+    yield Program("update", lambda: step.apply.trace(state, step.sums), bytes_per_device(frozen))
     yield Program("relayout", lambda: rollout.trace_reshard(weights, relaid), state_bytes - bytes_per_device(weights))
     if config.rollout.policy in ("on_policy", "mixed"):
         yield generation("rollout", config.data.batch_size, prompts.student_limit, response)
@@ -86,19 +92,8 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
         yield generation("evaluation", rows, encoding.prompt_limit(config)[0], config.eval.max_new_tokens)
 
 
-def _train_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> train_step.TrainBatch:
-    """An abstract batch: prompts of both roles at their limits, responses at theirs."""
-
-    def ids(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
-
-    B, R = config.data.batch_size, config.rollout.max_new_tokens
-    reads_teacher = train_step.reads_teacher(config)
-    return train_step.TrainBatch(
-        student_prompt_BxP=ids(B, config.prompts.student_limit),
-        student_length_B=ids(B),
-        teacher_prompt_BxP=ids(B, config.prompts.teacher_limit) if reads_teacher else None,
-        teacher_length_B=ids(B) if reads_teacher else None,
-        response_BxR=ids(B, R),
-        response_length_B=ids(B),
-    )
+def _loss_chunks(shape: packing.Shape, config: ml_collections.ConfigDict) -> int:
+    """In how many chunks fused_dpsw_loss takes a part of a pack with one response of full length in each row."""
+    places = shape.rows * shape.student
+    size = -(-places // -(-places // config.train.loss_chunk))
+    return -(-shape.rows * config.rollout.max_new_tokens // size)

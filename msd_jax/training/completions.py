@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +16,21 @@ from msd_jax.losses import dpsw
 from msd_jax.models import decoder, forward
 from msd_jax.parallel import sharding
 from msd_jax.training.generate import Generated
+from msd_jax.training.packing import TrainBatch
 from msd_jax.training.run import Run
-from msd_jax.training.train_step import TrainBatch, TrainState, student_and_teacher
+from msd_jax.training.train_step import TrainState
+
+
+def both_logits(
+    graphdef: nnx.GraphDef, student: decoder.Params, teacher: decoder.Params, batch: TrainBatch
+) -> tuple[jax.Array, jax.Array | None]:
+    """logits_BxRxV of student and teacher over the same response tokens; None for one without prompts in the batch."""
+    response = (batch.response_BxR, batch.response_length_B)
+    of_student = forward.response_logits(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response)
+    if batch.teacher_prompt_BxP is None:
+        return of_student, None
+    prompt: Any = (batch.teacher_prompt_BxP, batch.teacher_length_B)
+    return of_student, forward.response_logits(graphdef, teacher, *prompt, *response)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "loss", "beta"))
@@ -31,7 +45,7 @@ def per_token_values(
     beta: optax.Schedule,
 ) -> dict[str, jax.Array]:
     """The values [B, R] of losses.per_token_loss for all weights of student and teacher, after `step` steps."""
-    logits = student_and_teacher(forward.response_logits, graphdef, student, teacher, batch)
+    logits = both_logits(graphdef, student, teacher, batch)
     return dpsw.token_values(*logits, batch.response_BxR, dataclasses.replace(loss, beta=beta(step)))
 
 

@@ -9,8 +9,10 @@ from msd_jax.data import batches
 from msd_jax.generation.responses import Responses
 from msd_jax.models import decoder
 from msd_jax.parallel import padding
+from msd_jax.training import packing
+from msd_jax.training.packing import TrainBatch
 from msd_jax.training.run import Run, rollout_params
-from msd_jax.training.train_step import TrainBatch, TrainState, reads_teacher
+from msd_jax.training.train_step import TrainState, reads_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Generated:
     Attributes:
       queries: the prompts of both roles.
       responses: one per query.
-      batch: both as train_step takes them; R is the bucket of the longest response.
+      batch: both, as arrays; R is the bucket of the longest response.
+      packs: the same, as train_step takes them.
       free: the host's clock when the devices were done with the step before, whose weights generation needs; None
         where nothing was generated, and the host did not wait for them.
       had: the clock when the host had the responses.
@@ -29,6 +32,7 @@ class Generated:
     queries: batches.Batch
     responses: Responses
     batch: TrainBatch
+    packs: list[packing.Pack]
     free: float | None
     had: float
 
@@ -60,4 +64,4 @@ def generate(run: Run, frozen: decoder.Params, state: TrainState, queries: batch
         responses.response_BxR[:, :R],
         responses.length_B,
     )
-    return Generated(queries, responses, batch, free, had)
+    return Generated(queries, responses, batch, packing.pack(batch, run.pack_shape), free, had)

@@ -12,7 +12,7 @@ from msd_jax.generation import analyses
 from msd_jax.io import compilations, stores
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export
-from msd_jax.parallel import peers, preemption, sharding
+from msd_jax.parallel import peers, preemption
 from msd_jax.training import checkpoint, completions, goodput, profile, train_step, watch
 from msd_jax.training.generate import generate
 from msd_jax.training.metrics import Dispatched, LateRows, Metrics
@@ -79,7 +79,7 @@ def take_steps(
                 generated = generate(run, frozen, state, next(queries), step)
                 if (step + 1) % config.completions.every == 0 and config.completions.kept:
                     files.completions(step + 1, completions.entries(run, frozen, state, generated))
-                state, scalars = run.train_step(state, frozen, sharding.put_batch(run.mesh, generated.batch))
+                state, scalars = run.train_step(state, frozen, generated.packs)
             learning_rate, step = float(run.learning_rates[step]), step + 1
             window.end(step, scalars)
             check(run)

@@ -11,6 +11,7 @@ import jax
 
 from msd_jax.io import jsonl
 from msd_jax.parallel import distributed, sharding
+from msd_jax.training import packing
 from msd_jax.training.generate import Generated
 from msd_jax.training.utilisation import Utilisation
 
@@ -73,16 +74,9 @@ class Dispatched:
         Args:
           begun, done: the host's clock when the devices began with the update, and when they were done.
         """
-        batch, responses = self.generated.batch, self.generated.responses
+        responses, (columns, real) = self.generated.responses, packing.filled(self.generated.packs)
         rollout_seconds = self.generated.had - (self.generated.free or self.generated.had)
         train_seconds = done - begun
-        passes = [
-            (batch.student_prompt_BxP, batch.student_length_B),
-            (batch.teacher_prompt_BxP, batch.teacher_length_B),
-        ]
-        passes = [(prompt_BxP, length_B) for prompt_BxP, length_B in passes if prompt_BxP is not None]
-        columns = sum(prompt_BxP.size + batch.response_BxR.size for prompt_BxP, _ in passes)
-        real = int(sum(length_B.sum() + batch.response_length_B.sum() for _, length_B in passes))
         return {name: float(value) for name, value in sharding.fetch(self.scalars).items()} | {
             "learning_rate": self.learning_rate,
             "response_length": float(responses.length_B.mean()),
@@ -92,7 +86,8 @@ class Dispatched:
             "train_seconds": train_seconds,
             "rollout_tokens_per_second": responses.generated / rollout_seconds if responses.generated else 0.0,
             "train_tokens_per_second": real / train_seconds,
-            "padding": 1 - real / columns,
+            "packs": float(len(self.generated.packs)),
+            "padding": 1 - real / max(columns, 1),
             "rollout_compilations": self.rollout_compilations,
             "compile_seconds": self.compile_seconds,
         }
@@ -133,14 +128,14 @@ class LateRows:
         """
         self._files, self._every, self._last, self._advance, self._watch = files, every, last, advance, watch
         self._utilisation = utilisation
-        self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of batches; each costs one compilation
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()  # of packs; each costs one compilation
         self._late: Dispatched | None = None
         self._free = -math.inf  # the host's clock when the devices were done with the step that was written last
 
     def add(self, dispatched: Dispatched) -> None:
         """Takes the next step, and writes the row of the one before."""
         self.flush(done=dispatched.generated.free)
-        self._shapes.add(tuple(array.shape for array in jax.tree.leaves(dispatched.generated.batch)))
+        self._shapes |= {tuple(array.shape for array in jax.tree.leaves(pack)) for pack in dispatched.generated.packs}
         self._late = dispatched
 
     def wait(self) -> float:

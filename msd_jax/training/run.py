@@ -27,9 +27,9 @@ from msd_jax.io import jsonl, lock, provenance, stores
 from msd_jax.io.console import log
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
-from msd_jax.training import checkpoint, fingerprint, goodput, optimizer, utilisation
+from msd_jax.training import checkpoint, fingerprint, goodput, optimizer, packing, utilisation
 from msd_jax.training.monitor import Monitor
-from msd_jax.training.train_step import TrainState, beta_schedule, check_batch, jit_train_step, loss_settings
+from msd_jax.training.train_step import TrainState, TrainStep, beta_schedule, check_batch, loss_settings, pack_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class Inputs:
       monitor: of the slice while training; None where the config asks for none.
       records: the queries to train on.
       duplicates: rows of near_duplicates.jsonl.
+      examples: the encoded records; without the teacher's analyses where it is to write them first.
       batches: of the records, endless; without the teacher's analyses where it is to write them first.
       fingerprint: of the files behind all this, see fingerprint.of.
     """
@@ -55,6 +56,7 @@ class Inputs:
     monitor: Monitor | None
     records: tuple[Query, ...]
     duplicates: list[dict[str, Any]]
+    examples: tuple[prompts.Example, ...]
     batches: grain.IterDataset[Batch]
     fingerprint: dict[str, str]
 
@@ -73,7 +75,8 @@ class Run(Inputs):
       learning_rates: of each step.
       loss: its options.
       beta: the loss's, by the number of finished steps.
-      train_step: the program train_step(state, frozen, batch).
+      pack_shape: of the packs that a step is computed in.
+      train_step: train_step(state, frozen, packs), as train_step.TrainStep.
       rollout_shardings: of all weights while they generate.
       generator: the program that writes responses.
       respond: gives a batch its responses.
@@ -88,6 +91,7 @@ class Run(Inputs):
     learning_rates: np.ndarray
     loss: losses.LossSettings
     beta: optax.Schedule
+    pack_shape: packing.Shape
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     rollout_shardings: Any
     generator: rollout.Generator
@@ -113,6 +117,9 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
     if inputs.evaluation and distributed.is_first():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in inputs.duplicates)
         jsonl.replace_text(workdir / "near_duplicates.jsonl", lines)
+    # The teacher's prompts hold analyses that are yet to be written.
+    examples = None if config.prompts.cot == "generated" else inputs.examples
+    shape = pack_shape(config, mesh, examples)
     optimize, schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
     sampling = {key: config.rollout[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
     generator = rollout.Generator(model.graphdef, mesh, rollout.Sampling(**sampling), model.stop_ids, model.pad_id)
@@ -132,7 +139,8 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
         learning_rates=np.asarray(jax.jit(jax.vmap(schedule))(np.arange(config.train.steps))),
         loss=loss_settings(config),
         beta=beta_schedule(config),
-        train_step=jit_train_step(config, model, mesh, optimize),
+        pack_shape=shape,
+        train_step=TrainStep(config, model, mesh, optimize, shape),
         rollout_shardings=model.shardings(mesh, sharding.ROLLOUT),
         generator=generator,
         respond=(
@@ -165,6 +173,7 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
         monitor=watch,
         records=records,
         duplicates=duplicates,
+        examples=tuple(encoded.examples()),
         batches=make_batches(config, model, encoded),
         fingerprint=files,
     )

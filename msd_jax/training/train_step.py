@@ -1,9 +1,12 @@
-"""The update: both passes over a batch, the weighted loss and its gradient, the optimizer, the next teacher."""
+"""A step: both passes over a batch, the weighted loss and its gradient, the optimizer, the next teacher.
+
+A batch comes in packs of one size (packing.py). Loss and gradient are added over them, then divided once.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +18,15 @@ from jax.sharding import Mesh
 
 from msd_jax import losses
 from msd_jax.data import prompts
+from msd_jax.data.prompts import Example
 from msd_jax.errors import UserError
 from msd_jax.models import decoder, forward, pretrained
+from msd_jax.models.forward import PackedRows
 from msd_jax.parallel import compiler_options, sharding
-from msd_jax.training import optimizer, spikes
+from msd_jax.training import optimizer, packing, spikes
+from msd_jax.training.packing import Pack
 
-Array = Any  # of NumPy on the host, of JAX on devices
+ROW_MULTIPLE = {"tpu": 128}  # of the tokens of a packed row, by platform: what its attention kernel takes
 TEACHERS = ("frozen", "live", "ema", "periodic")  # of config.teacher.kind, see `next_teacher`
 
 
@@ -52,56 +58,79 @@ class TrainState:
         return self.params if self.teacher is None else self.teacher
 
 
-class TrainBatch(NamedTuple):
-    """One batch of responses under both prompts, int32; prompts left-padded, responses right-padded.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What a step adds over its packs.
 
-    The teacher's prompt is None where the loss reads no teacher (`reads_teacher`).
+    Attributes:
+      loss: the summed loss.
+      normaliser: its denominator.
+      aux: the sums of losses.dpsw_loss.
+      gradient: of the summed loss on the trained weights.
     """
 
-    student_prompt_BxP: Array
-    student_length_B: Array
-    teacher_prompt_BxP: Array | None
-    teacher_length_B: Array | None
-    response_BxR: Array
-    response_length_B: Array
+    loss: jax.Array
+    normaliser: jax.Array
+    aux: dict[str, jax.Array]
+    gradient: decoder.Params
 
 
-def student_and_teacher(
-    forward_pass: Callable, graphdef: nnx.GraphDef, student: decoder.Params, teacher: decoder.Params, batch: TrainBatch
-) -> tuple[Any, Any]:
-    """What a forward pass of models/forward.py gives for student and teacher over the same response tokens.
-
-    None for the teacher in a batch without its prompts.
-    """
-    response = (batch.response_BxR, batch.response_length_B)
-    of_student = forward_pass(graphdef, student, batch.student_prompt_BxP, batch.student_length_B, *response)
-    if batch.teacher_prompt_BxP is None:
-        return of_student, None
-    return of_student, forward_pass(graphdef, teacher, batch.teacher_prompt_BxP, batch.teacher_length_B, *response)
-
-
-def train_step(
-    state: TrainState,
+def pack_sums(
+    trained: decoder.Params,
+    teacher: decoder.Params,
     frozen: decoder.Params,
-    batch: TrainBatch,
+    step: jax.Array,
+    pack: Pack,
     *,
     graphdef: nnx.GraphDef,
-    optimize: optax.GradientTransformation,
     loss: Callable,
     beta: optax.Schedule,
-    teacher: ml_collections.ConfigDict,
-    micro_batches: int,
-    skip_spikes: float = 0.0,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. Gradients of the summed loss are added over micro-batches and divided once, by one denominator.
+) -> Sums:
+    """Loss and gradient of one pack.
 
     Args:
-      state: donated.
+      trained, teacher: the part of the student's and the teacher's weights that is trained.
       frozen: the weights that are not trained, which student and teacher share; {} where all are trained.
-      batch: B rows, divisible by `micro_batches`.
-      graphdef, optimize, micro_batches: static.
+      step: the number of finished steps.
+      pack: on the devices.
+      graphdef: static.
       loss: static; losses.fused_dpsw_loss with its options bound, but for beta.
       beta: static; the loss's, by the number of finished steps.
+    """
+
+    def hidden_and_head(params: decoder.Params, rows: PackedRows | None) -> tuple[Any, Any]:
+        if rows is None:
+            return None, None
+        return forward.packed_hidden_and_head(graphdef, decoder.join(frozen, params), rows)
+
+    def loss_sum(params: decoder.Params) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+        both = *hidden_and_head(params, pack.student), *hidden_and_head(teacher, pack.teacher)
+        total, normaliser, aux = loss(*both, pack.response_SxN.ravel(), pack.mask_SxN.ravel(), beta=beta(step))
+        return total, (normaliser, aux)
+
+    (total, (normaliser, aux)), gradient = jax.value_and_grad(loss_sum, has_aux=True)(trained)
+    return Sums(total, normaliser, aux, gradient)
+
+
+def update(
+    state: TrainState,
+    sums: Sums,
+    *,
+    optimize: optax.GradientTransformation,
+    beta: optax.Schedule,
+    teacher: ml_collections.ConfigDict,
+    skip_spikes: float = 0.0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The next state. The summed gradient is divided once, by one denominator.
+
+    A step that is not finite, or a spike, leaves the weights, the optimizer and the teacher as they were.
+
+    Args:
+      state: before the step.
+      sums: over all packs of the step.
+      optimize: static.
+      beta: static; as in `pack_sums`.
       teacher: static; config.teacher.
       skip_spikes: static; config.train.skip_spikes, without effect where `state.recent` is None.
 
@@ -111,64 +140,37 @@ def train_step(
       loss's `beta`, the gradient's norm before clipping (`grad_norm`), whether the step is skipped (`skip`), the steps
       skipped so far (`skipped`), and with `state.recent` what is usual (`median_loss`, `median_grad_norm`).
     """
+    mean = losses.mean_loss(jnp.ones(()), sums.normaliser)
+    loss, norm = losses.mean_loss(sums.loss, sums.normaliser), mean * optax.tree.norm(sums.gradient)
 
-    def loss_sum(params, micro):
-        both = (decoder.join(frozen, trained) for trained in (params, state.teacher_params))
-        student, teacher = student_and_teacher(forward.response_hidden_and_head, graphdef, *both, micro)
-        mask_BxR = forward.response_mask(micro.response_length_B, micro.response_BxR.shape[1])
-        response_N, mask_N = micro.response_BxR.ravel(), mask_BxR.ravel()
-        total, normaliser, aux = loss(*student, *(teacher or (None, None)), response_N, mask_N, beta=beta(state.step))
-        return total, (normaliser, aux)
-
-    gradient = jax.value_and_grad(loss_sum, has_aux=True)
-    (total, (normaliser, aux)), grads = _sum_over_micro_batches(gradient, state.params, batch, micro_batches)
-    mean = losses.mean_loss(jnp.ones(()), normaliser)
-    norm = mean * optax.tree.norm(grads)
-
-    def update(params, opt_state):
+    def optimized(params: decoder.Params, opt_state: Any) -> tuple[decoder.Params, Any]:
         # Scaled here, where the factor is fused into the moments: scaled outside, all gradients are held twice.
-        rule, mean_grads = optax.with_extra_args_support(optimize), optax.tree.scale(mean, grads)
-        updates, opt_state = rule.update(mean_grads, opt_state, params, norm=norm)
+        rule, gradient = optax.with_extra_args_support(optimize), optax.tree.scale(mean, sums.gradient)
+        updates, opt_state = rule.update(gradient, opt_state, params, norm=norm)
         return optax.apply_updates(params, updates), opt_state
 
-    # A step that is not finite, or a spike, leaves the weights, the optimizer and the teacher as they were.
-    accepted, mean_of_loss = jnp.isfinite(norm) & jnp.isfinite(total), losses.mean_loss(total, normaliser)
-    recent = state.recent
+    accepted, recent = jnp.isfinite(norm) & jnp.isfinite(sums.loss), state.recent
     usual: dict[str, jax.Array] = {}
     if recent is not None:
-        seen_2 = jnp.stack([mean_of_loss, norm])
+        seen_2 = jnp.stack([loss, norm])
         usual = dict(zip(("median_loss", "median_grad_norm"), spikes.medians(recent)))
         accepted &= ~spikes.is_spike(recent, seen_2, skip_spikes)
         recent = spikes.remember(recent, seen_2, accepted)
-    params, opt_state = jax.lax.cond(accepted, update, lambda *old: old, state.params, state.opt_state)
+    params, opt_state = jax.lax.cond(accepted, optimized, lambda *old: old, state.params, state.opt_state)
     step, skipped = state.step + 1, state.skipped + ~accepted
     new_teacher = next_teacher(teacher, step, state.teacher, params, accepted)
-    new_state = TrainState(step, params, new_teacher, opt_state, skipped, recent)
-    means = {name: value / jnp.maximum(aux["tokens"], 1) for name, value in aux.items() if name != "tokens"}
-    if "saturated" in aux:  # not where nothing reads a teacher
-        means["saturated"] = losses.mean_loss(aux["saturated"], total)
-    return new_state, means | usual | {
-        "loss": mean_of_loss,
-        "weighted_kl": total / jnp.maximum(aux["tokens"], 1),
-        "tokens": aux["tokens"],
-        "beta": jnp.asarray(beta(state.step), jnp.float32),
-        "grad_norm": norm,
-        "skip": ~accepted,
-        "skipped": skipped,
-    }
+    scalars = _scalars(sums, loss) | usual
+    scalars |= {"beta": jnp.asarray(beta(state.step), jnp.float32), "grad_norm": norm}
+    scalars |= {"skip": ~accepted, "skipped": skipped}
+    return TrainState(step, params, new_teacher, opt_state, skipped, recent), scalars
 
 
-def _sum_over_micro_batches(function: Callable, params: decoder.Params, batch: TrainBatch, micro_batches: int) -> Any:
-    """The sum of function(params, micro-batch), leaf by leaf."""
-    # Every device keeps its own rows: micro-batch i holds rows i, i + M, i + 2M, ...
-    micros = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
-
-    def add(sums, micro):
-        return jax.tree.map(jnp.add, sums, function(params, micro)), None
-
-    shapes = jax.eval_shape(function, params, jax.tree.map(lambda x: x[0], micros))
-    sums, _ = jax.lax.scan(add, optax.tree.zeros_like(shapes), micros)
-    return sums
+def _scalars(sums: Sums, loss: jax.Array) -> dict[str, jax.Array]:
+    tokens = sums.aux["tokens"]
+    scalars = {name: value / jnp.maximum(tokens, 1) for name, value in sums.aux.items() if name != "tokens"}
+    if "saturated" in sums.aux:  # not where nothing reads a teacher
+        scalars["saturated"] = losses.mean_loss(sums.aux["saturated"], sums.loss)
+    return scalars | {"loss": loss, "weighted_kl": sums.loss / jnp.maximum(tokens, 1), "tokens": tokens}
 
 
 def next_teacher(
@@ -219,41 +221,80 @@ def kept_teacher(config: ml_collections.ConfigDict) -> str:
     return config.teacher.kind if prompts.shows_teacher(config) else "none"
 
 
-def jit_train_step(
-    config: ml_collections.ConfigDict,
-    model: pretrained.Architecture,
-    mesh: Mesh,
-    optimize: optax.GradientTransformation,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The program train_step(state, frozen, batch), with all that is static bound; the state is donated."""
-    loss = functools.partial(
-        losses.fused_dpsw_loss,
-        chunk=config.train.loss_chunk,
-        dtype=model.dtype,
-        logit_softcap=model.config.logit_softcap,
-        tied=model.config.tied_embeddings,
-        mesh=mesh,
-        **vars(loss_settings(config)),
-    )
-    step = functools.partial(
-        train_step,
-        graphdef=model.graphdef,
-        optimize=optimize,
-        loss=loss,
-        beta=beta_schedule(config),
-        teacher=config.teacher,
-        micro_batches=config.train.micro_batches,
-        skip_spikes=config.train.skip_spikes,
-    )
-    kept, spikes_too = kept_teacher(config), config.train.skip_spikes > 0
-    state, frozen = _shardings(abstract_state(model, mesh, optimize, kept, spikes_too))
-    return jax.jit(
-        step,
-        in_shardings=(state, frozen, sharding.batch_sharding(mesh)),
-        out_shardings=(state, sharding.replicated(mesh)),
-        donate_argnums=0,
-        compiler_options=compiler_options.train_step_options(mesh),
-    )
+class TrainStep:
+    """The programs of a step, each compiled once in a run, whatever the lengths of its responses.
+
+    Attributes:
+      mesh, state, frozen, sums, pack: the mesh, and what the programs take, as ShapeDtypeStructs in their layout.
+      inputs: what `accumulate` takes of state and frozen.
+      zeros: () -> Sums.
+      accumulate: (trained, teacher, frozen, step, sums, pack) -> sums with those of the pack added; `sums` is donated.
+      apply: (state, sums) -> (state, scalars), as `update`; `state` is donated.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        model: pretrained.Architecture,
+        mesh: Mesh,
+        optimize: optax.GradientTransformation,
+        shape: packing.Shape,
+    ):
+        """Binds all that is static; `shape` is that of the packs."""
+        self.mesh, beta = mesh, beta_schedule(config)
+        loss = functools.partial(
+            losses.fused_dpsw_loss,
+            chunk=config.train.loss_chunk,
+            dtype=model.dtype,
+            logit_softcap=model.config.logit_softcap,
+            tied=model.config.tied_embeddings,
+            mesh=mesh,
+            **vars(loss_settings(config)),
+        )
+        one_pack = functools.partial(pack_sums, graphdef=model.graphdef, loss=loss, beta=beta)
+
+        def accumulate(trained: Any, teacher: Any, frozen: Any, step: Any, sums: Sums, pack: Pack) -> Sums:
+            return jax.tree.map(jnp.add, sums, one_pack(trained, teacher, frozen, step, pack))
+
+        self.state, self.frozen = abstract_state(
+            model, mesh, optimize, kept_teacher(config), config.train.skip_spikes > 0
+        )
+        rows = sharding.batch_sharding(mesh)
+        self.pack = jax.tree.map(lambda x: _abstract(x, rows), packing.empty(shape))
+        self.inputs = self.state.params, self.state.teacher_params, self.frozen, self.state.step
+        self.sums = self._placed(jax.eval_shape(one_pack, *self.inputs, self.pack))
+        placed = _shardings((*self.inputs, self.sums, self.pack))
+        self.zeros = jax.jit(lambda: optax.tree.zeros_like(self.sums), out_shardings=placed[4])
+        options = compiler_options.train_step_options(mesh)
+        self.accumulate = jax.jit(
+            accumulate, in_shardings=placed, out_shardings=placed[4], donate_argnums=4, compiler_options=options
+        )
+        rule = {"optimize": optimize, "beta": beta, "teacher": config.teacher, "skip_spikes": config.train.skip_spikes}
+        state = _shardings(self.state)
+        self.apply = jax.jit(
+            functools.partial(update, **rule),
+            in_shardings=(state, placed[4]),
+            out_shardings=(state, sharding.replicated(mesh)),
+            donate_argnums=0,
+            compiler_options=options,
+        )
+
+    def _placed(self, sums: Sums) -> Sums:
+        """The abstract sums: the gradient is split as the weights are, all else replicated."""
+
+        whole = jax.tree.map(lambda leaf: _abstract(leaf, sharding.replicated(self.mesh)), sums)
+        gradient = jax.tree.map(_abstract, sums.gradient, _shardings(self.state.params))
+        return dataclasses.replace(whole, gradient=gradient)
+
+    def __call__(
+        self, state: TrainState, frozen: decoder.Params, packs: Iterable[Pack]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One step over packs on the host: the next state and scalars, as `update`; `state` is donated."""
+        sums = self.zeros()
+        for pack in packs:
+            placed = sharding.put_batch(self.mesh, pack)
+            sums = self.accumulate(state.params, state.teacher_params, frozen, state.step, sums, placed)
+        return self.apply(state, sums)
 
 
 def abstract_state(
@@ -304,8 +345,33 @@ def initial_state(
     return TrainState(step, params, teacher, opt_state, skipped, recent), frozen
 
 
+def _abstract(leaf: Any, placed: jax.sharding.Sharding) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+
 def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def pack_shape(
+    config: ml_collections.ConfigDict, mesh: Mesh, examples: Iterable[Example] | None = None
+) -> packing.Shape:
+    """The shape of a run's packs: a micro-batch's rows, as long as the longest of `examples`; None: as the limits.
+
+    Raises:
+      UserError: the rows of a micro-batch do not divide over the devices.
+    """
+    check_batch(config, mesh)
+    R = config.rollout.max_new_tokens
+    longest = mean = np.array([config.prompts.student_limit, config.prompts.teacher_limit]) + R - 1
+    if examples is not None:
+        prompt_Nx2 = np.array([(len(example.student_ids), len(example.teacher_ids)) for example in examples])
+        # The last token of a response predicts nothing; half of the most tokens is taken for the mean.
+        longest, mean = prompt_Nx2.max(axis=0) + R - 1, prompt_Nx2.mean(axis=0) + R / 2
+    read, parts = np.array([1, reads_teacher(config)]), sharding.batch_shards(mesh)
+    multiple = ROW_MULTIPLE.get(sharding.platform(mesh), 16)
+    student, teacher = packing.row_lengths(tuple((longest * read).tolist()), tuple(mean.tolist()), multiple)
+    return packing.Shape(parts, config.data.batch_size // config.train.micro_batches // parts, student, teacher)
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ from msd_jax.models import pretrained
 from msd_jax.models.config import DecoderConfig
 from msd_jax.models.lora import Lora
 from msd_jax.parallel import sharding
-from msd_jax.training.train_step import TrainBatch
+from msd_jax.training.packing import TrainBatch
 
 
 class Peak(NamedTuple):
@@ -69,13 +69,14 @@ class Utilisation:
 def train_flops(config: DecoderConfig, lora: Lora | None, batch: TrainBatch, trains_head: bool) -> float:
     """Operations of the matrix products of one update; see Utilisation."""
     response_B = batch.response_length_B.astype(np.int64)
-    student_B = batch.student_length_B + response_B
+    read_B = np.maximum(response_B - 1, 0)  # nothing is predicted after the last token
+    student_B = batch.student_length_B + read_B
     head = 2.0 * config.width * config.vocab_size * int(response_B.sum())
     base, adapters, pairs = (sum(parts) for parts in zip(*_forward(config, lora, student_B)))
     # Backward, a product's operands have a gradient each: inputs always, weights where they are trained.
     total = base * (2 if lora else 3) + adapters * 3 + pairs * 3 + head * (3 if trains_head else 2)
     if batch.teacher_prompt_BxP is not None:
-        teacher_B = batch.teacher_length_B + response_B
+        teacher_B = batch.teacher_length_B + read_B
         total += head + sum(sum(parts) for parts in _forward(config, lora, teacher_B))
     return total
 

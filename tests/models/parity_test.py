@@ -19,7 +19,8 @@ from msd_jax.generation import rollout
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, export, forward, layout, lora, peft, weights
 from msd_jax.parallel import sharding
-from msd_jax.training import train_step
+from msd_jax.training import packing
+from msd_jax.training.completions import both_logits
 
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
 transformers = pytest.importorskip("transformers")
@@ -276,14 +277,12 @@ def test_gradients_of_the_msd_loss_equal_autograd(pair, rng):
     # Not token 0: it is Gemma's pad, whose embedding is zero and takes no gradient in PyTorch.
     prompt, teacher_prompt, response = (jnp.array(rng.integers(1, SIZES["vocab_size"], (B, n))) for n in (P, Q, R))
     lengths = (jnp.array(rows) for rows in ([8, 3, 5], [14, 9, 12], [9, 4, 1]))
-    batch = train_step.TrainBatch(*itertools.chain(*zip((prompt, teacher_prompt, response), lengths)))
+    batch = packing.TrainBatch(*itertools.chain(*zip((prompt, teacher_prompt, response), lengths)))
 
     @jax.jit
     @jax.grad
     def gradient(params):
-        student, teacher = train_step.student_and_teacher(
-            forward.response_logits, pair.graphdef, params, pair.params, batch
-        )
+        student, teacher = both_logits(pair.graphdef, params, pair.params, batch)
         mask = forward.response_mask(batch.response_length_B, R)
         total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask)
         return losses.mean_loss(total, normaliser)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from flax import nnx
 from msd_jax.configs import default
 from safetensors.numpy import load_file, save_file
 
@@ -19,7 +20,7 @@ from msd_jax.models import decoder, forward, pretrained, weights
 from msd_jax.models.tokenizer import load_tokenizer
 from msd_jax.parallel import sharding
 from msd_jax.testbed import tiny
-from msd_jax.training import checkpoint, optimizer, run, train_step
+from msd_jax.training import checkpoint, optimizer, packing, run, train_step
 from tests.conftest import write_model, write_tokenizer
 from tests.recipes_test import RECIPES
 
@@ -50,7 +51,7 @@ def rolled(graphdef, params):
     batch = (tokens[:, :7], jnp.array([7, 4]), tokens[:, 7:], jnp.array([5, 3]))
 
     def run(params):
-        hidden, head = forward.response_hidden_and_head(graphdef, params, *batch)
+        hidden, head = forward.response_hidden(graphdef, params, *batch), nnx.merge(graphdef, params).head_DxV
         return hidden, head.astype(jnp.bfloat16), forward.response_logits(graphdef, params, *batch)
 
     return jax.device_get(jax.jit(run, compiler_options=EXACTLY)(params))
@@ -131,18 +132,19 @@ def test_a_step_with_the_teacher_of_a_bfloat16_checkpoint(bfloat16_dir, shape, r
     optimize, _ = optimizer.make_optimizer(config.optimizer, 10)
     abstract, _ = train_step.abstract_state(model, mesh, optimize, "frozen")
     assert set(dtypes(abstract.teacher).values()) == {"bfloat16"}
-    step = train_step.jit_train_step(config, model, mesh, optimize)
+    shape = packing.Shape(sharding.batch_shards(mesh), rows=2, student=16, teacher=16)
+    step = train_step.TrainStep(config, model, mesh, optimize, shape)
     lengths = [rng.integers(1, size + 1, 8) for size in (6, 9, 5)]
     tokens = [rng.integers(0, 17, (8, size)) for size in (6, 9, 5)]
     arrays = (array.astype(np.int32) for pair in zip(tokens, lengths) for array in pair)
-    batch = sharding.put_batch(mesh, train_step.TrainBatch(*arrays))
+    packs = packing.pack(packing.TrainBatch(*arrays), shape)
 
     def stepped(teacher_like, off=0.0):
         params = model.params(mesh)
         teacher = jax.tree.map(lambda p, leaf: (p * (1 + off)).astype(leaf.dtype), params, teacher_like)
         student = jax.tree.map(lambda p: p + 0.05, params)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract)
-        state, scalars = step(dataclasses.replace(zeros, params=student, teacher=teacher), {}, batch)
+        state, scalars = step(dataclasses.replace(zeros, params=student, teacher=teacher), {}, packs)
         return jax.device_get((state.opt_state[1][0].mu, scalars["loss"]))
 
     def distance(one, other):

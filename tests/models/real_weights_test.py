@@ -20,7 +20,8 @@ from msd_jax.generation import rollout
 from msd_jax.models import decoder, export, forward, pretrained
 from msd_jax.models.tokenizer import token_ids
 from msd_jax.parallel import padding, sharding
-from msd_jax.training import train_step
+from msd_jax.training import packing
+from msd_jax.training.completions import both_logits
 from tests.models.formats_test import OTHER_PYTHON
 
 torch = pytest.importorskip("torch", reason="the parity extra is not installed")
@@ -170,13 +171,13 @@ def test_bfloat16_is_close_to_float32(directory, model, params):
     hash_B, active_B = np.arange(len(rows), dtype=np.uint32), np.ones(len(rows), bool)
     written = greedy(params, student, student_length, hash_B, active_B, jax.random.key(0))
     mask = np.asarray(forward.response_mask(written.length_B, 24))
-    batch = train_step.TrainBatch(
+    batch = packing.TrainBatch(
         student, student_length, teacher, teacher_length, np.asarray(written.response_BxR), np.asarray(written.length_B)
     )
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(graphdef, params):
-        student, teacher = train_step.student_and_teacher(forward.response_logits, graphdef, params, params, batch)
+        student, teacher = both_logits(graphdef, params, params, batch)
         total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask)
         return jax.nn.log_softmax(student), losses.mean_loss(total, normaliser)
 

@@ -22,7 +22,7 @@ from msd_jax.models import config as model_config
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import sharding
 from msd_jax.testbed import tiny
-from msd_jax.training import optimizer, train_step
+from msd_jax.training import optimizer, packing, train_step
 from tests.conftest import REPOSITORY
 from tests.models.published import MODELS
 from tests.models.published_test import shrunk
@@ -46,7 +46,7 @@ def computed(name, shape):
     """(state after a step, its scalars, a rollout) as host arrays."""
     recipe = name if name in RECIPES else "llama3_8b"
     config = importlib.import_module(f"msd_jax.configs.{recipe}").get_config("smoke")
-    config.model.dtype, config.train.micro_batches = "float32", 2
+    config.model.dtype = "float32"
     # So large an eps makes AdamW's update linear in the gradient: it does not blow up the rounding of small ones.
     config.optimizer.warmup_steps, config.optimizer.learning_rate, config.optimizer.adamw.eps = 0, 1e-2, 1.0
     config = ml_collections.FrozenConfigDict(config)
@@ -71,20 +71,23 @@ def computed(name, shape):
     teacher = jax.tree.map(lambda a, b: a + 0.3 * b, params, other)
     zero = jnp.zeros((), jnp.int32)
     state = train_step.TrainState(zero, params, teacher, optimize.init(params), zero)
-    abstract, _ = train_step.abstract_state(model, mesh, optimize, "frozen")
-    state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), jax.device_get(state), abstract)
+    shape = packing.Shape(
+        sharding.batch_shards(mesh), B // 2 // sharding.batch_shards(mesh), student=P + R, teacher=Q + R
+    )
+    step = train_step.TrainStep(config, model, mesh, optimize, shape)
+    state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), jax.device_get(state), step.state)
 
     rng = np.random.default_rng(0)
     lengths = [rng.integers(1, size + 1, B) for size in (P, Q, R)]
     prompt, teacher_prompt, response = (rng.integers(0, model.config.vocab_size, (B, size)) for size in (P, Q, R))
     arrays = (prompt, lengths[0], teacher_prompt, lengths[1], response, lengths[2])
-    batch = sharding.put_batch(mesh, train_step.TrainBatch(*(x.astype(np.int32) for x in arrays)))
+    packs = packing.pack(packing.TrainBatch(*(x.astype(np.int32) for x in arrays)), shape)
     layout = model.shardings(mesh, sharding.ROLLOUT)
     greedy = rollout.Generator(model.graphdef, mesh, rollout.Sampling(R, temperature=0.0), (3,), 0)
     hashes, active = np.arange(B, dtype=np.uint32), np.ones(B, bool)
     laid = rollout.reshard(state.teacher, model.dtype, layout)
     written = greedy(laid, prompt.astype(np.int32), lengths[0].astype(np.int32), hashes, active, jax.random.key(0))
-    state, scalars = train_step.jit_train_step(config, model, mesh, optimize)(state, {}, batch)
+    state, scalars = step(state, {}, packs)
     return jax.device_get((state, scalars, written))
 
 

@@ -19,14 +19,14 @@ FACTOR = 4.0
 def with_spike_at(ready, *steps, scale=30.0):
     """A run whose last norm is scaled in the given steps' forward passes alone."""
 
-    def train_step(state, frozen, batch):
+    def train_step(state, frozen, packs):
         if int(jax.device_get(state.step)) + 1 in steps:
             params = state.params
             with jax.transfer_guard("allow"):
                 broken = {**params, "final_norm": params["final_norm"] * scale}
-                new, scalars = ready.train_step(dataclasses.replace(state, params=broken), frozen, batch)
+                new, scalars = ready.train_step(dataclasses.replace(state, params=broken), frozen, packs)
                 return dataclasses.replace(new, params=params if scalars["skip"] else new.params), scalars
-        return ready.train_step(state, frozen, batch)
+        return ready.train_step(state, frozen, packs)
 
     return dataclasses.replace(ready, train_step=train_step)
 

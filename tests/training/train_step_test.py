@@ -15,7 +15,8 @@ from msd_jax import losses
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, forward, pretrained
 from msd_jax.parallel import sharding
-from msd_jax.training import optimizer, train_step
+from msd_jax.training import optimizer, packing, train_step
+from msd_jax.training.completions import both_logits
 from tests.conftest import LLAMA
 
 CONFIG = model_config.from_dict(LLAMA)
@@ -30,7 +31,7 @@ def make_batch(rng, B=8, P=6, Q=9, R=5, lengths=None):
         rng.integers(0, 40, (B, Q)), rng.integers(1, Q + 1, B),
         rng.integers(0, 40, (B, R)), lengths,
     )  # fmt: skip
-    return train_step.TrainBatch(*(jnp.array(a, jnp.int32) for a in arrays))
+    return packing.TrainBatch(*(np.asarray(a, np.int32) for a in arrays))
 
 
 def make_state(optimize, *, live=False, seed=0):
@@ -41,12 +42,36 @@ def make_state(optimize, *, live=False, seed=0):
     return train_step.TrainState(zero, params, teacher, optimize.init(params), zero)
 
 
-def make_step(optimize, *, micro_batches=1, teacher=FROZEN, dtype=jnp.float32, mesh=None, beta_schedule=BETA, **loss):
+def make_step(
+    optimize,
+    *,
+    rows=8,
+    lengths=(10, 13),
+    teacher=FROZEN,
+    dtype=jnp.float32,
+    mesh=None,
+    beta_schedule=BETA,
+    loss_function=losses.fused_dpsw_loss,
+    **loss,
+):
+    """(state, batch) -> (state, scalars), in packs of `rows` rows of `lengths` (student's, teacher's) tokens."""
     graphdef, _, _ = decoder.abstract(CONFIG, dtype=dtype, mesh=mesh)
-    loss = functools.partial(losses.fused_dpsw_loss, **{"weight_top_k": 5, "chunk": 7, "mesh": mesh} | loss)
-    static = {"graphdef": graphdef, "optimize": optimize, "loss": loss, "teacher": teacher, "beta": beta_schedule}
-    step = jax.jit(functools.partial(train_step.train_step, micro_batches=micro_batches, **static))
-    return lambda state, batch: step(state, {}, batch)
+    loss = functools.partial(loss_function, **{"weight_top_k": 5, "chunk": 7, "mesh": mesh} | loss)
+    sums_of = jax.jit(functools.partial(train_step.pack_sums, graphdef=graphdef, loss=loss, beta=beta_schedule))
+    rule = {"optimize": optimize, "teacher": teacher, "beta": beta_schedule}
+    update = jax.jit(functools.partial(train_step.update, **rule))
+    parts = sharding.batch_shards(mesh) if mesh else 1
+
+    def step(state, batch):
+        shape = packing.Shape(parts, rows // parts, lengths[0], 0 if batch.teacher_prompt_BxP is None else lengths[1])
+        weights = state.params, state.teacher_params, {}, state.step
+        sums = optax.tree.zeros_like(jax.eval_shape(sums_of, *weights, packing.empty(shape)))
+        for pack in packing.pack(batch, shape):
+            of_pack = sums_of(*weights, sharding.put_batch(mesh, pack) if mesh else pack)
+            sums = jax.tree.map(jnp.add, sums, of_pack)
+        return update(state, sums)
+
+    return step
 
 
 def largest_difference(a, b):
@@ -64,8 +89,8 @@ RECORD = optax.GradientTransformation(
 
 
 @pytest.mark.parametrize("normalize", ["mean", "none"])
-def test_update_does_not_depend_on_the_split_into_micro_batches(rng, normalize):
-    """1 x 8 = 2 x 4 = 4 x 2, though the responses differ in length and the weights in their sums.
+def test_update_does_not_depend_on_the_packs(rng, normalize):
+    """Nor on what shares a row, though the responses differ in length and the weights in their sums.
 
     The model runs in float64, so that what is left is the order in which some 25 float32 weights are added.
     """
@@ -74,13 +99,13 @@ def test_update_does_not_depend_on_the_split_into_micro_batches(rng, normalize):
         state = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
         options = {"normalize": normalize, "dtype": jnp.float64}
         whole, whole_scalars = make_step(RECORD, **options)(state, batch)
-        for micro_batches in (2, 4):
-            split, scalars = make_step(RECORD, micro_batches=micro_batches, **options)(state, batch)
+        for shape in ({"rows": 2}, {"rows": 1}, {"rows": 1, "lengths": (25, 64)}, {"rows": 3, "lengths": (11, 17)}):
+            split, scalars = make_step(RECORD, **shape, **options)(state, batch)
             difference = optax.tree.sub(whole.opt_state, split.opt_state)
-            assert optax.tree.norm(difference) < 1e-6 * optax.tree.norm(whole.opt_state)
-            assert largest_difference(whole.opt_state, split.opt_state) < 2e-6  # small arrays are farthest off
+            assert optax.tree.norm(difference) < 2e-6 * optax.tree.norm(whole.opt_state)
+            assert largest_difference(whole.opt_state, split.opt_state) < 4e-6  # small arrays are farthest off
             for name, value in whole_scalars.items():
-                np.testing.assert_allclose(scalars[name], value, rtol=1e-6, err_msg=name)
+                np.testing.assert_allclose(scalars[name], value, rtol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 2), (2, 2, 2)])
@@ -96,7 +121,7 @@ def test_update_does_not_depend_on_the_devices(rng, shape):
         teacher=jax.device_put(state.teacher, layout),
         opt_state=jax.device_put(state.opt_state, layout),
     )
-    together, other = make_step(RECORD, mesh=mesh)(spread, sharding.put_batch(mesh, jax.device_get(batch)))
+    together, other = make_step(RECORD, mesh=mesh)(spread, batch)
     assert largest_difference(alone.opt_state, jax.device_get(together.opt_state)) < 1e-5
     np.testing.assert_allclose(other["loss"], scalars["loss"], rtol=1e-5)
 
@@ -105,11 +130,11 @@ def test_update_is_the_gradient_of_the_mean_loss(rng):
     """Against jax.grad of the loss written out once more, with the teacher's logits as constants."""
     batch, state = make_batch(rng), make_state(RECORD)
     graphdef, _, _ = decoder.abstract(CONFIG)
-    _, teacher = train_step.student_and_teacher(forward.response_logits, graphdef, state.params, state.teacher, batch)
+    _, teacher = both_logits(graphdef, state.params, state.teacher, batch)
     mask = forward.response_mask(batch.response_length_B, 5)
 
     def mean_loss(params):
-        student, _ = train_step.student_and_teacher(forward.response_logits, graphdef, params, state.teacher, batch)
+        student, _ = both_logits(graphdef, params, state.teacher, batch)
         total, normaliser, _ = losses.dpsw_loss(student, teacher, batch.response_BxR, mask, weight_top_k=5)
         return total / normaliser
 
@@ -153,7 +178,7 @@ def test_saturated_is_a_share_of_the_loss(rng):
     batch, state = make_batch(rng), make_state(RECORD)
     for options in ({}, {"token_cap": 0.5}):
         loss = {"temperature": 0.02, **options}
-        shares = [make_step(RECORD, micro_batches=n, **loss)(state, batch)[1]["saturated"] for n in (1, 4)]
+        shares = [make_step(RECORD, rows=n, **loss)(state, batch)[1]["saturated"] for n in (8, 2)]
         assert 0 < shares[0] < 1
         np.testing.assert_allclose(*shares, rtol=1e-5)
 
@@ -164,7 +189,7 @@ def test_a_live_teacher_takes_no_gradient(rng):
     batch = batch._replace(teacher_prompt_BxP=batch.student_prompt_BxP, teacher_length_B=batch.student_length_B)
     live = ml_collections.ConfigDict({"kind": "live"})
     state = make_state(SGD, live=True)
-    new, scalars = make_step(SGD, teacher=live)(state, batch)
+    new, scalars = make_step(SGD, teacher=live, lengths=(13, 13))(state, batch)
     assert scalars["loss"] == 0 and scalars["grad_norm"] == 0
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
     # With two prompts, the gradient is that of a frozen teacher with equal weights.
@@ -197,13 +222,11 @@ def test_a_step_that_is_not_finite_moves_no_teacher(rng, kind):
     teacher = ml_collections.ConfigDict({"kind": kind, "ema_decay": 0.9, "period": 1})
 
     def nan_loss(*arguments, **options):
-        total, normaliser, aux = losses.fused_dpsw_loss(*arguments, weight_top_k=5, chunk=7, **options)
+        total, normaliser, aux = losses.fused_dpsw_loss(*arguments, **options)
         return total * jnp.nan, normaliser, aux
 
-    graphdef, _, _ = decoder.abstract(CONFIG)
-    state, batch = make_state(SGD), make_batch(rng)
-    static = {"graphdef": graphdef, "optimize": SGD, "loss": nan_loss, "teacher": teacher, "beta": BETA}
-    new, scalars = jax.jit(functools.partial(train_step.train_step, micro_batches=1, **static))(state, {}, batch)
+    state = make_state(SGD)
+    new, scalars = make_step(SGD, teacher=teacher, loss_function=nan_loss)(state, make_batch(rng))
     assert new.skipped == 1 and scalars["skip"]
     jax.tree.map(np.testing.assert_array_equal, new.teacher, state.teacher)
     jax.tree.map(np.testing.assert_array_equal, new.params, state.params)
@@ -251,16 +274,13 @@ def test_a_step_holds_little_beside_the_state_and_one_gradient():
     options = {"dtype": "float32", "param_dtype": "float32", "remat": "full", "mesh": mesh}
     model = pretrained.architecture(dataclasses.replace(CONFIG, **sizes), **options)
     optimize, _ = optimizer.make_optimizer(config.optimizer, 10)
-    state, frozen = train_step.abstract_state(model, mesh, optimize, "frozen")
-
-    def rows(*shape):
-        return jax.ShapeDtypeStruct((8, *shape), jnp.int32, sharding=sharding.batch_sharding(mesh))
-
-    batch = train_step.TrainBatch(rows(4), rows(), rows(4), rows(), rows(4), rows())
-    memory = (
-        train_step.jit_train_step(config, model, mesh, optimize).lower(state, frozen, batch).compile().memory_analysis()
-    )
-    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
-    assert memory.argument_size_in_bytes < 4.01 * weights  # they, the teacher and two moments
-    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * weights
-    assert memory.temp_size_in_bytes < 1.22 * weights
+    step = train_step.TrainStep(config, model, mesh, optimize, packing.Shape(parts=1, rows=8, student=8, teacher=8))
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(step.state.params))
+    added = step.accumulate.lower(*step.inputs, step.sums, step.pack).compile().memory_analysis()
+    assert added.argument_size_in_bytes < 3.01 * weights  # they, the teacher and the gradient so far
+    assert added.output_size_in_bytes - added.alias_size_in_bytes < 0.01 * weights
+    assert added.temp_size_in_bytes < 1.22 * weights
+    updated = step.apply.lower(step.state, step.sums).compile().memory_analysis()
+    assert updated.argument_size_in_bytes < 5.01 * weights  # with two moments
+    assert updated.output_size_in_bytes - updated.alias_size_in_bytes < 0.01 * weights
+    assert updated.temp_size_in_bytes < 0.1 * weights

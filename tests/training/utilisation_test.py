@@ -12,7 +12,7 @@ from msd_jax.io import compilations, jsonl
 from msd_jax.planning.flops import count_flops
 from msd_jax.planning.programs import run_programs
 from msd_jax.training import goodput, loop, run, utilisation
-from msd_jax.training.train_step import TrainBatch
+from msd_jax.training.packing import TrainBatch
 from tests.conftest import REPOSITORY
 from tests.training.conftest import set_up, train
 
@@ -33,9 +33,11 @@ def test_operations_are_those_of_the_step_without_recomputation(config, tmp_path
     """But for pairs of tokens that are masked, which XLA's attention computes: here they count."""
     config.model.remat = "none"
     config.model.update_from_flattened_dict(changes)
-    config.prompts.student_limit, config.prompts.teacher_limit = 10, 18
+    config.prompts.student_limit, config.prompts.teacher_limit = 11, 27  # with 5 response tokens, full rows
+    config.train.loss_chunk = 2
     ready = set_up(config, tmp_path / "run")
-    counted = count_flops(next(run_programs(config, ready.model, ready.mesh)).trace().jaxpr)
+    program = next(run_programs(config, ready.model, ready.mesh))
+    counted = count_flops(program.trace().jaxpr, program.while_trips)
     monkeypatch.setattr(utilisation, "_pairs", lambda length_B, window: float((length_B.astype(float) ** 2).sum()))
     model = ready.model
     trains_head = not (model.lora or model.freeze_embeddings)

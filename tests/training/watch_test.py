@@ -21,14 +21,14 @@ from tests.training.conftest import set_up, steps_on_disk, train
 def with_nan_at(ready, *steps):
     """A run whose weights are not finite in the given steps' forward passes alone."""
 
-    def train_step(state, frozen, batch):
+    def train_step(state, frozen, packs):
         params = state.params
         if int(jax.device_get(state.step)) + 1 in steps:
             with jax.transfer_guard("allow"):
                 broken = {**params, "final_norm": params["final_norm"] * jnp.nan}
-                new, scalars = ready.train_step(dataclasses.replace(state, params=broken), frozen, batch)
+                new, scalars = ready.train_step(dataclasses.replace(state, params=broken), frozen, packs)
                 return dataclasses.replace(new, params=params), scalars
-        return ready.train_step(state, frozen, batch)
+        return ready.train_step(state, frozen, packs)
 
     return dataclasses.replace(ready, train_step=train_step)
 
