@@ -59,7 +59,7 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
     Raises:
       UserError: the batch or a parameter does not divide over the mesh.
     """
-    shape = train_step.pack_shape(config, mesh)
+    shape = train_step.pack_shape(config, model, mesh)
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
     step = train_step.TrainStep(config, model, mesh, optimize, shape)
     state, frozen = step.state, step.frozen
@@ -94,6 +94,5 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
 
 def _loss_chunks(shape: packing.Shape, config: ml_collections.ConfigDict) -> int:
     """In how many chunks fused_dpsw_loss takes a part of a pack with one response of full length in each row."""
-    places = shape.rows * shape.student
-    size = -(-places // -(-places // config.train.loss_chunk))
+    size = -(-shape.responses // -(-shape.responses // config.train.loss_chunk))
     return -(-shape.rows * config.rollout.max_new_tokens // size)

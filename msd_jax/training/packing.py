@@ -7,7 +7,6 @@ segments, so that nothing but the order of sums depends on what shares a row.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -54,129 +53,160 @@ class Shape:
     Attributes:
       parts: S, that the rows are split into, over `data` and `fsdp`.
       rows: of each part and role.
-      student, teacher: tokens of a row; 0 for a teacher that the loss does not read.
+      lengths: tokens of a row, of the student's and, where the loss reads a teacher, of the teacher's.
     """
 
     parts: int
     rows: int
-    student: int
-    teacher: int
+    lengths: tuple[int, ...]
 
     @property
-    def tokens(self) -> int:
-        """Of a pack, padding included."""
-        return self.parts * self.rows * (self.student + self.teacher)
-
-
-def row_lengths(longest: tuple[int, int], mean: tuple[float, float], multiple: int) -> tuple[int, int]:
-    """Tokens of the student's and the teacher's rows: they hold the longest sequence, and fill up at the same rate.
-
-    Args:
-      longest: tokens of each role's longest sequence; 0 for a teacher that the loss does not read.
-      mean: of all its sequences.
-      multiple: of which rows have their length.
-    """
-
-    def rounded(length: float) -> int:
-        return -(-math.ceil(length) // multiple) * multiple
-
-    student, teacher = longest
-    if not teacher:
-        return rounded(student), 0
-    ratio = mean[1] / mean[0]
-    return rounded(max(student, teacher / ratio)), rounded(max(teacher, student * ratio))
+    def responses(self) -> int:
+        """N, the response tokens of a part that there is room for: no more than the student's rows have."""
+        return self.rows * self.lengths[0]
 
 
 def pack(batch: TrainBatch, shape: Shape) -> list[Pack]:
-    """The packs of a batch on the host: as few as first-fit needs, and at most one for each `parts * rows` sequences.
-
-    The longest sequences come first; a sequence without response tokens is left out.
+    """The packs of a batch on the host. A sequence without response tokens is left out.
 
     Args:
       batch: of NumPy arrays.
       shape: whose rows hold each of its sequences.
     """
-    builders: list[_Builder] = []
-    sequences = [sequence for row in range(len(batch.response_length_B)) if (sequence := _sequence(batch, row))]
-    for sequence in sorted(sequences, key=lambda sequence: -max(map(len, sequence.inputs))):
-        if not any(builder.add(sequence) for builder in builders):
-            builders.append(_Builder(shape))
-            added = builders[-1].add(sequence)
-            assert added, (shape, [len(tokens) for tokens in sequence.inputs])
-    return [builder.pack for builder in builders]
+    rows_N = np.flatnonzero(batch.response_length_B)
+    response_N = [batch.response_BxR[row, : batch.response_length_B[row]] for row in rows_N]
+    prompts = [(batch.student_prompt_BxP, batch.student_length_B)]
+    if batch.teacher_prompt_BxP is not None:
+        prompts.append((batch.teacher_prompt_BxP, batch.teacher_length_B))
+    # Nothing is predicted after the last token of a response.
+    read_KxN = [
+        [np.append(prompt_BxP[row, -length_B[row] :], response[:-1]) for row, response in zip(rows_N, response_N)]
+        for prompt_BxP, length_B in prompts
+    ]
+    places = place(np.array([[len(tokens) for tokens in read_N] for read_N in read_KxN]).T, shape)
+    packs = [empty(shape) for _ in range(1 + max((at.pack for at in places), default=-1))]
+    begins = np.zeros((len(packs), shape.parts), int)  # of the next response
+    for n in sorted(range(len(places)), key=lambda n: places[n].begins):  # a row's segments in their order
+        at, response = places[n], response_N[n]
+        packed, begin = packs[at.pack], begins[at.pack, at.part]
+        columns = slice(begin, begin + len(response))
+        begins[at.pack, at.part] += len(response)
+        packed.response_SxN[at.part, columns], packed.mask_SxN[at.part, columns] = response, True
+        roles = [role for role in (packed.student, packed.teacher) if role]
+        for rows, read_N, row, first in zip(roles, read_KxN, at.rows, at.begins):
+            _write(rows, read_N[n], at.part * shape.rows + row, first)
+            last = row * rows.token_BxT.shape[1] + first + len(read_N[n])
+            rows.predicts_SxN[at.part, columns] = np.arange(last - len(response), last)
+    return packs
+
+
+def _write(rows: PackedRows, tokens: np.ndarray, row: int, first: int) -> None:
+    """Writes a sequence into a row from column `first` on."""
+    columns = slice(first, first + len(tokens))
+    rows.token_BxT[row, columns], rows.position_BxT[row, columns] = tokens, np.arange(len(tokens))
+    rows.segment_BxT[row, columns] = rows.segment_BxT[row].max() + 1
 
 
 def empty(shape: Shape) -> Pack:
     """A pack without sequences."""
-    return _Builder(shape).pack
+
+    def rows(length: int) -> PackedRows:
+        token, position, segment = (np.zeros((shape.parts * shape.rows, length), np.int32) for _ in range(3))
+        return PackedRows(token, position, segment, np.zeros(places, np.int32))
+
+    places = (shape.parts, shape.responses)
+    roles = [rows(length) for length in shape.lengths]
+    return Pack(roles[0], roles[1] if roles[1:] else None, np.zeros(places, np.int32), np.zeros(places, bool))
 
 
-class _Sequence(NamedTuple):
-    """What the roles read, all but the last token of prompt and response, and the response."""
+class Place(NamedTuple):
+    """Where a sequence is: the pack and its part, and for each role the row in that part and the first column."""
 
-    inputs: tuple[np.ndarray, ...]
-    response: np.ndarray
-
-
-def _sequence(batch: TrainBatch, row: int) -> _Sequence | None:
-    response = batch.response_BxR[row, : batch.response_length_B[row]]
-    prompts = [(batch.student_prompt_BxP, batch.student_length_B)]
-    if batch.teacher_prompt_BxP is not None:
-        prompts.append((batch.teacher_prompt_BxP, batch.teacher_length_B))
-    inputs = (np.append(prompt_BxP[row, -length_B[row] :], response[:-1]) for prompt_BxP, length_B in prompts)
-    return _Sequence(tuple(inputs), response) if len(response) else None
+    pack: int
+    part: int
+    rows: tuple[int, ...]
+    begins: tuple[int, ...]
 
 
-class _Builder:
-    """A pack that is being filled."""
+def place(length_NxK: np.ndarray, shape: Shape) -> list[Place]:
+    """Places N sequences, of which each of K roles reads so many tokens, in as few packs as first-fit needs.
 
-    def __init__(self, shape: Shape):
-        S, N = shape.parts, shape.rows * shape.student  # no more response tokens than the student's rows have room
-        lengths = [length for length in (shape.student, shape.teacher) if length]
-        self._roles = [_empty_rows(shape, length, N) for length in lengths]
-        self._used = [np.zeros((S, shape.rows), int) for _ in lengths]  # tokens of each row
-        self._segments = [np.zeros((S, shape.rows), int) for _ in lengths]
-        self._responses = np.zeros(S, int)  # response tokens of each part
-        teacher = self._roles[1] if shape.teacher else None
-        self.pack = Pack(self._roles[0], teacher, np.zeros((S, N), np.int32), np.zeros((S, N), bool))
-
-    def add(self, sequence: _Sequence) -> bool:
-        """Adds a sequence to the first part with room for it in both roles; False if there is none."""
-        needs = [len(tokens) for tokens in sequence.inputs]
-        lengths = [rows.token_BxT.shape[1] for rows in self._roles]
-        room_SxB = [used_SxB + need <= length for used_SxB, need, length in zip(self._used, needs, lengths)]
-        has_room_S = np.all([room.any(axis=1) for room in room_SxB], axis=0)
-        if not has_room_S.any():
-            return False
-        part = int(has_room_S.argmax())
-        first, count = self._responses[part], len(sequence.response)
-        columns = slice(first, first + count)
-        for role, tokens in enumerate(sequence.inputs):
-            row = int(room_SxB[role][part].argmax())
-            self._write(role, part, row, tokens, columns, count)
-        self.pack.response_SxN[part, columns], self.pack.mask_SxN[part, columns] = sequence.response, True
-        self._responses[part] += count
-        return True
-
-    def _write(self, role: int, part: int, row: int, tokens: np.ndarray, columns: slice, count: int) -> None:
-        """Writes a sequence into a row; its last `count` places predict the response tokens in `columns`."""
-        rows, begin = self._roles[role], self._used[role][part, row]
-        end, index = begin + len(tokens), part * self._used[role].shape[1] + row
-        self._segments[role][part, row] += 1
-        rows.token_BxT[index, begin:end] = tokens
-        rows.position_BxT[index, begin:end] = np.arange(len(tokens))
-        rows.segment_BxT[index, begin:end] = self._segments[role][part, row]
-        rows.predicts_SxN[part, columns] = row * rows.token_BxT.shape[1] + np.arange(end - count, end)
-        self._used[role][part, row] = end
-
-
-def _empty_rows(shape: Shape, length: int, N: int) -> PackedRows:
-    row_shape = (shape.parts * shape.rows, length)
-    token, position, segment = (np.zeros(row_shape, np.int32) for _ in range(3))
-    return PackedRows(token, position, segment, np.zeros((shape.parts, N), np.int32))
+    The longest come first, each in the first part of a pack that has room in every role, and there in the fullest row.
+    """
+    limits = np.array(shape.lengths)
+    free_BxKxR = np.zeros((0, len(limits), shape.rows), int)  # of the parts of all packs
+    places: list[Place] = [Place(0, 0, (), ())] * len(length_NxK)
+    for n in np.argsort(-(length_NxK / limits).max(axis=1), kind="stable"):
+        need_K = length_NxK[n]
+        has_room_B = (free_BxKxR.max(axis=2) >= need_K).all(axis=1)
+        if not has_room_B.any():
+            added = np.tile(limits[:, None], (shape.parts, 1, shape.rows))
+            has_room_B = np.append(has_room_B, np.full(shape.parts, (need_K <= limits).all()))
+            free_BxKxR = np.append(free_BxKxR, added, axis=0)
+            assert has_room_B.any(), (shape, need_K)
+        index = int(has_room_B.argmax())
+        free_KxR = free_BxKxR[index]
+        fullest_K = np.where(free_KxR >= need_K[:, None], free_KxR, limits[:, None] + 1).argmin(axis=1)
+        chosen = np.arange(len(limits)), fullest_K
+        begin_K = limits - free_KxR[chosen]
+        free_KxR[chosen] -= need_K
+        places[n] = Place(*divmod(index, shape.parts), tuple(fullest_K.tolist()), tuple(begin_K.tolist()))
+    return places
 
 
 def filled(packs: Sequence[Pack]) -> tuple[int, int]:
     """(tokens of both roles, of which real) of a batch's packs."""
     rows = [role for pack in packs for role in (pack.student, pack.teacher) if role]
     return sum(role.token_BxT.size for role in rows), sum(int((role.segment_BxT > 0).sum()) for role in rows)
+
+
+# Operations on a student's token (forward, recomputed, backward) and on a teacher's, in forward passes.
+_OPERATIONS = (4, 1)
+# Of a pack beside its tokens, in student's tokens of each part: all weights are read, and a gradient is added.
+_PACK_TOKENS = 256
+
+
+def choose_shape(
+    prompt_NxK: np.ndarray, response: int, *, batch_size: int, parts: int, most_rows: int, multiple: int, width: int
+) -> Shape:
+    """The shape that computes batches of these prompts fastest, by trial on random ones.
+
+    Replies are short in some of the batches and long in others. A pack is at most as large as `most_rows` rows of the
+    longest sequence, for it must fit in memory.
+
+    Args:
+      prompt_NxK: tokens of the prompts of each of K roles.
+      response: the most tokens of a response.
+      batch_size: B.
+      parts: that rows are split into.
+      most_rows: of each part, at the longest sequence's length.
+      multiple: of which rows have their length.
+      width: D of the model, for what attention costs in longer rows.
+    """
+    rng, batches, count = np.random.default_rng(0), [], max(4, 128 // batch_size)
+    for mean in response * np.linspace(1 / count, 1, count):
+        drawn_BxK = prompt_NxK[rng.integers(len(prompt_NxK), size=batch_size)]
+        replies_B = np.clip(rng.gamma(2.0, mean / 2, batch_size), 1, response).astype(int)
+        batches.append(drawn_BxK + replies_B[:, None] - 1)  # nothing is predicted after the last token
+    longest_K, mean_K = prompt_NxK.max(axis=0) + response - 1, np.concatenate(batches).mean(axis=0)
+    filling_alike_K = (longest_K / mean_K).max() * mean_K
+
+    def rounded(length_K: np.ndarray) -> np.ndarray:
+        return (-(-np.ceil(length_K) // multiple) * multiple).astype(int)
+
+    def cost(shape: Shape) -> float:
+        per_row = sum(
+            operations * length * (1 + length / (6 * width)) for operations, length in zip(_OPERATIONS, shape.lengths)
+        )
+        packs = sum(1 + max(at.pack for at in place(length_BxK, shape)) for length_BxK in batches)
+        return packs * (shape.rows * per_row + _OPERATIONS[0] * _PACK_TOKENS)
+
+    most_K = most_rows * rounded(longest_K)
+    shapes = [
+        Shape(parts, rows, tuple(length_K.tolist()))
+        for rows in {round(most_rows / 2 ** (halvings / 2)) or 1 for halvings in range(2 * most_rows.bit_length())}
+        for stretch in 2.0 ** (np.arange(9) / 4)
+        for length_K in (rounded(stretch * longest_K), rounded(stretch * filling_alike_K))
+        if (rows * length_K <= most_K).all()
+    ]
+    return min(sorted(set(shapes), key=dataclasses.astuple), key=cost)

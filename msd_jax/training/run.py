@@ -119,7 +119,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
         jsonl.replace_text(workdir / "near_duplicates.jsonl", lines)
     # The teacher's prompts hold analyses that are yet to be written.
     examples = None if config.prompts.cot == "generated" else inputs.examples
-    shape = pack_shape(config, mesh, examples)
+    shape = pack_shape(config, model, mesh, examples)
     optimize, schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
     sampling = {key: config.rollout[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
     generator = rollout.Generator(model.graphdef, mesh, rollout.Sampling(**sampling), model.stop_ids, model.pad_id)

@@ -354,24 +354,32 @@ def _shardings(abstract: Any) -> Any:
 
 
 def pack_shape(
-    config: ml_collections.ConfigDict, mesh: Mesh, examples: Iterable[Example] | None = None
+    config: ml_collections.ConfigDict,
+    model: pretrained.Architecture,
+    mesh: Mesh,
+    examples: Iterable[Example] | None = None,
 ) -> packing.Shape:
-    """The shape of a run's packs: a micro-batch's rows, as long as the longest of `examples`; None: as the limits.
+    """The shape of a run's packs: a micro-batch's rows at their limits or, for `examples`, what computes them fastest.
 
     Raises:
       UserError: the rows of a micro-batch do not divide over the devices.
     """
     check_batch(config, mesh)
-    R = config.rollout.max_new_tokens
-    longest = mean = np.array([config.prompts.student_limit, config.prompts.teacher_limit]) + R - 1
-    if examples is not None:
-        prompt_Nx2 = np.array([(len(example.student_ids), len(example.teacher_ids)) for example in examples])
-        # The last token of a response predicts nothing; half of the most tokens is taken for the mean.
-        longest, mean = prompt_Nx2.max(axis=0) + R - 1, prompt_Nx2.mean(axis=0) + R / 2
-    read, parts = np.array([1, reads_teacher(config)]), sharding.batch_shards(mesh)
-    multiple = ROW_MULTIPLE.get(sharding.platform(mesh), 16)
-    student, teacher = packing.row_lengths(tuple((longest * read).tolist()), tuple(mean.tolist()), multiple)
-    return packing.Shape(parts, config.data.batch_size // config.train.micro_batches // parts, student, teacher)
+    parts, R, B = sharding.batch_shards(mesh), config.rollout.max_new_tokens, config.data.batch_size
+    rows, multiple = B // config.train.micro_batches // parts, ROW_MULTIPLE.get(sharding.platform(mesh), 16)
+    roles = 2 if reads_teacher(config) else 1
+    if examples is None:
+        limits = (config.prompts.student_limit, config.prompts.teacher_limit)[:roles]
+        return packing.Shape(parts, rows, tuple(-(-(limit + R - 1) // multiple) * multiple for limit in limits))
+    return packing.choose_shape(
+        np.array([(len(example.student_ids), len(example.teacher_ids))[:roles] for example in examples]),
+        R,
+        batch_size=B,
+        parts=parts,
+        most_rows=rows,
+        multiple=multiple,
+        width=model.config.width,
+    )
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

@@ -132,7 +132,7 @@ def test_a_step_with_the_teacher_of_a_bfloat16_checkpoint(bfloat16_dir, shape, r
     optimize, _ = optimizer.make_optimizer(config.optimizer, 10)
     abstract, _ = train_step.abstract_state(model, mesh, optimize, "frozen")
     assert set(dtypes(abstract.teacher).values()) == {"bfloat16"}
-    shape = packing.Shape(sharding.batch_shards(mesh), rows=2, student=16, teacher=16)
+    shape = packing.Shape(sharding.batch_shards(mesh), rows=2, lengths=(16, 16))
     step = train_step.TrainStep(config, model, mesh, optimize, shape)
     lengths = [rng.integers(1, size + 1, 8) for size in (6, 9, 5)]
     tokens = [rng.integers(0, 17, (8, size)) for size in (6, 9, 5)]

@@ -71,9 +71,8 @@ def computed(name, shape):
     teacher = jax.tree.map(lambda a, b: a + 0.3 * b, params, other)
     zero = jnp.zeros((), jnp.int32)
     state = train_step.TrainState(zero, params, teacher, optimize.init(params), zero)
-    shape = packing.Shape(
-        sharding.batch_shards(mesh), B // 2 // sharding.batch_shards(mesh), student=P + R, teacher=Q + R
-    )
+    parts = sharding.batch_shards(mesh)
+    shape = packing.Shape(parts, B // 2 // parts, lengths=(P + R, Q + R))
     step = train_step.TrainStep(config, model, mesh, optimize, shape)
     state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), jax.device_get(state), step.state)
 

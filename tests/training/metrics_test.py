@@ -21,7 +21,7 @@ def dispatched(step: int, free: float | None, had: float, R: int = 4) -> metrics
     stopped_B, on_policy_B, prompt_B = np.array([True, False]), np.array([True, True]), np.array([3, 3])
     responses = Responses(batch.response_BxR, length_B, stopped_B, on_policy_B, generated, prompt_B, 4)
     scalars = {"loss": jnp.float32(step), "kl": jnp.float32(0.5)}
-    packs = packing.pack(batch, packing.Shape(parts=1, rows=2, student=3 + R, teacher=5 + R))
+    packs = packing.pack(batch, packing.Shape(parts=1, rows=2, lengths=(3 + R, 5 + R)))
     written = Generated(None, responses, batch, packs, free, had)
     return metrics.Dispatched(step, scalars, 0.1, written, step, 0.5)
 

@@ -63,7 +63,7 @@ def make_step(
     parts = sharding.batch_shards(mesh) if mesh else 1
 
     def step(state, batch):
-        shape = packing.Shape(parts, rows // parts, lengths[0], 0 if batch.teacher_prompt_BxP is None else lengths[1])
+        shape = packing.Shape(parts, rows // parts, lengths[: 1 if batch.teacher_prompt_BxP is None else 2])
         weights = state.params, state.teacher_params, {}, state.step
         sums = optax.tree.zeros_like(jax.eval_shape(sums_of, *weights, packing.empty(shape)))
         for pack in packing.pack(batch, shape):
@@ -274,7 +274,7 @@ def test_a_step_holds_little_beside_the_state_and_one_gradient():
     options = {"dtype": "float32", "param_dtype": "float32", "remat": "full", "mesh": mesh}
     model = pretrained.architecture(dataclasses.replace(CONFIG, **sizes), **options)
     optimize, _ = optimizer.make_optimizer(config.optimizer, 10)
-    step = train_step.TrainStep(config, model, mesh, optimize, packing.Shape(parts=1, rows=8, student=8, teacher=8))
+    step = train_step.TrainStep(config, model, mesh, optimize, packing.Shape(parts=1, rows=8, lengths=(8, 8)))
     weights = sum(4 * leaf.size for leaf in jax.tree.leaves(step.state.params))
     added = step.accumulate.lower(*step.inputs, step.sums, step.pack).compile().memory_analysis()
     assert added.argument_size_in_bytes < 3.01 * weights  # they, the teacher and the gradient so far
