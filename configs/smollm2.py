@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 2e-5
     config.optimizer.warmup_steps = 3
     config.train.steps = 30
+    config.train.response_tokens = 64  # it seldom ends by itself
     config.train.loss_chunk = 128  # more would gain a CPU nothing, and cost 200 MB
     config.train.checkpoints.every = 15
     config.train.completions.every = 10

@@ -111,6 +111,7 @@ RANGES = {
     "optimizer.clip_norm": _POSITIVE,
     "train.steps": _COUNT_OR_NONE,
     "train.micro_batches": _COUNT,
+    "train.response_tokens": _COUNT_OR_NONE,
     "train.loss_chunk": _COUNT,
     "train.max_skipped": _COUNT,
     "train.skip_spikes": _AMOUNT,

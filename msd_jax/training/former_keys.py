@@ -38,6 +38,7 @@ ADDED = {
     "loss.token_cap": 0.0,
     "prompts.chat_template": "",
     "prompts.require_same_ending": True,
+    "train.response_tokens": 0,
     "train.skip_spikes": 0.0,
 }
 # What loss.divergence="auto" was for responses that a student writes, when checkpoints still recorded it by that name.

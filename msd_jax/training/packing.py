@@ -167,16 +167,25 @@ _PACK_TOKENS = 256
 
 
 def choose_shape(
-    prompt_NxK: np.ndarray, response: int, *, batch_size: int, parts: int, most_rows: int, multiple: int, width: int
+    prompt_NxK: np.ndarray,
+    response: int,
+    usual: int,
+    *,
+    batch_size: int,
+    parts: int,
+    most_rows: int,
+    multiple: int,
+    width: int,
 ) -> Shape:
     """The shape that computes batches of these prompts fastest, by trial on random ones.
 
-    Replies are short in some of the batches and long in others. A pack is at most as large as `most_rows` rows of the
+    Where it is not known how long replies are, they are short in some of the batches and long in others. A pack is at most as large as `most_rows` rows of the
     longest sequence, for it must fit in memory.
 
     Args:
       prompt_NxK: tokens of the prompts of each of K roles.
       response: the most tokens of a response.
+      usual: its mean; 0 where it is not known.
       batch_size: B.
       parts: that rows are split into.
       most_rows: of each part, at the longest sequence's length.
@@ -184,9 +193,9 @@ def choose_shape(
       width: D of the model, for what attention costs in longer rows.
     """
     rng, batches, count = np.random.default_rng(0), [], max(4, 128 // batch_size)
-    for mean in response * np.linspace(1 / count, 1, count):
+    for share in [usual / response] * count if usual else np.linspace(0.1, 0.9, count):
         drawn_BxK = prompt_NxK[rng.integers(len(prompt_NxK), size=batch_size)]
-        replies_B = np.clip(rng.gamma(2.0, mean / 2, batch_size), 1, response).astype(int)
+        replies_B = np.ceil(response * rng.beta(2 * share, 2 * max(1 - share, 1e-3), batch_size)).astype(int)
         batches.append(drawn_BxK + replies_B[:, None] - 1)  # nothing is predicted after the last token
     longest_K, mean_K = prompt_NxK.max(axis=0) + response - 1, np.concatenate(batches).mean(axis=0)
     filling_alike_K = (longest_K / mean_K).max() * mean_K

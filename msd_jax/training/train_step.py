@@ -374,6 +374,7 @@ def pack_shape(
     return packing.choose_shape(
         np.array([(len(example.student_ids), len(example.teacher_ids))[:roles] for example in examples]),
         R,
+        min(config.train.response_tokens, R),
         batch_size=B,
         parts=parts,
         most_rows=rows,
