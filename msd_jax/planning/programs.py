@@ -14,6 +14,7 @@ from msd_jax.generation import rollout
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import sharding
 from msd_jax.training import optimizer, packing, train_step
+from msd_jax.training.pack_shape import pack_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
     Raises:
       UserError: the batch or a parameter does not divide over the mesh.
     """
-    shape = train_step.pack_shape(config, model, mesh)
+    shape = pack_shape(config, model, mesh)
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
     step = train_step.TrainStep(config, model, mesh, optimize, shape)
     state, frozen = step.state, step.frozen

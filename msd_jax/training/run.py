@@ -29,7 +29,8 @@ from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
 from msd_jax.training import checkpoint, fingerprint, goodput, optimizer, packing, utilisation
 from msd_jax.training.monitor import Monitor
-from msd_jax.training.train_step import TrainState, TrainStep, beta_schedule, check_batch, loss_settings, pack_shape
+from msd_jax.training.pack_shape import pack_shape
+from msd_jax.training.train_step import TrainState, TrainStep, beta_schedule, check_batch, loss_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from msd_jax import losses
 from msd_jax.data import prompts
-from msd_jax.data.prompts import Example
 from msd_jax.errors import UserError
 from msd_jax.models import decoder, forward, pretrained
 from msd_jax.models.forward import PackedRows
@@ -26,7 +25,6 @@ from msd_jax.parallel import compiler_options, sharding
 from msd_jax.training import optimizer, packing, spikes
 from msd_jax.training.packing import Pack
 
-ROW_MULTIPLE = {"tpu": 128}  # of the tokens of a packed row, by platform: what its attention kernel takes
 TEACHERS = ("frozen", "live", "ema", "periodic")  # of config.teacher.kind, see `next_teacher`
 
 
@@ -351,36 +349,6 @@ def _abstract(leaf: Any, placed: jax.sharding.Sharding) -> Any:
 
 def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def pack_shape(
-    config: ml_collections.ConfigDict,
-    model: pretrained.Architecture,
-    mesh: Mesh,
-    examples: Iterable[Example] | None = None,
-) -> packing.Shape:
-    """The shape of a run's packs: a micro-batch's rows at their limits or, for `examples`, what computes them fastest.
-
-    Raises:
-      UserError: the rows of a micro-batch do not divide over the devices.
-    """
-    check_batch(config, mesh)
-    parts, R, B = sharding.batch_shards(mesh), config.rollout.max_new_tokens, config.data.batch_size
-    rows, multiple = B // config.train.micro_batches // parts, ROW_MULTIPLE.get(sharding.platform(mesh), 16)
-    roles = 2 if reads_teacher(config) else 1
-    if examples is None:
-        limits = (config.prompts.student_limit, config.prompts.teacher_limit)[:roles]
-        return packing.Shape(parts, rows, tuple(-(-(limit + R - 1) // multiple) * multiple for limit in limits))
-    return packing.choose_shape(
-        np.array([(len(example.student_ids), len(example.teacher_ids))[:roles] for example in examples]),
-        R,
-        min(config.train.response_tokens, R),
-        batch_size=B,
-        parts=parts,
-        most_rows=rows,
-        multiple=multiple,
-        width=model.config.width,
-    )
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

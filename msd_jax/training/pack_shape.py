@@ -1,0 +1,109 @@
+"""The shape of a run's packs: how many rows of how many tokens compute its batches fastest."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from msd_jax.data.prompts import Example
+from msd_jax.models import pretrained
+from msd_jax.parallel import sharding
+from msd_jax.training.packing import Shape, place
+from msd_jax.training.train_step import check_batch, reads_teacher
+
+_PASSES = (4, 1)  # over a student's token (forward, the same recomputed, and backward, which takes two) and a teacher's
+
+
+class Costs(NamedTuple):
+    """What decides between shapes, beside the number of tokens.
+
+    Attributes:
+      multiple: of which rows have their length.
+      pack: of each pack, in student's tokens of a part: all weights are read, and a gradient is added.
+      attention: of a pair of tokens, relative to as many operations of the other matrix products.
+    """
+
+    multiple: int
+    pack: int
+    attention: float
+
+
+# By platform. Attention on CPUs is several passes over [T, T]; TPUs gather the weights, and splash takes rows of 128 n.
+COSTS = {"cpu": Costs(16, 64, 3.0), "gpu": Costs(64, 512, 1.0), "tpu": Costs(128, 1024, 1.0)}
+
+
+def pack_shape(
+    config: ml_collections.ConfigDict,
+    model: pretrained.Architecture,
+    mesh: Mesh,
+    examples: Iterable[Example] | None = None,
+) -> Shape:
+    """A micro-batch's rows at their limits or, for `examples`, what computes them fastest and is no larger.
+
+    Raises:
+      UserError: the rows of a micro-batch do not divide over the devices.
+    """
+    check_batch(config, mesh)
+    parts, R, roles = sharding.batch_shards(mesh), config.rollout.max_new_tokens, 2 if reads_teacher(config) else 1
+    rows, costs = config.data.batch_size // config.train.micro_batches // parts, COSTS[sharding.platform(mesh)]
+    if examples is None:
+        limits = np.array([config.prompts.student_limit, config.prompts.teacher_limit][:roles])
+        return Shape(parts, rows, _rounded(limits + R - 1, costs))
+    lengths = [(len(example.student_ids), len(example.teacher_ids))[:roles] for example in examples]
+    usual = min(config.train.response_tokens, R)
+    return choose(
+        np.array(lengths), R, usual, config.data.batch_size, Shape(parts, rows, ()), costs, model.config.width
+    )
+
+
+def choose(
+    prompt_NxK: np.ndarray, response: int, usual: int, batch_size: int, most: Shape, costs: Costs, width: int
+) -> Shape:
+    """The shape that computes batches of these prompts fastest, by trial on random ones.
+
+    Args:
+      prompt_NxK: tokens of the prompts of each of K roles.
+      response: the most tokens of a response.
+      usual: its mean; 0 where it is not known.
+      batch_size: B.
+      most: the number of parts, and of rows as long as the longest sequence: a pack must fit in memory.
+      costs: of the platform.
+      width: D of the model.
+    """
+    batches = list(_batches(prompt_NxK, response, usual, batch_size))
+    longest_K, mean_K = prompt_NxK.max(axis=0) + response - 1, np.concatenate(batches).mean(axis=0)
+    filling_alike_K = (longest_K / mean_K).max() * mean_K
+
+    def cost(shape: Shape) -> float:
+        attention = costs.attention / (6 * width)  # a layer's other products are about 24 D^2 a token
+        per_row = sum(passes * length * (1 + attention * length) for passes, length in zip(_PASSES, shape.lengths))
+        packs = sum(1 + max(at.pack for at in place(length_BxK, shape)) for length_BxK in batches)
+        return packs * (shape.rows * per_row + _PASSES[0] * costs.pack)
+
+    room_K = most.rows * np.array(_rounded(longest_K, costs))
+    shapes = [
+        Shape(most.parts, rows, lengths)
+        for rows in {round(most.rows / 2 ** (halves / 2)) or 1 for halves in range(2 * most.rows.bit_length())}
+        for stretch in 2.0 ** (np.arange(9) / 4)
+        for lengths in (_rounded(stretch * longest_K, costs), _rounded(stretch * filling_alike_K, costs))
+        if (rows * np.array(lengths) <= room_K).all()
+    ]
+    return min(sorted(set(shapes), key=lambda shape: (shape.rows, shape.lengths)), key=cost)
+
+
+def _batches(prompt_NxK: np.ndarray, response: int, usual: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Tokens that each role reads of the sequences of random batches, [B, K]; the same ones at each call.
+
+    Where the usual length of a reply is not known, replies are short in some of the batches and long in others.
+    """
+    rng, count = np.random.default_rng(0), max(4, 128 // batch_size)
+    for share in [usual / response] * count if usual else np.linspace(0.1, 0.9, count):
+        prompt_BxK = prompt_NxK[rng.integers(len(prompt_NxK), size=batch_size)]
+        replies_B = np.ceil(response * rng.beta(2 * share, 2 * max(1 - share, 1e-3), batch_size)).astype(int)
+        yield prompt_BxK + replies_B[:, None] - 1  # nothing is predicted after the last token
+
+
+def _rounded(length_K: np.ndarray, costs: Costs) -> tuple[int, ...]:
+    return tuple((-(-np.ceil(length_K) // costs.multiple) * costs.multiple).astype(int).tolist())
