@@ -26,7 +26,13 @@ def arrays(rng):
     return query, key, value, jnp.asarray((column >= first[:, None]) & (column < last[:, None]))
 
 
-def reference(query, key, value, valid, window, scores):
+def packed(valid):
+    """The segments of rows that hold two sequences, one after the other."""
+    real = jnp.cumsum(valid, axis=1)
+    return jnp.where(valid, 1 + (real > real[:, -1:] // 3), 0)
+
+
+def reference(query, key, value, segment, window, scores):
     """Plain attention in NumPy's float64."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     key, value = (np.repeat(x, N // K, axis=1) for x in (key, value))
@@ -34,11 +40,12 @@ def reference(query, key, value, valid, window, scores):
     if scores.softcap:
         logits = scores.softcap * np.tanh(logits / scores.softcap)
     distance = np.arange(T)[:, None] - np.arange(T)
-    seen = np.asarray(valid)[:, None, None, :] & (distance >= 0) & (distance < window)
+    segment = np.asarray(segment)
+    same = segment[:, None, :, None] == segment[:, None, None]
+    seen = same & (distance >= 0) & (distance < window)
     logits = np.where(seen, logits, -np.inf)
-    with np.errstate(invalid="ignore"):  # rows of padding
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        return np.einsum("bnts,bnsh->btnh", weights / weights.sum(-1, keepdims=True), value)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("bnts,bnsh->btnh", weights / weights.sum(-1, keepdims=True), value)
 
 
 def kernel(kind, scores, windows, mesh=None):
@@ -52,10 +59,11 @@ def kernel(kind, scores, windows, mesh=None):
 @pytest.mark.parametrize("kind", ["xla", "splash"])
 def test_equals_float64(kind, window, softcap, rng):
     query, key, value, valid = arrays(rng)
+    segment = packed(valid)
     scores = Scores(0.3, softcap)
     run = jax.jit(kernel(kind, scores, (100, WIDE)))
-    actual = run(query, key, value, valid, window=window)
-    expected = reference(query, key, value, valid, window, scores)
+    actual = run(query, key, value, segment, window=window)
+    expected = reference(query, key, value, segment, window, scores)
     assert np.isfinite(actual).all()
     np.testing.assert_allclose(np.asarray(actual)[valid], expected[valid], atol=2e-5)
 
@@ -69,7 +77,7 @@ def test_gradients_of_splash_are_those_of_xla(softcap, rng):
         run = kernel(kind, Scores(0.3, softcap), (100, WIDE))
 
         def total(*qkv):
-            return jnp.sum(run(*qkv, valid, window=100) * tangent)
+            return jnp.sum(run(*qkv, packed(valid), window=100) * tangent)
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, value)
 

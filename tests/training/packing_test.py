@@ -1,0 +1,135 @@
+"""Packs: every sequence is in them once, whole and apart from its neighbours, whatever shares its row."""
+
+import jax
+import numpy as np
+import pytest
+
+from msd_jax.models import config as model_config
+from msd_jax.models import decoder, forward
+from msd_jax.training import pack_shape, packing
+from tests.conftest import LLAMA
+from tests.training.train_step_test import make_batch
+
+SHAPES = [
+    packing.Shape(parts=1, rows=8, lengths=(10, 13)),
+    packing.Shape(parts=1, rows=1, lengths=(40, 64)),
+    packing.Shape(parts=4, rows=2, lengths=(24, 17)),
+    packing.Shape(parts=2, rows=3, lengths=(11,)),
+]
+
+
+def lengths_of(batch, roles):
+    both = np.stack([batch.student_length_B, batch.teacher_length_B][:roles], axis=1)
+    return (both + batch.response_length_B[:, None] - 1)[batch.response_length_B > 0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_places_do_not_overlap_and_hold_every_sequence(rng, shape):
+    length_NxK = lengths_of(make_batch(rng, B=40), len(shape.lengths))
+    places = packing.place(length_NxK, shape)
+    for role, limit in enumerate(shape.lengths):
+        rows = {}
+        for at, length in zip(places, length_NxK[:, role]):
+            assert 0 <= at.part < shape.parts and 0 <= at.rows[role] < shape.rows
+            rows.setdefault((at.pack, at.part, at.rows[role]), []).append((at.begins[role], int(length)))
+        for spans in rows.values():
+            ends = [0, *(begin + length for begin, length in sorted(spans))]
+            assert ends[:-1] == [begin for begin, _ in sorted(spans)] and ends[-1] <= limit
+    assert {at.pack for at in places} == set(range(1 + max(at.pack for at in places)))
+
+
+def test_there_are_never_more_packs_than_rows_of_full_length_need(rng):
+    """So micro_batches bounds the packs of a step, and the step that is planned is the longest."""
+    for _ in range(20):
+        batch = make_batch(rng, B=32, P=20, Q=30, R=12, lengths=rng.integers(0, 13, 32))
+        packs = packing.pack(batch, packing.Shape(parts=2, rows=4, lengths=(31, 41)))
+        assert len(packs) <= 4
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_response_token_is_predicted_by_what_precedes_it_in_its_sequence(rng, shape):
+    """Read back from the arrays alone: the segment up to the place that predicts a token is its prompt and response."""
+    batch = make_batch(rng, B=24, lengths=rng.integers(0, 6, 24))
+    if len(shape.lengths) == 1:
+        batch = batch._replace(teacher_prompt_BxP=None, teacher_length_B=None)
+    expected, found = [], []
+    for row, count in enumerate(batch.response_length_B):
+        student = batch.student_prompt_BxP[row, -batch.student_length_B[row] :]
+        response = batch.response_BxR[row, :count].tolist()
+        expected += [(*student.tolist(), *response[: t + 1]) for t in range(count)]
+    for pack in packing.pack(batch, shape):
+        for part in range(shape.parts):
+            count = pack.mask_SxN[part].sum()
+            assert pack.mask_SxN[part, :count].all()
+            for n in range(count):
+                read = []
+                for rows in filter(None, (pack.student, pack.teacher)):
+                    row, column = divmod(int(rows.predicts_SxN[part, n]), rows.token_BxT.shape[1])
+                    row += part * shape.rows
+                    own = rows.segment_BxT[row] == rows.segment_BxT[row, column]
+                    assert rows.segment_BxT[row, column] > 0
+                    np.testing.assert_array_equal(rows.position_BxT[row, own], np.arange(own.sum()))
+                    position = rows.position_BxT[row, column]
+                    read.append(tuple(rows.token_BxT[row, own][: position + 1].tolist()))
+                found.append((*read[0], int(pack.response_SxN[part, n])))
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_hidden_states_are_those_of_each_sequence_alone(rng, window):
+    """Also where attention is within a window, which reaches into the row's sequence before."""
+    config = model_config.from_dict(LLAMA | ({"sliding_window": window, "model_type": "mistral"} if window else {}))
+    graphdef, params = decoder.init(config, jax.random.key(0))
+    batch = make_batch(rng, B=12)
+    (pack,) = packing.pack(batch, packing.Shape(parts=2, rows=2, lengths=(60, 80)))
+    alone = forward.response_hidden(
+        graphdef, params, *(batch.student_prompt_BxP, batch.student_length_B),
+        *(batch.response_BxR, batch.response_length_B),
+    )  # fmt: skip
+    mask = forward.response_mask(batch.response_length_B, batch.response_BxR.shape[1])
+    packed, _ = forward.packed_hidden_and_head(graphdef, params, pack.student)
+    alone_NxD, packed_NxD = np.asarray(alone)[np.asarray(mask)], np.asarray(packed)[pack.mask_SxN.ravel()]
+    distance_NxN = np.abs(packed_NxD[:, None] - alone_NxD).max(axis=2)
+    assert distance_NxN.min(axis=1).max() < 1e-5
+    assert sorted(distance_NxN.argmin(axis=1)) == list(range(len(alone_NxD)))  # each once
+
+
+def test_a_batch_without_response_tokens_has_no_pack(rng):
+    shape = packing.Shape(parts=1, rows=2, lengths=(12, 16))
+    assert packing.pack(make_batch(rng, lengths=np.zeros(8, int)), shape) == []
+
+
+def prompts(rng, count=200):
+    return np.stack([rng.integers(30, 90, count), rng.integers(120, 180, count)], axis=1)
+
+
+@pytest.mark.parametrize("usual", [0, 20, 64])
+def test_the_shape_holds_the_longest_sequence_and_no_more_than_memory(rng, usual):
+    lengths, most = prompts(rng), packing.Shape(parts=2, rows=8, lengths=())
+    shape = pack_shape.choose(lengths, 64, usual, 32, most, pack_shape.COSTS["cpu"], 512)
+    longest = lengths.max(axis=0) + 63
+    assert (np.array(shape.lengths) >= longest).all() and shape.parts == 2
+    assert (shape.rows * np.array(shape.lengths) <= 8 * (longest + 16)).all()
+    assert all(length % 16 == 0 for length in shape.lengths)
+    assert shape == pack_shape.choose(lengths, 64, usual, 32, most, pack_shape.COSTS["cpu"], 512)  # as on a resume
+
+
+def test_a_known_length_of_replies_gives_a_better_shape_for_them(rng):
+    lengths, most, costs = prompts(rng), packing.Shape(parts=1, rows=16, lengths=()), pack_shape.COSTS["tpu"]
+
+    def columns(usual):
+        shape = pack_shape.choose(lengths, 512, usual, 64, most, costs, 4096)
+        drawn = lengths[rng.integers(200, size=64)] + 511
+        return shape.rows * sum(shape.lengths) * len({at.pack for at in packing.place(drawn, shape)})
+
+    assert columns(512) <= columns(0)
+
+
+def test_mixed_replies_take_less_than_half_of_what_full_rows_would(rng):
+    """A batch padded to its longest reply computes 512 columns for each; most replies end much earlier."""
+    lengths, most = prompts(rng), packing.Shape(parts=1, rows=16, lengths=())
+    shape = pack_shape.choose(lengths, 512, 150, 64, most, pack_shape.COSTS["tpu"], 4096)
+    replies = np.clip(rng.lognormal(np.log(115), 0.7, 64), 1, 512).astype(int)
+    packs = len({at.pack for at in packing.place(lengths[:64] + replies[:, None] - 1, shape)})
+    full = 64 * (lengths.max(axis=0) + 511).sum()
+    assert packs * shape.rows * sum(shape.lengths) < 0.5 * full
