@@ -50,7 +50,8 @@ from msd_jax.planning import architecture, hardware, programs
 from msd_jax.planning.flops import count_flops
 from msd_jax.planning.hbm_traffic import hbm_traffic
 from msd_jax.planning.hlo import HloModule
-from msd_jax.training import optimizer, train_step
+from msd_jax.training import optimizer, packing, train_step
+from msd_jax.training.pack_shape import pack_shape
 
 RUNS, NEEDED_SECONDS = 5, 40.0
 TINY = {"model_type": "llama", "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 64, "vocab_size": 256} | {
@@ -122,15 +123,20 @@ def measure_train(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
     """One update: both roles' forward passes, DPSW, forward KL, gradients and AdamW."""
     config = setting.config(rows, kernel)
     model, mesh, known = make(setting, config)
-    compiled, row = compile_program(known["train"])
+    accumulate, row = compile_program(known["train"])
+    update, _ = compile_program(known["update"])
     optimize, _ = optimizer.make_optimizer(config.optimizer, config.train.steps)
     state, frozen = train_step.initial_state(model, mesh, optimize, train_step.kept_teacher(config), config.seed)
     columns = (random_ids(model, rows, width) for width in (setting.student, setting.teacher, setting.response))
-    batch = sharding.put_batch(mesh, train_step.TrainBatch(*itertools.chain(*columns)))
+    shape = pack_shape(config, model, mesh)
+    (pack,) = packing.pack(packing.TrainBatch(*itertools.chain(*columns)), shape)
+    programs_of_step = train_step.TrainStep(config, model, mesh, optimize, shape)
 
     def step() -> Any:
         nonlocal state
-        state, scalars = compiled(state, frozen, batch)
+        placed = sharding.put_batch(mesh, pack)
+        inputs = state.params, state.teacher_params, frozen, state.step
+        state, scalars = update(state, accumulate(*inputs, programs_of_step.zeros(), placed))
         return state, scalars
 
     row |= timing(step)
@@ -142,7 +148,7 @@ def measure_train(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
     if spec := device_spec():
         row["mfu"] = flops / row["seconds"] / spec.flops
         row["hfu"] = repeated / row["seconds"] / spec.flops
-        row |= estimate(compiled, repeated, None, spec)
+        row |= estimate(accumulate, repeated, known["train"].while_trips, spec)
     return row
 
 
@@ -208,7 +214,8 @@ def timing(run: Callable[[], Any]) -> dict[str, Any]:
 @functools.cache
 def train_flops(setting: Setting, rows: int, remat: str) -> int:
     """Of an update, as XLA's attention computes it: other kernels' products are not in a jaxpr."""
-    return count_flops(make(setting, setting.config(rows, "xla", remat))[2]["train"].trace().jaxpr)
+    program = make(setting, setting.config(rows, "xla", remat))[2]["train"]
+    return count_flops(program.trace().jaxpr, program.while_trips)
 
 
 def decode_bytes(model: RandomModel, mesh: jax.sharding.Mesh, rows: int, context: int) -> int:

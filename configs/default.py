@@ -127,9 +127,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = ml_collections.ConfigDict()
     config.train.steps = 300  # 0 only evaluates the model
-    config.train.micro_batches = 1  # gradient accumulation: parts of a batch
-    # Sequences are packed into rows; a step takes as many packs as its tokens ask, and at most so many as micro_batches.
-    config.train.response_tokens = 0  # mean of a response, for which packs are shaped; 0: not known
+    # Gradients are added over packs of sequences, which take the memory of this part of a batch at its full length.
+    config.train.micro_batches = 1
+    config.train.response_tokens = 0  # mean length of a response, for which packs are shaped; 0: not known
     config.train.loss_chunk = 512  # tokens per device whose logits are held at a time
     # A step whose loss or gradient is not finite is skipped: nothing moves, and metrics.jsonl names its queries. This
     # many in a row end the run with an error and without an export.
