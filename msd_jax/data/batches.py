@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import grain
@@ -126,31 +127,28 @@ def encode_all(
     where = sources.describe(config.data)
     prompts.check_templates(tokenizer, config.prompts)
     limits = _Limits({key: config.prompts[key] for key in ("student_limit", "teacher_limit")})
-    retain = config.data.retain_fraction > 0
+    retained = (source,) if config.data.retain_fraction > 0 else ()
     hostile = sum(prompts.is_hostile(record, (source, *languages), tokenizer) for record in records)
     records = usable(records, teachers, languages, where)
     if references:
-        references.require(records, (*languages, *((source,) if retain else ())), where)
+        references.require(records, (*languages, *retained), where)
 
-    def kept(example: Example, record: Query) -> list[Example]:
-        """The example with its reference response, where one is asked for; none without it, or beyond a limit."""
+    def held(record: Query, examples: Iterable[Example]) -> list[Example]:
+        """Those within the limits, with their reference responses where these are asked for."""
         if references:
-            response_ids = references.ids(record, example.language)
-            if response_ids is None:
-                return []
-            example = dataclasses.replace(example, response_ids=response_ids)
-        return [example] * limits.hold(example)
+            examples = references.added(record, examples)
+        return [example for example in examples if limits.hold(example)]
 
     queries = []
     for record in records:
         analysis = (analyses or {}).get(record.id, "")
-        targets: list[Example] = []
-        for language in (language for language in languages if language in record.texts):
-            example = prompts.encode(record, language, tokenizer, config.prompts, teachers, analysis)
-            targets += kept(example, record)
-        retained = kept(prompts.retained(record, tokenizer, config.prompts, source), record) if retain else []
+        spoken = (language for language in languages if language in record.texts)
+        targets = held(
+            record, (prompts.encode(record, x, tokenizer, config.prompts, teachers, analysis) for x in spoken)
+        )
+        shown = held(record, (prompts.retained(record, tokenizer, config.prompts, x) for x in retained))
         if targets:
-            queries.append(EncodedQuery(record.id, record.harmful, tuple(targets), next(iter(retained), None)))
+            queries.append(EncodedQuery(record.id, record.harmful, tuple(targets), next(iter(shown), None)))
     encoded = Encoded(
         tuple(queries),
         tuple(languages),
@@ -159,12 +157,7 @@ def encode_all(
         hostile=hostile,
         references=tuple(references.describe()) if references else (),
     )
-    left = {example.language for example in encoded.examples()}
-    for language in (*languages, *((source,) if retain else ())):
-        if language not in left:
-            raise UserError(
-                f"{where}: all prompts in {language!r} are longer than {limits.exceeded(language)}; raise the limit"
-            )
+    limits.require_left(encoded, (*languages, *retained), where)
     return encoded
 
 
@@ -190,6 +183,15 @@ class _Limits:
         if over:
             self.dropped[example.language, " and ".join(over)] += 1
         return not over
+
+    def require_left(self, encoded: Encoded, languages: Sequence[str], where: str) -> None:
+        """Raises UserError where every prompt in one of `languages` exceeds a limit."""
+        left = {example.language for example in encoded.examples()}
+        for language in languages:
+            if language not in left:
+                raise UserError(
+                    f"{where}: all prompts in {language!r} are longer than {self.exceeded(language)}; raise the limit"
+                )
 
     def exceeded(self, language: str) -> str:
         """The limits that prompts in `language` exceeded, and by how much."""
@@ -239,6 +241,28 @@ def batches(
     Raises:
       UserError: a weight is not a finite number of at least 0, its language was not encoded, or no query is left.
     """
+    parts = _parts(_drawable(encoded, weights), source_weights or {}, harmful_share)
+    draw = functools.partial(_draw, weights=weights, retain_fraction=retain_fraction)
+
+    def endless(queries: Sequence[EncodedQuery], seed: int) -> grain.MapDataset[Example]:
+        # shuffle(seed=s) would use s + epoch, so that seeds 0 and 1 would share epochs
+        return grain.MapDataset.source(queries).seed(seed).shuffle().repeat().random_map(draw)
+
+    if len(parts) == 1:
+        stream = endless(parts[0].queries, seed)
+    else:
+        mixed = [endless(part.queries, part.seed(seed)) for part in parts]
+        stream = grain.MapDataset.mix(mixed, [part.share for part in parts]).seed(seed)
+    windows = stream.batch(window * batch_size, drop_remainder=True, batch_fn=list)
+    groups = windows.random_map(functools.partial(_group, batch_size=batch_size, window=window))
+    split = grain.experimental.FlatMapMapDataset(groups, _Split(window))
+    # Everything is in memory already: no threads, no buffer.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return split.map(functools.partial(_collate, encoded=encoded, pad_id=pad_id)).to_iter_dataset(options)
+
+
+def _drawable(encoded: Encoded, weights: Mapping[str, float]) -> list[EncodedQuery]:
+    """The queries, in the languages with a weight above 0."""
     for language, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"config.data.languages.{language}={weight!r} must be a finite number of at least 0")
@@ -251,41 +275,36 @@ def batches(
     ]
     if not queries:
         raise UserError(f"config.data.languages={dict(weights)}: no language with a weight above 0 has queries")
-    parts = _parts(queries, source_weights or {}, harmful_share)
+    return queries
 
-    def draw(query: EncodedQuery, rng: np.random.Generator) -> Example:
-        choices, weight_L = query.targets, np.array([weights[x.language] for x in query.targets], np.float64)
-        share_L = weight_L / weight_L.sum()
-        if query.retained:
-            choices = (*choices, query.retained)
-            share_L = np.append((1 - retain_fraction) * share_L, retain_fraction)
-        return choices[rng.choice(len(choices), p=share_L)]
 
-    def group(examples: Sequence[Example], rng: np.random.Generator) -> list[Sequence[Example]]:
-        if window > 1:
-            examples = sorted(examples, key=lambda example: len(example.student_ids) + len(example.teacher_ids))
-        groups = [examples[first : first + batch_size] for first in range(0, len(examples), batch_size)]
-        return [groups[i] for i in rng.permutation(window)]
+def _draw(
+    query: EncodedQuery, rng: np.random.Generator, *, weights: Mapping[str, float], retain_fraction: float
+) -> Example:
+    """The query in one of its languages."""
+    choices, weight_L = query.targets, np.array([weights[x.language] for x in query.targets], np.float64)
+    share_L = weight_L / weight_L.sum()
+    if query.retained:
+        choices = (*choices, query.retained)
+        share_L = np.append((1 - retain_fraction) * share_L, retain_fraction)
+    return choices[rng.choice(len(choices), p=share_L)]
 
-    def collate(examples: Sequence[Example]) -> Batch:
-        student = padding.left_pad([example.student_ids for example in examples], encoded.student_limit, pad_id)
-        teacher = padding.left_pad([example.teacher_ids for example in examples], encoded.teacher_limit, pad_id)
-        hashes = [query_hash(example.query_id, example.language) for example in examples]
-        return Batch(*student, *teacher, np.array(hashes, np.uint32), tuple(examples))
 
-    def endless(queries: Sequence[EncodedQuery], seed: int) -> grain.MapDataset[Example]:
-        # shuffle(seed=s) would use s + epoch, so that seeds 0 and 1 would share epochs
-        return grain.MapDataset.source(queries).seed(seed).shuffle().repeat().random_map(draw)
+def _group(
+    examples: Sequence[Example], rng: np.random.Generator, *, batch_size: int, window: int
+) -> list[Sequence[Example]]:
+    """The batches of a window, those of like length together, in random order."""
+    if window > 1:
+        examples = sorted(examples, key=lambda example: len(example.student_ids) + len(example.teacher_ids))
+    groups = [examples[first : first + batch_size] for first in range(0, len(examples), batch_size)]
+    return [groups[i] for i in rng.permutation(window)]
 
-    if len(parts) == 1:
-        stream = endless(parts[0].queries, seed)
-    else:
-        mixed = [endless(part.queries, part.seed(seed)) for part in parts]
-        stream = grain.MapDataset.mix(mixed, [part.share for part in parts]).seed(seed)
-    windows = stream.batch(window * batch_size, drop_remainder=True, batch_fn=list).random_map(group)
-    groups = grain.experimental.FlatMapMapDataset(windows, _Split(window))
-    # Everything is in memory already: no threads, no buffer.
-    return groups.map(collate).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+def _collate(examples: Sequence[Example], *, encoded: Encoded, pad_id: int) -> Batch:
+    student = padding.left_pad([example.student_ids for example in examples], encoded.student_limit, pad_id)
+    teacher = padding.left_pad([example.teacher_ids for example in examples], encoded.teacher_limit, pad_id)
+    hashes = [query_hash(example.query_id, example.language) for example in examples]
+    return Batch(*student, *teacher, np.array(hashes, np.uint32), tuple(examples))
 
 
 class _Part(NamedTuple):

@@ -1,11 +1,13 @@
 """Reference responses: the records' own answers, which config.rollout.policy = "reference" trains on."""
 
 import collections
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from msd_jax.data.prompts import Example
 from msd_jax.data.records import LABEL_NAMES, Query
 from msd_jax.errors import UserError
 from msd_jax.models.tokenizer import end_of_reply, reply_ids
@@ -37,6 +39,12 @@ class References:
         ids = [*reply_ids(self._tokenizer, query.answers[language]), self._end]
         self.cut[language] += len(ids) > self._limit
         return np.asarray(ids[: self._limit], np.int32)
+
+    def added(self, query: Query, examples: Iterable[Example]) -> Iterator[Example]:
+        """The query's examples with its answer in their language; those without one are left out."""
+        for example in examples:
+            if (ids := self.ids(query, example.language)) is not None:
+                yield dataclasses.replace(example, response_ids=ids)
 
     def require(self, queries: Sequence[Query], languages: Sequence[str], where: str) -> None:
         """Raises UserError where one of `languages` has no answer in any of the queries, read from `where`."""

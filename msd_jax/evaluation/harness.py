@@ -71,16 +71,14 @@ class MsdJaxLM(TemplateLM):
         """Reads tokenizer and weights.
 
         Args:
-          pretrained: a Hugging Face directory, a hub id, or a step of a run (WORKDIR/checkpoints/STEP, whose model
-            WORKDIR/config.json names).
+          pretrained: a Hugging Face directory, a hub id, or WORKDIR/checkpoints/STEP of a run.
           dtype: of matrix products; default: float32, or what the run's config says.
           batch_size: rows at a time over all devices, or "auto".
           max_length: tokens of a context and its continuation; default: what the model's config.json says.
           max_gen_toks: for tasks that do not set it.
           data, fsdp, tensor: the mesh, as config.mesh.
           seed: for sampling.
-          add_bos_token, prefix_token_id, enable_thinking, chat_template_args: as for the harness's `hf`.
-          max_batch_size, device: ignored; the harness passes them to every model.
+          max_batch_size, device: ignored, though the harness passes them. The others are as its `hf` takes them.
 
         Raises:
           UserError: `pretrained` is none of the three, or cannot be read.

@@ -116,15 +116,10 @@ def jsd(
     .. math::
       D = \beta \, KL(p_T || m) + (1 - \beta) \, KL(p_S || m), \quad m = \beta p_T + (1 - \beta) p_S
 
-    beta is the teacher's share of the mixture m. The formula itself goes to 0 at both ends, as
-    beta * KL(teacher || student) near 0 and as (1 - beta) * KL(student || teacher) near 1; there the divergences
-    that it points to take its place, by the convention of GKD and TRL:
-
-    - beta = 0 is forward KL, KL(teacher || student);
-    - beta = 1 is reverse KL, KL(student || teacher).
-
-    The scale therefore jumps at the two ends: beta = 0.01 is about a hundredth of beta = 0. For 0 < beta < 1 the
-    result is bounded by log 2, and finite even where the supports differ.
+    beta is the teacher's share of the mixture m. The formula itself goes to 0 at both ends; there, by the convention of
+    GKD and TRL, the divergences that it points to take its place: beta = 0 is forward KL, beta = 1 is reverse KL. The
+    scale therefore jumps at the ends: beta = 0.01 is about a hundredth of beta = 0. For 0 < beta < 1 the result is
+    bounded by log 2, and finite even where the supports differ.
 
     Args:
       student_logits: float `[..., V]`; see :func:`reverse_kl`, for the other arguments too.

@@ -13,7 +13,7 @@ al., `Liger Kernel <https://arxiv.org/abs/2410.10989>`_, 2024).
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -227,59 +227,75 @@ def _local(
     and [D, V] otherwise.
     """
     settings = layout.loss if beta is None else dataclasses.replace(layout.loss, beta=beta)
-    N = len(mask_N)
-    chunks = -(-N // layout.chunk)
-    size = -(-N // chunks)
+    N, count = len(mask_N), -(-len(mask_N) // layout.chunk)
+    size = -(-N // count)
 
     def split(x: jax.Array) -> jax.Array:  # the last chunk is filled up with tokens that are masked out
-        return jnp.pad(x, [(0, chunks * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
+        return jnp.pad(x, [(0, count * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
 
     hidden, teacher_hidden, response, mask = jax.tree.map(split, (hidden_NxD, teacher_hidden_NxD, response_N, mask_N))
-
-    def hidden_of(i: jax.Array | int) -> jax.Array:  # what is masked out may be NaN, and 0 * NaN is not 0
-        return jnp.where(mask[i][:, None], hidden[i], 0)
-
-    def heads() -> Any:  # transposed within the loop, where a product takes its operands either way
-        return jax.tree.map(lambda w: w.T if layout.tied else w, (head, teacher_head))
-
-    def one_chunk(i: jax.Array | int) -> tuple[Sums, Any]:
-        """(sums, gradient of the student's logits)."""
-        student_logits, teacher_logits = _matmul(hidden_of(i), heads()[0]), None
-        if teacher_hidden is not None:
-            teacher_logits = layout.capped(_matmul(teacher_hidden[i], heads()[1]))
-
-        def loss(product: jax.Array) -> tuple[jax.Array, Sums]:
-            tokens = None if response is None else response[i]
-            sums = weighted_loss(layout.capped(product), teacher_logits, tokens, mask[i], settings)
-            return sums[0], sums
-
-        if not any(wanted):
-            return loss(student_logits)[1], None
-        _, pullback, sums = jax.vjp(loss, student_logits, has_aux=True)
-        return sums, pullback(jnp.ones((), jnp.float32))[0]
+    chunks = _Chunks(hidden, teacher_hidden, response, mask, head, teacher_head, layout, settings)
 
     def add(i: jax.Array, carry: tuple[Sums, jax.Array | None, jax.Array | None]) -> Any:
         total, d_hidden, d_head = carry
-        sums, gradient = one_chunk(i)
+        sums, gradient = chunks.sums_and_gradient(i, any(wanted))
         if d_hidden is not None:
-            d_hidden = d_hidden.at[i].set(_matmul(gradient, heads()[0].T))
+            d_hidden = d_hidden.at[i].set(_matmul(gradient, chunks.heads()[0].T))
         if d_head is not None:
-            d_head += _matmul(gradient.T, hidden_of(i)) if layout.tied else _matmul(hidden_of(i).T, gradient)
+            of_chunk = (gradient.T, chunks.hidden_of(i)) if layout.tied else (chunks.hidden_of(i).T, gradient)
+            d_head += _matmul(*of_chunk)
         return jax.tree.map(jnp.add, total, sums), d_hidden, d_head
 
-    def zeros(x: Any, least: Any = None) -> jax.Array:
-        return jnp.zeros(x.shape, jnp.promote_types(x.dtype, least) if least else x.dtype)
+    def zeros(x: jax.Array) -> jax.Array:
+        return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
 
-    start = (
-        jax.tree.map(zeros, jax.eval_shape(one_chunk, 0)[0]),
-        zeros(hidden, jnp.float32) if wanted[0] else None,
-        zeros(head, jnp.float32) if wanted[1] else None,
-    )
-    used = jnp.max(jnp.where(jnp.any(mask, axis=1), jnp.arange(chunks) + 1, 0))
+    like = jax.eval_shape(lambda: chunks.sums_and_gradient(0, False)[0])
+    start = jax.tree.map(zeros, (like, chunks.hidden if wanted[0] else None, head if wanted[1] else None))
+    used = jnp.max(jnp.where(jnp.any(chunks.mask, axis=1), jnp.arange(count) + 1, 0))
     if layout.mesh is not None:  # all devices take part in the products of a chunk
         used = jax.lax.pmax(used, TOKEN_AXES)
     sums, d_hidden, d_head = jax.lax.fori_loop(0, used, add, start)
-    return sums, (None if d_hidden is None else d_hidden.reshape(chunks * size, -1)[:N], d_head)
+    return sums, (None if d_hidden is None else d_hidden.reshape(count * size, -1)[:N], d_head)
+
+
+class _Chunks(NamedTuple):
+    """The tokens of one device with a leading axis of chunks, and what turns a chunk into its sums."""
+
+    hidden: jax.Array
+    teacher_hidden: jax.Array | None
+    response: jax.Array | None
+    mask: jax.Array
+    head: jax.Array
+    teacher_head: jax.Array | None
+    layout: _Layout
+    settings: LossSettings
+
+    def hidden_of(self, i: jax.Array | int) -> jax.Array:
+        """The student's hidden states; what is masked out may be NaN, and 0 * NaN is not 0."""
+        return jnp.where(self.mask[i][:, None], self.hidden[i], 0)
+
+    def heads(self) -> Any:
+        """Both as [D, V]; called within the loop, where a product takes its operands either way."""
+        return jax.tree.map(lambda w: w.T if self.layout.tied else w, (self.head, self.teacher_head))
+
+    def sums_and_gradient(self, i: jax.Array | int, wanted: bool) -> tuple[Sums, Any]:
+        """The sums over chunk i and, where `wanted`, the gradient of the student's logits."""
+        student_head, teacher_head = self.heads()
+        teacher_logits = None
+        if self.teacher_hidden is not None:
+            teacher_logits = self.layout.capped(_matmul(self.teacher_hidden[i], teacher_head))
+
+        def loss(product: jax.Array) -> tuple[jax.Array, Sums]:
+            response = None if self.response is None else self.response[i]
+            logits = self.layout.capped(product)
+            sums = weighted_loss(logits, teacher_logits, response, self.mask[i], self.settings)
+            return sums[0], sums
+
+        product = _matmul(self.hidden_of(i), student_head)
+        if not wanted:
+            return loss(product)[1], None
+        _, pullback, sums = jax.vjp(loss, product, has_aux=True)
+        return sums, pullback(jnp.ones((), jnp.float32))[0]
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
