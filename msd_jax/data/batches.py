@@ -61,6 +61,13 @@ class Encoded:
     hostile: int = 0
     references: tuple[str, ...] = ()
 
+    @property
+    def columns(self) -> tuple[int, int]:
+        """The largest P of each role. Batches of short prompts have half of it: two programs generate for all."""
+        lengths = ((len(example.student_ids), len(example.teacher_ids)) for example in self.examples())
+        student, teacher = map(max, zip(*lengths))
+        return padding.bucket(student, self.student_limit), padding.bucket(teacher, self.teacher_limit)
+
     def examples(self) -> Iterator[Example]:
         """Every example that may be drawn."""
         for query in self.queries:
@@ -85,7 +92,7 @@ class Batch:
     """B queries, each in one target language. Masks come from lengths, for the pad id may be a token of the text.
 
     Attributes:
-      student_prompt_BxP: int32 [B, P], left-padded; P is a bucket and differs between the roles.
+      student_prompt_BxP: int32 [B, P], left-padded; P differs between the roles and has one of two sizes.
       student_length_B: int32 [B], real tokens.
       teacher_prompt_BxP: int32 [B, P], left-padded.
       teacher_length_B: int32 [B].
@@ -256,9 +263,9 @@ def batches(
     windows = stream.batch(window * batch_size, drop_remainder=True, batch_fn=list)
     groups = windows.random_map(functools.partial(_group, batch_size=batch_size, window=window))
     split = grain.experimental.FlatMapMapDataset(groups, _Split(window))
+    collate = functools.partial(_collate, columns=encoded.columns, pad_id=pad_id)
     # Everything is in memory already: no threads, no buffer.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return split.map(functools.partial(_collate, encoded=encoded, pad_id=pad_id)).to_iter_dataset(options)
+    return split.map(collate).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
 def _drawable(encoded: Encoded, weights: Mapping[str, float]) -> list[EncodedQuery]:
@@ -300,9 +307,14 @@ def _group(
     return [groups[i] for i in rng.permutation(window)]
 
 
-def _collate(examples: Sequence[Example], *, encoded: Encoded, pad_id: int) -> Batch:
-    student = padding.left_pad([example.student_ids for example in examples], encoded.student_limit, pad_id)
-    teacher = padding.left_pad([example.teacher_ids for example in examples], encoded.teacher_limit, pad_id)
+def _collate(examples: Sequence[Example], *, columns: tuple[int, int], pad_id: int) -> Batch:
+    """The batch; `columns` hold any prompt of each role."""
+
+    def padded(rows: Sequence[np.ndarray], whole: int) -> tuple[np.ndarray, np.ndarray]:
+        return padding.left_pad(rows, whole, pad_id, padding.half_or_whole(max(map(len, rows)), whole))
+
+    student = padded([example.student_ids for example in examples], columns[0])
+    teacher = padded([example.teacher_ids for example in examples], columns[1])
     hashes = [query_hash(example.query_id, example.language) for example in examples]
     return Batch(*student, *teacher, np.array(hashes, np.uint32), tuple(examples))
 

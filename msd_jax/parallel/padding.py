@@ -6,13 +6,20 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def left_pad(rows: Sequence[np.ndarray], limit: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 [B, P] with each row at the right, int32 lengths [B]); P is the bucket of the longest row."""
+def left_pad(
+    rows: Sequence[np.ndarray], limit: int, pad_id: int, columns: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [B, P] with each row at the right, int32 lengths [B]); P is `columns`, or the longest row's bucket."""
     length_B = np.array([len(row) for row in rows], np.int32)
-    prompt_BxP = np.full((len(rows), bucket(int(length_B.max()), limit)), pad_id, np.int32)
+    prompt_BxP = np.full((len(rows), columns or bucket(int(length_B.max()), limit)), pad_id, np.int32)
     for padded, row in zip(prompt_BxP, rows):
         padded[len(padded) - len(row) :] = row
     return prompt_BxP, length_B
+
+
+def half_or_whole(length: int, whole: int) -> int:
+    """The size to which `length` is padded where two sizes are to do."""
+    return whole // 2 if length <= whole // 2 else whole
 
 
 def bucket(length: int, limit: int) -> int:
