@@ -279,7 +279,6 @@ class TrainStep:
 
     def _placed(self, sums: Sums) -> Sums:
         """The abstract sums: the gradient is split as the weights are, all else replicated."""
-
         whole = jax.tree.map(lambda leaf: _abstract(leaf, sharding.replicated(self.mesh)), sums)
         gradient = jax.tree.map(_abstract, sums.gradient, _shardings(self.state.params))
         return dataclasses.replace(whole, gradient=gradient)
