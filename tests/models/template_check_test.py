@@ -56,6 +56,14 @@ def test_a_model_whose_template_loops_does_not_load(tmp_path):
         pretrained.load(str(directory), dtype="float32", param_dtype="float32", remat="none")
 
 
+def test_a_machine_that_is_too_busy_is_not_the_template_s_fault(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(str(byte_tokenizer(tmp_path, CHATML + "{# new #}")))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="this machine is too busy; run the same command"):
+        patch.setattr(template_check, "_START", 0.001 - template_check.SECONDS)
+        prompts.check_templates(tokenizer, prompts_config())
+    prompts.check_templates(tokenizer, prompts_config())
+
+
 def test_a_failure_that_only_some_queries_see_is_an_error_too(tmp_path):
     template = CHATML + "{{ 1 // (0 if 'bomb' in messages[0].content else 1) }}"
     tokenizer = load_tokenizer(str(byte_tokenizer(tmp_path, template)))
