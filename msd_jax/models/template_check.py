@@ -101,6 +101,6 @@ def _render(template: str, conversations: str) -> list[dict[str, str]]:
         return [{"error": fault}] * len(task["conversations"])
     except subprocess.TimeoutExpired as error:  # not by the template, which can only compute
         raise UserError(
-            f"the chat template could not be tried in {error.timeout:g} seconds: this machine is too busy; run the same "
-            "command again"
+            f"the chat template could not be tried in {error.timeout:g} seconds: this machine is too busy; run the "
+            "same command again"
         ) from error

@@ -58,7 +58,7 @@ def test_a_model_whose_template_loops_does_not_load(tmp_path):
 
 def test_a_machine_that_is_too_busy_is_not_the_template_s_fault(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(byte_tokenizer(tmp_path, CHATML + "{# new #}")))
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="this machine is too busy; run the same command"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="this machine is too busy; run the same"):
         patch.setattr(template_check, "_START", 0.001 - template_check.SECONDS)
         prompts.check_templates(tokenizer, prompts_config())
     prompts.check_templates(tokenizer, prompts_config())
