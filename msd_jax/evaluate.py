@@ -10,7 +10,7 @@ from msd_jax import cli, report
 from msd_jax.errors import UserError
 from msd_jax.evaluation import evaluator, preflight
 from msd_jax.generation import rollout
-from msd_jax.io import compilations, provenance, stores
+from msd_jax.io import program_cache, provenance, stores
 from msd_jax.io.console import log
 from msd_jax.models import pretrained, trained
 from msd_jax.parallel import distributed, sharding
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     del argv
     with cli.clear_errors():
         config = cli.config()
-        compilations.keep(config.compilation_cache)
+        program_cache.keep(config.compilation_cache)
         out = stores.own("--out", cli.FLAGS.out)
         result = out / ("preflight.json" if cli.FLAGS.preflight else "summary.json")
         if distributed.from_first(result.exists):

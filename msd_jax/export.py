@@ -7,7 +7,7 @@ A run exports its last step by itself.
 
 from msd_jax import cli
 from msd_jax.errors import UserError
-from msd_jax.io import compilations, stores
+from msd_jax.io import program_cache, stores
 from msd_jax.io.console import log
 from msd_jax.models import export, pretrained, trained
 from msd_jax.parallel import distributed, sharding
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
     del argv
     with cli.clear_errors():
         config = cli.config()
-        compilations.keep(config.compilation_cache)
+        program_cache.keep(config.compilation_cache)
         mesh = sharding.make_mesh(**config.mesh)
         model = pretrained.load(**config.model, chat_template=config.prompts.chat_template)
         params = trained.load_params(cli.checkpoint(), model, mesh)

@@ -9,7 +9,7 @@ interrupted run.
 import jax
 
 from msd_jax import ablation, cli, report
-from msd_jax.io import compilations, stores
+from msd_jax.io import program_cache, stores
 from msd_jax.parallel import host_memory
 from msd_jax.planning import hardware
 from msd_jax.training import loop, run
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     host_memory.give_back_after_compilations()
     with cli.clear_errors():
         config = cli.config()
-        compilations.keep(config.compilation_cache)
+        program_cache.keep(config.compilation_cache)
         workdir = stores.own("--workdir", cli.FLAGS.workdir)
         grid = ablation.setup(config, workdir) if config.ablation.variants else None
         single = None if grid else run.setup(config, workdir, hardware.peak(jax.devices()[0].device_kind))

@@ -12,7 +12,7 @@ import rich.segment
 import rich.table
 import rich.text
 
-from msd_jax.io import compiling
+from msd_jax.io import compilations
 from msd_jax.parallel import distributed, peers
 
 console = rich.console.Console(highlight=False)  # only process 0 of a pod prints
@@ -70,7 +70,7 @@ def _display(what: str, total: int, done: int, shown: bool) -> Iterator[Callable
     if not distributed.is_first() or not shown:
         yield _ignore
     elif console.is_terminal:
-        compiling.watch()
+        compilations.listen()
         with _bar() as bar:
             task = bar.add_task(what, total=total, completed=done, status="")
 
@@ -79,7 +79,7 @@ def _display(what: str, total: int, done: int, shown: bool) -> Iterator[Callable
 
             yield move
     else:
-        compiling.watch()
+        compilations.listen()
         last, at = 0.0, done
 
         def print_line(done: int, status: str) -> None:
@@ -90,7 +90,7 @@ def _display(what: str, total: int, done: int, shown: bool) -> Iterator[Callable
                 log(f"{what} {done}/{total}  {status}")
 
         def print_compilation() -> None:
-            if text := compiling.current():  # not by log: it is no sign that the run moves on
+            if text := compilations.current():  # not by log: it is no sign that the run moves on
                 console.print(f"{what} {at}/{total}  {text}", markup=False, soft_wrap=True)
 
         with _repeating(print_compilation):
@@ -132,4 +132,4 @@ class _Status(rich.progress.ProgressColumn):
     """How it goes, or what is being compiled meanwhile."""
 
     def render(self, task: rich.progress.Task) -> rich.text.Text:
-        return rich.text.Text(compiling.current() or task.fields["status"])
+        return rich.text.Text(compilations.current() or task.fields["status"])

@@ -14,7 +14,7 @@ from msd_jax.models import tokenizer
 _PROGRAM = pathlib.Path(__file__).with_name("render_untrusted.py")
 SECONDS = 2  # of computing, for all conversations together
 BYTES = 512 << 20
-_START = 30  # more seconds by the clock, for a process that starts on a busy machine
+_START = 300  # more seconds by the clock, for a process that starts on a busy machine; a template cannot wait
 _LONGEST = 1 << 20  # characters
 
 Conversations = Mapping[str, tuple[tokenizer.Messages, Mapping[str, Any]]]
@@ -96,6 +96,11 @@ def _render(template: str, conversations: str) -> list[dict[str, str]]:
             command, input=json.dumps(task).encode(), capture_output=True, timeout=SECONDS + _START, check=False
         )
         return json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, ValueError):  # killed by its limits, it writes nothing
+    except ValueError:  # killed by its limits, it writes nothing
         fault = f"it takes more than {SECONDS} seconds or {BYTES >> 20} MB"
         return [{"error": fault}] * len(task["conversations"])
+    except subprocess.TimeoutExpired as error:  # not by the template, which can only compute
+        raise UserError(
+            f"the chat template could not be tried in {error.timeout:g} seconds: this machine is too busy; run the "
+            "same command again"
+        ) from error

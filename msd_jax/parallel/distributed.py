@@ -80,6 +80,7 @@ def together() -> Iterator[None]:
         yield
     except BaseException as error:
         if peers.joined is None:
+            peers.do_last_acts()
             raise
         if peers.joined.ending.is_set():
             threading.Event().wait()  # others ended before this process, which is the error

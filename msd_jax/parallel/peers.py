@@ -101,7 +101,8 @@ def at_end(act: Callable[[], None]) -> None:
 
 
 @atexit.register
-def _do_last_acts() -> None:
+def do_last_acts() -> None:
+    """Does now what `at_end` was given: the interpreter's own end would be too late for what needs threads."""
     while _last_acts:
         _last_acts.pop()()
 
@@ -110,7 +111,7 @@ def quit_process(code: int) -> NoReturn:
     """Ends the process, whatever its main thread waits for."""
     sys.stdout.flush()
     sys.stderr.flush()
-    _do_last_acts()
+    do_last_acts()
     os._exit(code)
 
 

@@ -7,35 +7,35 @@ import jax
 import pytest
 import rich.console
 
-from msd_jax.io import compiling, console
+from msd_jax.io import compilations, console
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(compiling, "A_MOMENT", -1.0)
+    monkeypatch.setattr(compilations, "A_MOMENT", -1.0)
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.02)
 
 
 @pytest.fixture
 def train_step():
     """A program that is being compiled."""
-    compiling.watch()
+    compilations.listen()
     jax.monitoring.record_scalar(EVENT, time.time(), fun_name="jit(train_step)")
     yield
     jax.monitoring.record_event_duration_secs(EVENT, 1.0, fun_name="jit(train_step)")
-    assert compiling.current() == ""
+    assert compilations.current() == ""
 
 
 def test_jax_says_what_it_compiles(at_once):
     """By events that are no part of its documented API: this fails when they change."""
-    compiling.watch()
+    compilations.listen()
     seen = []
 
     def look(event, value, **labels):
         if event == EVENT:
-            seen.append(compiling.current())
+            seen.append(compilations.current())
 
     jax.monitoring.register_scalar_listener(look)
 
@@ -46,11 +46,11 @@ def test_jax_says_what_it_compiles(at_once):
         jax.jit(train_step)(jax.numpy.ones(5))
     finally:
         jax.monitoring.unregister_scalar_listener(look)
-    assert "compiling the train step, 0 s" in seen and compiling.current() == ""
+    assert "compiling the train step, 0 s" in seen and compilations.current() == ""
 
 
 def test_a_moment_is_not_worth_a_word(train_step):
-    assert compiling.current() == ""
+    assert compilations.current() == ""
 
 
 def test_a_pipe_is_told_of_a_compilation_again_and_again(at_once, train_step, capsys):

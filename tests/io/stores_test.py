@@ -186,6 +186,26 @@ def test_a_second_run_is_refused_and_one_that_died_is_not_in_the_way(bucket, env
     stores.close(owner)
 
 
+ENDS_IN_ERROR = """
+import sys
+from msd_jax.io import stores
+from msd_jax.parallel import distributed
+distributed.start(["program"])
+with distributed.together():
+    workdir = stores.own("--workdir", sys.argv[1])
+    (workdir / "metrics.jsonl").write_text("{}")
+    sys.exit("error: it ends")
+"""
+
+
+def test_what_ends_in_an_error_is_written_back_and_released(bucket, environment):
+    command = [sys.executable, "-c", ENDS_IN_ERROR, bucket.place]
+    variables = os.environ | environment | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("error: it ends\n") and "note:" not in done.stderr
+    assert bucket.objects() == {"metrics.jsonl": b"{}"}
+
+
 def test_a_silent_holder_elsewhere_loses_its_lease(bucket, monkeypatch):
     monkeypatch.setattr(lease, "SECONDS_OF_SILENCE", 1.5)
     monkeypatch.setattr(lease, "SECONDS_BETWEEN_BEATS", 0.2)

@@ -8,17 +8,17 @@ import sys
 
 import pytest
 
-from msd_jax.io import compilations, jsonl
+from msd_jax.io import jsonl, program_cache
 from tests.conftest import REPOSITORY
 
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
-from msd_jax.io import compilations
+from msd_jax.io import compilations, program_cache
 
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
-compilations.keep(sys.argv[1])
+program_cache.keep(sys.argv[1])
 jax.block_until_ready(jax.jit(lambda x: jnp.sin(x @ x).sum())(jnp.ones((8, 8))))
 counts = {name: events.count(name) for name in ("compile_requests_use_cache", "cache_hits", "cache_misses")}
 print(json.dumps(counts | vars(compilations.so_far())))
@@ -49,7 +49,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
     second, _ = compile_once(tmp_path / "made" / "here")
     assert second["compiled"] == second["cache_misses"] == 0
     assert second["read"] == second["cache_hits"] == second["compile_requests_use_cache"] == first["compiled"]
-    assert {path.parent for path in entries(tmp_path)} == {tmp_path / "made" / "here" / compilations.cpu()}
+    assert {path.parent for path in entries(tmp_path)} == {tmp_path / "made" / "here" / program_cache.cpu()}
     assert {path.parent.stat().st_mode & 0o777 for path in entries(tmp_path)} == {0o700}
 
 
@@ -89,7 +89,7 @@ def test_an_object_store_that_cannot_be_used_is_one_line(place, message, monkeyp
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setitem(sys.modules, "adlfs", None)  # as where it is not installed
     with pytest.raises(ValueError, match=rf"^config.compilation_cache={place}.*{message}.*$"):
-        compilations.keep(place)
+        program_cache.keep(place)
 
 
 def test_each_kind_of_cpu_has_a_directory_of_its_own(monkeypatch, tmp_path):
@@ -97,12 +97,12 @@ def test_each_kind_of_cpu_has_a_directory_of_its_own(monkeypatch, tmp_path):
 
     def name(extra: str, megahertz: int) -> str:
         (tmp_path / "cpuinfo").write_text(info.format(extra, megahertz))
-        return compilations.cpu()
+        return program_cache.cpu()
 
-    monkeypatch.setattr(compilations, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(program_cache, "_CPUINFO", tmp_path / "cpuinfo")
     assert name("", 2400) == name("", 3600) != name(" avx512f", 2400)
     (tmp_path / "cpuinfo").unlink()  # another operating system
-    assert compilations.cpu() != name("", 2400)
+    assert program_cache.cpu() != name("", 2400)
 
 
 def test_the_oldest_entries_make_room(monkeypatch, tmp_path):
@@ -110,8 +110,8 @@ def test_the_oldest_entries_make_room(monkeypatch, tmp_path):
         path = tmp_path / f"jit_{name}-0-cache"
         path.write_bytes(bytes(100))
         os.utime(path, (1e9 - age, 1e9 - age))
-    monkeypatch.setattr(compilations, "MOST_BYTES", 250)
-    compilations._make(str(tmp_path), stored=False)
+    monkeypatch.setattr(program_cache, "MOST_BYTES", 250)
+    program_cache._make(str(tmp_path), stored=False)
     assert [path.name[4] for path in entries(tmp_path)] == ["a", "b"]
 
 
