@@ -144,11 +144,16 @@ class Pretrained(Architecture):
     def companions(self) -> dict[str, str]:
         """What an export has beside the model's own files, text by name: stops that were found, a template given."""
         files = {"chat_template.jinja": self.tokenizer.chat_template} if self.chat_template else {}
-        if (self.directory / "generation_config.json").exists():
-            return files
+        file = self.directory / "generation_config.json"
         ids = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.pad_id}
-        values = {key: value for key, value in ids.items() if value is not None} | {"eos_token_id": self.stop_ids}
-        return files | {"generation_config.json": json.dumps(values, indent=2) + "\n"}
+        values = {key: value for key, value in ids.items() if value is not None}
+        if file.exists():
+            values = json.loads(file.read_text(encoding="utf-8"))
+            named = values.get("eos_token_id")
+            if set(self.stop_ids) == set(named if isinstance(named, list) else [named]):
+                return files
+            values.pop("_from_model_config", None)  # or transformers makes it anew from config.json
+        return files | {"generation_config.json": json.dumps(values | {"eos_token_id": self.stop_ids}, indent=2) + "\n"}
 
 
 def architecture(
