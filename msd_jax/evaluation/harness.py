@@ -100,7 +100,10 @@ class MsdJaxLM(TemplateLM):
         if enable_thinking is not None:
             self._template["enable_thinking"] = enable_thinking
         config = transformers.AutoConfig.from_pretrained(self._model.directory, trust_remote_code=False)
-        self.max_length = int(max_length or resolve_max_length(config, self.tokenizer))
+        longest = self._model.config.longest
+        default = resolve_max_length(config, self.tokenizer)
+        self.max_length = int(max_length or min(default, default if longest is None else longest - 1))
+        self._model.require_length({"max_length": self.max_length + 1})
         self.max_gen_toks, self._key = int(max_gen_toks), jax.random.key(int(seed))
         rows = _AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
         self.batch_size = sharding.batch_rows(self._mesh, rows)

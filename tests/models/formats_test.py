@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 
