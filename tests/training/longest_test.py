@@ -31,7 +31,7 @@ def phi(tmp_path_factory) -> str:
             {"cot": "generated", "analysis_tokens": 33},
             "config.prompts.teacher_limit=32 and config.prompts.analysis_tok",
         ),
-        ({}, ""),
+        ({}, "the queries"),
     ],
 )
 def test_sequences_that_are_too_long_are_refused_before_data_is_read(config, phi, monkeypatch, changes, message):
