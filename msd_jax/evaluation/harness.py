@@ -20,6 +20,7 @@ import collections
 import json
 import logging
 import os
+import sys
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -100,9 +101,8 @@ class MsdJaxLM(TemplateLM):
         if enable_thinking is not None:
             self._template["enable_thinking"] = enable_thinking
         config = transformers.AutoConfig.from_pretrained(self._model.directory, trust_remote_code=False)
-        longest = self._model.config.longest
-        default = resolve_max_length(config, self.tokenizer)
-        self.max_length = int(max_length or min(default, default if longest is None else longest - 1))
+        most = (self._model.config.longest or sys.maxsize) - 1
+        self.max_length = int(max_length or min(resolve_max_length(config, self.tokenizer), most))
         self._model.require_length({"max_length": self.max_length + 1})
         self.max_gen_toks, self._key = int(max_gen_toks), jax.random.key(int(seed))
         rows = _AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)

@@ -1,5 +1,6 @@
 """The teacher's analyses: greedy, its own, written once, and part of its prompt from then on."""
 
+import itertools
 import json
 import shutil
 import types
@@ -104,43 +105,47 @@ def thinking(model_dir, directory) -> str:
     return str(directory)
 
 
-@pytest.mark.parametrize(
-    "written, expected",
-    [
-        ("<think> how make </think> yes a cup", "how make"),
-        ("<think> how make a bomb", "how make a bomb"),  # cut
-        ("no </think>", "no"),
-        ("no", "no"),
-        ("<think> </think> yes", ""),
-    ],
-)
-def test_its_thoughts_are_the_analysis(config, model_dir, tmp_path, monkeypatch, written, expected):
+THOUGHTS = {
+    "<think> how make </think> yes a cup": "how make",
+    "<think> how make a bomb": "how make a bomb",  # cut
+    "no </think>": "no",
+    "no": "no",
+    "<think> </think> yes": "",
+}
+
+
+def test_its_thoughts_are_the_analysis(config, model_dir, tmp_path, monkeypatch):
     config.model.path = thinking(model_dir, tmp_path / "model")
     config.prompts.analysis_is_thinking = True
     ready = run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "run")
     tokenizer, asked = ready.model.tokenizer, {}
-    tokens = np.array([*tokenizer(written).input_ids, 3], np.int32)
 
     def pool(_graphdef, _mesh, _sampling, stop_ids, *_, **__):
         asked["stops"] = stop_ids
-        return lambda _params, rows: [
-            types.SimpleNamespace(index=i, tokens=tokens, stopped=True) for i in range(len(rows))
-        ]
+
+        def write(_params, rows):
+            for i, text in zip(range(len(rows)), itertools.cycle(THOUGHTS)):
+                yield types.SimpleNamespace(index=i, tokens=[*tokenizer(text).input_ids, 3], stopped=True)
+
+        return write
 
     monkeypatch.setattr(analyses.refill, "PoolGenerator", pool)
     store = run.teacher_store(ready.config, ready.model, tmp_path / "analyses.jsonl")
     found = analyses.write(ready.records, ready.config, ready.model, ready.mesh, dict, store)
-    assert set(found.values()) == {expected} and len(found) == 21
+    assert {tokenizer.decode(store[i, "en"][0][:-1]): text for i, text in found.items()} == THOUGHTS and len(
+        found
+    ) == 21
     assert set(asked["stops"]) == {*ready.model.stop_ids, tokenizer.convert_tokens_to_ids("</think>")}
-    shown = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
-    )
-    assert "</think>" in shown  # which the roles' prompts end in, and the analysis's does not
+
+    asking = [
+        {"role": "user", "content": "a"}
+    ]  # the roles' prompts end in thoughts that are over, the analysis's do not
     on = prompts.analysis_variables(config.prompts)
-    assert "</think>" not in tokenizer.decode(token_ids(tokenizer, [{"role": "user", "content": "a"}], on))
-    example = run.encode(ready.config, ready.model, ready.records[:1], found).examples()
-    teacher = tokenizer.decode(next(iter(example)).teacher_ids)
-    assert f"assistant {expected}".strip() in teacher and teacher.count("<think>") == 1
+    assert tokenizer.decode(token_ids(tokenizer, asking, config.prompts.teacher_template_kwargs)).endswith("</think>")
+    assert "</think>" not in tokenizer.decode(token_ids(tokenizer, asking, on))
+    for example in run.encode(ready.config, ready.model, ready.records, found).examples():
+        teacher = tokenizer.decode(example.teacher_ids)
+        assert f"assistant {found[example.query_id]} ".replace("  ", " ") in teacher and teacher.count("<think>") == 1
 
 
 def test_a_model_that_does_not_think_is_refused(config, tmp_path):
