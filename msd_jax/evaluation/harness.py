@@ -20,8 +20,8 @@ import collections
 import json
 import logging
 import os
-import sys
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
