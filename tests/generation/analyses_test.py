@@ -98,9 +98,9 @@ def thinking(model_dir, directory) -> str:
     shutil.copytree(model_dir, directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     tokenizer.add_tokens([tokenizers.AddedToken("<think>", special=True), tokenizers.AddedToken("</think>")])
-    prompt = "{% if add_generation_prompt %}"
-    off = " {% if not enable_thinking %}<think> </think>{% endif %}"
-    tokenizer.chat_template = tokenizer.chat_template.replace(prompt, prompt + off)
+    off = "{% if not enable_thinking %} <think> </think>{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(" assistant{%", f" assistant{off}{{%")
+    assert off in tokenizer.chat_template
     tokenizer.save_pretrained(directory)
     return str(directory)
 
