@@ -66,6 +66,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompts.analysis_template = prompts.DEFAULT_ANALYSIS_TEMPLATE  # generated, first turn: with {query}
     config.prompts.reply_template = prompts.DEFAULT_REPLY_TEMPLATE  # generated, second turn: with {language}
     config.prompts.analysis_tokens = 128  # generated: the most tokens of an analysis
+    # generated: the analysis is what a thinking model (Qwen3) thinks of the first turn, not its reply to it.
+    config.prompts.analysis_is_thinking = False
     config.prompts.plain_template = prompts.DEFAULT_PLAIN_TEMPLATE  # none: with {query} and {language}
     config.prompts.student_system = ""  # system message; "" for none
     config.prompts.teacher_system = ""

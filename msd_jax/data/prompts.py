@@ -7,14 +7,14 @@ import dataclasses
 import functools
 import string
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from msd_jax import losses
 from msd_jax.data.records import Query, language_name
 from msd_jax.errors import UserError
-from msd_jax.models import template_check
+from msd_jax.models import reasoning, template_check
 from msd_jax.models.tokenizer import Messages, holds_control_token, template_file, token_ids
 
 if TYPE_CHECKING:
@@ -136,6 +136,11 @@ def analysis_messages(query: Query, config: "ml_collections.ConfigDict", source_
     return _messages(config.teacher_system, text)
 
 
+def analysis_variables(config: "ml_collections.ConfigDict") -> dict[str, Any]:
+    """The variables of the chat template with which the teacher writes its analysis. `config` is config.prompts."""
+    return config.teacher_template_kwargs.to_dict() | (reasoning.ON if config.analysis_is_thinking else {})
+
+
 def teacher_messages(
     query: Query,
     language: str,
@@ -233,6 +238,11 @@ def check_templates(
     checked = template_check.check(
         tokenizer, {f"the {role}": (messages[role], config[f"{role}_template_kwargs"].to_dict()) for role in roles}
     )
+    if config.cot == "generated" and config.analysis_is_thinking and not reasoning.marked(tokenizer.chat_template):
+        raise UserError(
+            f"config.prompts.analysis_is_thinking=True: the chat template of {template_file(tokenizer)} marks no "
+            "reasoning; set it to False, and the analysis is the reply to config.prompts.analysis_template"
+        )
     ends = {role: checked[f"the {role}"] for role in roles}
     if config.require_same_ending and len(set(ends.values())) > 1:
         raise UserError(

@@ -46,9 +46,10 @@ class Evaluator:
           UserError: a query file, a language or the judge is not fit.
         """
         self._config, self._model, self._mesh = config, model, mesh
+        limit, key = encoding.prompt_limit(config, role)
+        model.require_length({key: limit, "config.eval.max_new_tokens": config.eval.max_new_tokens})
         self.prompts = encoding.encode(config, model, role)
         self._judge = judges.make(config.judge, mesh, self._translator)
-        limit, _ = encoding.prompt_limit(config, role)
         self.answerer = answering.Answerer(config, model, mesh, self.prompts, limit)
 
     def _translator(self) -> Translator:

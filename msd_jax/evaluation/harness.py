@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,7 +99,9 @@ class MsdJaxLM(TemplateLM):
         if enable_thinking is not None:
             self._template["enable_thinking"] = enable_thinking
         config = transformers.AutoConfig.from_pretrained(self._model.directory, trust_remote_code=False)
-        self.max_length = int(max_length or resolve_max_length(config, self.tokenizer))
+        most = (self._model.config.longest or sys.maxsize) - 1
+        self.max_length = int(max_length or min(resolve_max_length(config, self.tokenizer), most))
+        self._model.require_length({"max_length": self.max_length + 1})
         self.max_gen_toks, self._key = int(max_gen_toks), jax.random.key(int(seed))
         rows = _AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
         self.batch_size = sharding.batch_rows(self._mesh, rows)

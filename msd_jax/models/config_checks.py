@@ -8,28 +8,48 @@ from msd_jax.models.rope import FULL, SLIDING
 
 # Families that are asked for, the supported one that is nearest, and what they have beside it.
 _NEAREST = {
+    "arcee": ("llama", "a squared ReLU without a gate"),
     "aya_vision": ("cohere2", "an image encoder"),
-    "bloom": ("llama", "ALiBi instead of RoPE, LayerNorm and biases"),
+    "bloom": ("llama", "ALiBi instead of RoPE, LayerNorm, biases, and no gate"),
     "cohere2_moe": ("cohere2", "experts"),
     "cohere2_vision": ("cohere2", "an image encoder"),
+    "dbrx": ("mistral", "experts, LayerNorm, and query, key and value as one tensor"),
+    "deepseek_v2": ("llama", "experts and attention to a latent"),
     "deepseek_v3": ("llama", "experts and attention to a latent"),
+    "ernie4_5": ("llama", "RoPE on neighbours in a head"),
     "exaone4": ("olmo3", "layers without RoPE, and norms of queries and keys over each head"),
     "falcon": ("llama", "attention and feed-forward side by side, LayerNorm, and no gate"),
     "flex_olmo": ("olmo2", "experts"),
     "gemma": ("gemma2", "no norms behind the sublayers and no soft caps"),
     "gemma3n": ("gemma3_text", "embeddings for each layer, and encoders"),
-    "gpt2": ("llama", "learned positions, LayerNorm and biases"),
-    "gpt_neox": ("llama", "LayerNorm, biases, and RoPE on a part of each head"),
+    "gemma4": ("gemma3_text", "embeddings for each layer or experts, heads of two sizes, and encoders"),
+    "gemma4_text": ("gemma3_text", "embeddings for each layer or experts, and heads of two sizes"),
+    "glm": ("llama", "biases on query, key and value, and RoPE on neighbours in a part of each head"),
+    "glm4": ("llama", "norms behind the sublayers too, and RoPE on neighbours in a part of each head"),
+    "glm4_moe": ("qwen3", "experts, and RoPE on a part of each head"),
+    "gpt2": ("llama", "learned positions, LayerNorm, biases, and no gate"),
+    "gpt_neox": ("llama", "LayerNorm, biases, no gate, and RoPE on a part of each head"),
     "gpt_oss": ("mistral", "experts, and sinks in the attention"),
+    "gptj": ("cohere", "RoPE on a part of each head, biases, and no gate"),
     "granitemoe": ("granite", "experts"),
     "granitemoehybrid": ("granite", "experts, and layers of Mamba"),
     "helium": ("llama", "RoPE on neighbours in a head"),
+    "hunyuan_v1_dense": ("qwen3", "norms of queries and keys behind RoPE"),
+    "jamba": ("llama", "experts, layers of Mamba, and no RoPE"),
+    "kimi_k2": ("llama", "experts and attention to a latent"),
+    "lfm2": ("qwen3", "layers of short convolutions"),
     "llama4": ("llama", "experts, layers without RoPE, and an image encoder"),
+    "mamba": ("llama", "layers of Mamba instead of attention"),
+    "mamba2": ("llama", "layers of Mamba instead of attention"),
+    "minimax": ("mistral", "experts, and layers of linear attention"),
+    "ministral3": ("mistral", "queries that are scaled by their position"),
     "mistral3": ("mistral", "an image encoder"),
     "mixtral": ("mistral", "experts"),
+    "mt5": ("llama", "an encoder, and learned distances instead of RoPE"),
     "nemotron": ("llama", "LayerNorm, a squared ReLU without a gate, and RoPE on a part of each head"),
     "olmo": ("llama", "LayerNorm without weights"),
     "olmoe": ("olmo2", "experts"),
+    "opt": ("llama", "learned positions, LayerNorm, biases, and no gate"),
     "phi": ("phi3", "attention and feed-forward side by side, LayerNorm, biases, and no gate"),
     "phi4_multimodal": ("phi3", "encoders of images and speech"),
     "phimoe": ("phi3", "experts"),
@@ -37,11 +57,30 @@ _NEAREST = {
     "qwen2_moe": ("qwen2", "experts"),
     "qwen2_vl": ("qwen2", "an image encoder"),
     "qwen3_5": ("qwen3", "layers of linear attention"),
+    "qwen3_5_text": ("qwen3", "layers of linear attention"),
     "qwen3_moe": ("qwen3", "experts"),
     "qwen3_next": ("qwen3", "experts, and layers of linear attention"),
     "qwen3_vl": ("qwen3", "an image encoder"),
+    "qwen3_vl_moe": ("qwen3", "experts, and an image encoder"),
+    "seed_oss": ("qwen2", "keys of its own for the biases"),
     "stablelm": ("llama", "LayerNorm, and RoPE on a part of each head"),
     "starcoder2": ("mistral", "LayerNorm, biases, and no gate"),
+    "t5": ("llama", "an encoder, and learned distances instead of RoPE"),
+    "xglm": ("llama", "sinusoidal positions, LayerNorm, biases, and no gate"),
+}
+
+# What parts of keys in the config.json of an unknown family tell of it.
+_SIGNS = {
+    "expert": "experts",
+    "is_encoder_decoder": "an encoder",
+    "kv_lora_rank": "attention to a latent",
+    "mamba": "layers of Mamba",
+    "state_size": "state-space layers",
+    "linear_attention": "layers of linear attention",
+    "linear_num_": "layers of linear attention",
+    "alibi": "ALiBi",
+    "vision_config": "an image encoder",
+    "audio_config": "an audio encoder",
 }
 
 
@@ -52,15 +91,20 @@ def nearest(values: dict[str, Any], supported: Sequence[str]) -> str:
     inner = text.get("model_type") if isinstance(text, dict) else None
     if isinstance(family, str) and family in _NEAREST:
         other, more = _NEAREST[family]
-        return f": the nearest that is, {other!r}, lacks what it has: {more} ({all_of_them})"
+        return f": the nearest that is, {other!r}, differs: {family!r} has {more} ({all_of_them})"
     if isinstance(inner, str) and inner in supported:
         return f": only its text model, {inner!r}, is, in files of its own ({all_of_them})"
     # Families grow new members more often than they change: qwen4 is nearest to qwen3, qwen3_x to qwen3.
     name = family if isinstance(family, str) else ""
     alike = max(supported, key=lambda other: _shared(name, other))
-    if _shared(name, alike) < 4:
+    by_name = _shared(name, alike) >= 4
+    signs = {sign: None for part, sign in _SIGNS.items() for key in values if part in key and values[key]}
+    if not by_name and not signs:
         return f"; {all_of_them}"
-    return f": the nearest by name is {alike!r}; compare their config.json ({all_of_them})"
+    more = f": {family!r} has {', '.join(signs)}" if signs else "; compare their config.json"
+    if by_name:
+        return f": the nearest by name is {alike!r}{more} ({all_of_them})"
+    return f": the nearest is perhaps 'llama'{more} ({all_of_them})"
 
 
 def _shared(first: str, second: str) -> int:

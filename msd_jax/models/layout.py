@@ -131,6 +131,14 @@ def is_carried(tensor: str, config: DecoderConfig) -> bool:
     return config.wrapped and bool(_OTHER_PARTS.match(tensor))
 
 
+_NEW_VISION = re.compile(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)")  # of transformers 5
+
+
+def carried_name(tensor: str, config: DecoderConfig) -> str:
+    """The name in a new file of a tensor that is carried: of an image encoder the hub's, which all releases read."""
+    return _NEW_VISION.sub(r"\1vision_model.", tensor) if config.wrapped else tensor
+
+
 def is_derived(tensor: str, config: DecoderConfig) -> bool:
     """Whether a tensor follows from others: a tied head and rotary tables are sometimes stored."""
     return tensor.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and tensor == HEAD)

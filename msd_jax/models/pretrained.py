@@ -136,6 +136,23 @@ class Pretrained(Architecture):
                 f"{self.config.vocab_size}); remove it from the text or the chat template"
             )
 
+    def require_length(self, parts: Mapping[str, int]) -> None:
+        """Checks that the model takes sequences of so many tokens, before anything long begins.
+
+        Args:
+          parts: the most tokens of each part of a sequence, by the name of the setting.
+
+        Raises:
+          UserError: names the settings, and what the model takes.
+        """
+        tokens, longest = sum(parts.values()), self.config.longest
+        if longest is not None and tokens > longest:
+            named = " and ".join(f"{key}={value}" for key, value in parts.items())
+            raise UserError(
+                f"{named} ask for sequences of {tokens} tokens, and {self.directory} takes at most {longest} here: "
+                "beyond, its RoPE (longrope) has other frequencies, which are not implemented; lower one of these"
+            )
+
     def frozen_params(self, mesh: Mesh) -> decoder.Params:
         """The part of `params` that is not trained."""
         _, frozen = self.split(self.target(mesh))
@@ -144,11 +161,16 @@ class Pretrained(Architecture):
     def companions(self) -> dict[str, str]:
         """What an export has beside the model's own files, text by name: stops that were found, a template given."""
         files = {"chat_template.jinja": self.tokenizer.chat_template} if self.chat_template else {}
-        if (self.directory / "generation_config.json").exists():
-            return files
+        file = self.directory / "generation_config.json"
         ids = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.pad_id}
-        values = {key: value for key, value in ids.items() if value is not None} | {"eos_token_id": self.stop_ids}
-        return files | {"generation_config.json": json.dumps(values, indent=2) + "\n"}
+        values = {key: value for key, value in ids.items() if value is not None}
+        if file.exists():
+            values = json.loads(file.read_text(encoding="utf-8"))
+            named = values.get("eos_token_id")
+            if set(self.stop_ids) == set(named if isinstance(named, list) else [named]):
+                return files
+            values.pop("_from_model_config", None)  # or transformers makes it anew from config.json
+        return files | {"generation_config.json": json.dumps(values | {"eos_token_id": self.stop_ids}, indent=2) + "\n"}
 
 
 def architecture(
@@ -176,6 +198,8 @@ def architecture(
     )
     if adapters:
         trained, base = decoder.split(abstract, is_adapter)
+        if not trained:
+            raise UserError(f"config.model.lora.targets={adapters.targets}: the model has none of these matrices")
         abstract = decoder.join(trained, _in_stored_dtypes(base, stored or {}))
     return Architecture(
         config=config,

@@ -231,7 +231,7 @@ class Source:
         """The tensors that the decoder does without and that an export holds all the same."""
         for tensor, file in self.files.items():
             if layout.is_carried(tensor, config):
-                yield file.name, file.whole()
+                yield layout.carried_name(file.name, config), file.whole()
 
 
 def tensors(

@@ -36,6 +36,7 @@ ADDED = {
     "loss.beta_ramp": 0.0,
     "loss.entropy_scale": "linear",
     "loss.token_cap": 0.0,
+    "prompts.analysis_is_thinking": False,
     "prompts.chat_template": "",
     "prompts.require_same_ending": True,
     "train.response_tokens": 0,

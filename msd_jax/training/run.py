@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import operator
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -159,6 +160,7 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
     check_batch(config, mesh)
     model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
     _check_vocabulary(config.loss, model.config.vocab_size)
+    _check_lengths(config, model)
     records = sources.load(config.data, log, teacher=prompts.shows_teacher(config))
     evaluation = evaluator.Evaluator(config, model, mesh) if evaluator.wanted(config) else None
     watch = Monitor(config, evaluation) if evaluation and config.eval.monitor.every else None
@@ -184,6 +186,16 @@ def _check_vocabulary(loss: ml_collections.ConfigDict, vocab_size: int) -> None:
     for key in ("top_k", "weight_top_k"):
         if loss[key] > vocab_size:
             raise UserError(f"config.loss.{key}={loss[key]} exceeds the vocabulary of {vocab_size}")
+
+
+def _check_lengths(config: ml_collections.ConfigDict, model: pretrained.Pretrained) -> None:
+    pairs = [("prompts.student_limit", "rollout.max_new_tokens")]
+    if prompts.shows_teacher(config):
+        pairs.append(("prompts.teacher_limit", "rollout.max_new_tokens"))
+    if config.prompts.cot == "generated":
+        pairs.append(("prompts.teacher_limit", "prompts.analysis_tokens"))
+    for pair in pairs:
+        model.require_length({f"config.{key}": operator.attrgetter(key)(config) for key in pair})
 
 
 def _look_for_duplicates(

@@ -1,15 +1,21 @@
 """The teacher's analyses: greedy, its own, written once, and part of its prompt from then on."""
 
+import itertools
 import json
+import shutil
+import types
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from msd_jax.configs import default
 
 from msd_jax import settings
 from msd_jax.data import prompts
+from msd_jax.errors import UserError
 from msd_jax.generation import analyses, rollout
 from msd_jax.io import jsonl
 from msd_jax.models import pretrained
@@ -85,3 +91,64 @@ def test_a_teacher_that_changes_is_refused(config, tmp_path):
     config.teacher.kind = "ema"
     with pytest.raises(ValueError, match=r"config.prompts.cot='generated' with config.teacher.kind='ema'"):
         settings.check(config)
+
+
+def thinking(model_dir, directory) -> str:
+    """The model, with a template in the manner of Qwen3's and the tags as tokens, one of which is special."""
+    shutil.copytree(model_dir, directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([tokenizers.AddedToken("<think>", special=True), tokenizers.AddedToken("</think>")])
+    off = "{% if not enable_thinking %} <think> </think>{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(" assistant{%", f" assistant{off}{{%")
+    assert off in tokenizer.chat_template
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+THOUGHTS = {
+    "<think> how make </think> yes a cup": "how make",
+    "<think> how make a bomb": "how make a bomb",  # cut
+    "no </think>": "no",
+    "no": "no",
+    "<think> </think> yes": "",
+}
+
+
+def test_its_thoughts_are_the_analysis(config, model_dir, tmp_path, monkeypatch):
+    config.model.path = thinking(model_dir, tmp_path / "model")
+    config.prompts.analysis_is_thinking = True
+    ready = run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "run")
+    tokenizer, asked = ready.model.tokenizer, {}
+
+    def pool(_graphdef, _mesh, _sampling, stop_ids, *_, **__):
+        asked["stops"] = stop_ids
+
+        def write(_params, rows):
+            for i, text in zip(range(len(rows)), itertools.cycle(THOUGHTS)):
+                yield types.SimpleNamespace(index=i, tokens=[*tokenizer(text).input_ids, 3], stopped=True)
+
+        return write
+
+    monkeypatch.setattr(analyses.refill, "PoolGenerator", pool)
+    store = run.teacher_store(ready.config, ready.model, tmp_path / "analyses.jsonl")
+    found = analyses.write(ready.records, ready.config, ready.model, ready.mesh, dict, store)
+    assert {tokenizer.decode(store[i, "en"][0][:-1]): text for i, text in found.items()} == THOUGHTS and len(
+        found
+    ) == 21
+    assert set(asked["stops"]) == {*ready.model.stop_ids, tokenizer.convert_tokens_to_ids("</think>")}
+
+    asking = [
+        {"role": "user", "content": "a"}
+    ]  # the roles' prompts end in thoughts that are over, the analysis's do not
+    on = prompts.analysis_variables(config.prompts)
+    assert tokenizer.decode(token_ids(tokenizer, asking, config.prompts.teacher_template_kwargs)).endswith("</think>")
+    assert "</think>" not in tokenizer.decode(token_ids(tokenizer, asking, on))
+    for example in run.encode(ready.config, ready.model, ready.records, found).examples():
+        teacher = tokenizer.decode(example.teacher_ids)
+        assert f"assistant {found[example.query_id]} ".replace("  ", " ") in teacher and teacher.count("<think>") == 1
+
+
+def test_a_model_that_does_not_think_is_refused(config, tmp_path):
+    config.prompts.analysis_is_thinking = True
+    with pytest.raises(UserError, match=r"analysis_is_thinking=True: the chat template of \S+ marks no reasoning"):
+        run.setup(ml_collections.FrozenConfigDict(config), tmp_path / "run")

@@ -18,10 +18,16 @@ from tests.conftest import LLAMA
     [
         (
             {"model_type": "mixtral"},
-            "model_type 'mixtral' is not supported: the nearest that is, 'mistral', .*: experts",
+            "model_type 'mixtral' is not supported: the nearest that is, 'mistral', differs: 'mixtral' has experts",
         ),
         ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are apertus"),
         ({"model_type": "qwen4"}, "model_type 'qwen4' is not supported: the nearest by name is 'qwen2'"),
+        ({"model_type": "mt5"}, "the nearest that is, 'llama', differs: 'mt5' has an encoder, and"),
+        (
+            {"model_type": "new_moe", "num_local_experts": 8, "kv_lora_rank": 4},
+            "the nearest is perhaps 'llama': 'new_moe' has experts, attention to a latent .supported",
+        ),
+        ({"model_type": "qwen4", "n_routed_experts": 8}, "the nearest by name is 'qwen2': 'qwen4' has experts"),
         ({"model_type": "x", "text_config": {"model_type": "qwen3"}}, "only its text model, 'qwen3', is, in files of"),
         ({"model_type": "gemma3", "text_config": {"model_type": "llama"}}, "text_config=.* model_type 'gemma3_text'"),
         ({"model_type": "gemma3"}, "the key 'text_config' is missing"),

@@ -1,7 +1,8 @@
 """config.json of popular models, as far as a decoder follows from it, and how many parameters they state.
 
-Written down by hand, most of them from memory, and not copied from the files: the numbers of parameters, which cards
-and the hub show, check the sizes; the factors of longrope, which are long lists, are 1 here.
+Written down by hand. Those in COMPARED were then held against public repositories that have the model's config.json or
+values from it. The others are from memory: only their number of parameters, which cards and the hub show, checks them.
+The factors of longrope, which are long lists, are 1 here.
 """
 
 from typing import Any
@@ -166,3 +167,30 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
 }
 MODELS["google/gemma-3-27b-it"][0]["text_config"] |= {"num_key_value_heads": 16, "head_dim": 128}
 MODELS["google/gemma-3-27b-it"][0]["text_config"] |= {"query_pre_attn_scalar": 168}
+
+# hub id -> the public repository and file with which the values were compared. Every key that a decoder follows from
+# agreed, as far as the file has it.
+_LITGPT, _MLC = "Lightning-AI/litgpt: litgpt/config.py", "mlc-ai/mlc-llm: python/mlc_llm/model/model_preset.py"
+_MAXTEXT = "AI-Hypercomputer/maxtext: src/maxtext/"
+_GEMMA3_SOURCE = f"{_LITGPT}; the image encoder: {_MAXTEXT}checkpoint_conversion/utils/hf_model_configs.py"
+_KERAS = "IMvision12/KerasFormers: kerasformers/models/"
+COMPARED = {
+    "CohereLabs/aya-expanse-8b": f"{_KERAS}cohere/config.py",
+    "CohereLabs/aya-expanse-32b": f"{_KERAS}cohere/config.py",
+    "CohereLabs/c4ai-command-r7b-12-2024": f"{_KERAS}cohere2/config.py",
+    "microsoft/phi-4": _LITGPT,
+    "microsoft/Phi-3-mini-4k-instruct": f"{_LITGPT}, which counts a window's own token",
+    "microsoft/Phi-4-mini-instruct": f"{_MLC}, which has the factors of longrope too",
+    "HuggingFaceTB/SmolLM3-3B": "tests of dotLLM's HfConfigExtractor; sizes: transformers' SmolLM3Config",
+    "allenai/Olmo-3-7B-Instruct": f"{_MAXTEXT}configs/models/olmo3-7b.yml",
+    "swiss-ai/Apertus-8B-Instruct-2509": "pd95/ollama: x/models/apertus/apertus_test.go",
+    "ibm-granite/granite-3.3-8b-instruct": "a copy of its config.json in a list of models' shapes",
+    "google/gemma-3-4b-it": _GEMMA3_SOURCE,
+    "google/gemma-3-27b-it": _GEMMA3_SOURCE,
+    "BSC-LT/salamandra-7b-instruct": _LITGPT,
+    "BSC-LT/salamandra-2b-instruct": _LITGPT,
+    "meta-llama/Llama-Guard-3-8B": f"{_MLC}, of the Llama 3.1 8B that it is made from",
+    "aisingapore/Llama-SEA-LION-v3-8B-IT": f"{_MLC}, of the Llama 3.1 8B that it is made from",
+    "aisingapore/Gemma-SEA-LION-v3-9B-IT": f"{_MLC}, of the Gemma 2 9B that it is made from",
+    "mistralai/Mistral-Nemo-Instruct-2407": "NVIDIA/Fuser: benchmarks/python/model_configs.py, of the base model",
+}

@@ -9,7 +9,7 @@ from flax import nnx
 
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, weights
-from tests.models.published import MODELS
+from tests.models.published import COMPARED, MODELS
 
 # Of the tiny models; a head of 16 as published heads are multiples of it.
 SMALL = {"hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -22,6 +22,10 @@ def test_the_number_of_parameters_is_the_published_one(path):
     _, abstract, _ = decoder.abstract(model_config.from_dict(values))
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract)) / 1e9
     assert round(count, len(str(billions).partition(".")[2])) == billions
+
+
+def test_the_models_that_were_compared_with_a_source_are_named():
+    assert COMPARED.keys() < MODELS.keys() and all(COMPARED.values())
 
 
 def shrunk(values: dict) -> dict:

@@ -55,6 +55,7 @@ class GuardJudge:
         self._model = pretrained.load(
             config.path, dtype=config.dtype, param_dtype=config.dtype, remat="none", mesh=mesh
         )
+        self._model.require_length({"config.judge.guard.limit": config.limit, "those of its answer": _ANSWER_LIMIT})
         self._model.target(mesh)  # raises now, before anything is generated, if the mesh does not divide it
         self._layout = self._model.shardings(mesh, sharding.ROLLOUT)
         self._format = formats.FORMATS[config.format]

@@ -7,6 +7,8 @@ import unicodedata
 
 import numpy as np
 
+from msd_jax.models.reasoning import TAGS
+
 _WINDOW = 12  # letters
 _LOOP_LETTERS = 40
 _TAIL_LETTERS = 200
@@ -14,19 +16,6 @@ _SCRIPT_LETTERS = 20
 _LETTER_CODES = 0x30000  # planes of Unicode that have letters
 _ECHO_LETTERS = 8
 _ECHO_TIMES, _ECHO_MORE = 5, 100  # the prompt's characters, and more, beyond which a text is no echo
-
-# How models mark their reasoning, opening and closing.
-_REASONING = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
-)
 
 
 def reply(text: str) -> str | None:
@@ -38,9 +27,9 @@ def reply(text: str) -> str | None:
       >>> reply("<think>May I?</think> No.")
       ' No.'
     """
-    start = max(text.rfind(closing) + len(closing) if closing in text else 0 for _, closing in _REASONING)
+    start = max(text.rfind(closing) + len(closing) if closing in text else 0 for _, closing in TAGS)
     rest = text[start:]
-    return None if rest.lstrip().startswith(tuple(opening for opening, _ in _REASONING)) else rest
+    return None if rest.lstrip().startswith(tuple(opening for opening, _ in TAGS)) else rest
 
 
 def reasons(text: str) -> bool:
@@ -50,12 +39,12 @@ def reasons(text: str) -> bool:
 
 def marks_reasoning(token: str) -> bool:
     """Whether a token opens or closes reasoning."""
-    return any(token in pair for pair in _REASONING)
+    return any(token in pair for pair in TAGS)
 
 
 def opened_reasoning(prompt: str) -> str:
     """The tag by which the end of a prompt opens the model's reasoning, which the response then only closes; or ""."""
-    for opening, closing in _REASONING:
+    for opening, closing in TAGS:
         if opening.lower() in prompt.lower().rpartition(closing.lower())[2]:
             return opening
     return ""
