@@ -17,6 +17,7 @@ import time
 import pytest
 import yaml
 
+from msd_jax.parallel import peers, preemption
 from tests.conftest import REPOSITORY
 
 SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("launch/*") if p.suffix in (".sh", ".sbatch"))
@@ -503,6 +504,20 @@ def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it(know
         "maxRestarts": 7,
         "rules": [{"name": "user_error", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
     }
+
+
+def test_launchers_act_on_the_documented_exit_codes(known_slice):
+    text = (REPOSITORY / "docs/pods.md").read_text()
+    rows = re.findall(r"(?m)^\| ([\d, ]+) \| .* \| ([\w ]+) \| ([\w ]+) \|$", text)
+    done: dict[str, set[int]] = {}
+    for codes, *what in rows:
+        for word in what:
+            done.setdefault(word, set()).update(map(int, codes.split(",")))
+    assert done["restarted"] == done["requeued"] >= {peers.EXIT_LOST_PEER, preemption.EXIT_PREEMPTED}
+    (requeued,) = re.findall(r"(?m)^  ([\d |]+)\) # preempted", (REPOSITORY / "launch/slurm.sbatch").read_text())
+    assert set(map(int, requeued.split("|"))) == done["requeued"]
+    (rule,) = job_of(manifest(**known_slice))[0]["podFailurePolicy"]["rules"]
+    assert set(rule["onExitCodes"]["values"]) == done["the JobSet fails"] == done["the job fails"]
 
 
 @pytest.fixture
