@@ -29,8 +29,8 @@ PREPARE=${PREPARE:-'echo always | sudo tee /sys/kernel/mm/transparent_hugepage/e
 # How a worker installs the copied repository. The images' own Python may be older than 3.11.
 INSTALL=${INSTALL:-'python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --clear --python 3.12 .venv &&
   ~/.local/bin/uv pip install -q --python .venv/bin/python -e ".[tpu]"'}
-below=/mnt/runs # where --workdir must be
-[[ -z ${MOUNT:-} ]] || below=/
+shared=/mnt/runs # what all workers see
+[[ -z ${MOUNT:-} ]] || shared=/
 # How a worker mounts BUCKET. gcsfuse has a repository of its own; a fresh machine is still updating itself, and apt-get
 # fails while it does. Checkpoints and models are directories that are renamed once complete. On TPU machines gcsfuse
 # would remember files' metadata for ever, and not see what other workers write.
@@ -52,7 +52,9 @@ fail() {
 
 [[ -f ${CONFIG%%:*} && $CONFIG != /* ]] ||
   fail "$CONFIG: give a path inside this repository, which is what the workers get"
-facts=$("$PYTHON" -m msd_jax.topology --want=tpu --config="$CONFIG" ${BUCKET:+--below="$below"} "$@")
+below=()
+[[ $MODULE != msd_jax.main || -z $BUCKET ]] || below=(--below="$shared")
+facts=$("$PYTHON" -m msd_jax.topology --want=tpu --config="$CONFIG" "${below[@]}" "$@")
 eval "$facts" # SLICES, HOSTS, ACCELERATOR_TYPE, RUNTIME_VERSION
 [[ -n $ACCELERATOR_TYPE ]] ||
   fail "$CONFIG: TPUs of this generation are Compute Engine instances, not TPU VMs; use launch/gke_jobset.sh"

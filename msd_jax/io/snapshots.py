@@ -60,7 +60,7 @@ def fetch_stored(name: str, place: str, patterns: Iterable[str]) -> pathlib.Path
         versions = sorted(
             (file, facts["size"], facts.get("ETag") or facts.get("etag")) for file, facts in files.items()
         )
-        content = hashlib.sha256(json.dumps([place, versions]).encode()).hexdigest()[:16]
+        content = hashlib.sha256(json.dumps([place.rstrip("/"), versions]).encode()).hexdigest()[:16]
         directory = pathlib.Path(constants.HF_HOME, "stores", content, root.rpartition("/")[2])
         with peers.unhurried(f"downloading {place}"), _alone(f"store--{content}"):
             if not directory.exists():
