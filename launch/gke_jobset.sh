@@ -9,6 +9,8 @@
 # preempted run restarts by itself, one that ends with an error of the user does not; to resume a JobSet that has ended,
 # run `kubectl delete jobset $NAME` and the same command again.
 set -euo pipefail
+((BASH_VERSINFO[0] * 10 + BASH_VERSINFO[1] >= 44)) ||
+  { echo "error: bash $BASH_VERSION is too old: 4.4 or newer is needed (macOS: brew install bash)" >&2 && exit 1; }
 cd "$(dirname "$0")/.."
 
 CONFIG=${1:?the config file comes first: launch/gke_jobset.sh configs/NAME.py --workdir=/mnt/runs/NAME}
@@ -38,7 +40,11 @@ mapping() { # of KEY=VALUE words
   "$PYTHON" -c 'import json, sys; print(json.dumps(dict(word.split("=", 1) for word in sys.argv[1:])))' "$@"
 }
 
-facts=$("$PYTHON" -m msd_jax.topology --config="$CONFIG" "$@")
+[[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+  fail "NAME=$NAME: a JobSet's name begins with a letter and has lower-case letters, digits and hyphens, 40 at most"
+below=()
+[[ $MODULE != msd_jax.main ]] || below=(--below=/mnt/runs) # a pod keeps nothing else
+facts=$("$PYTHON" -m msd_jax.topology --config="$CONFIG" "${below[@]}" "$@")
 set -a
 eval "$facts" # ACCELERATOR, and SLICES, HOSTS, CHIPS_PER_HOST, GKE_ACCELERATOR, GKE_TOPOLOGY or NODES, GPUS_PER_NODE
 set +a

@@ -5,6 +5,8 @@
 #
 # Run the same command again to resume an interrupted run.
 set -euo pipefail
+((BASH_VERSINFO[0] * 10 + BASH_VERSINFO[1] >= 44)) ||
+  { echo "error: bash $BASH_VERSION is too old: 4.4 or newer is needed (macOS: brew install bash)" >&2 && exit 1; }
 
 CONFIG=${1:?the config file comes first: launch/local.sh configs/NAME.py --workdir=DIR}
 PROCESSES=${PROCESSES:-}                       # default: one per GPU (nvidia-smi), or one without GPUs
@@ -29,6 +31,7 @@ trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for ((id = 0; id < PROCESSES; id++)); do
   if ((gpus > 0)); then # GPUs id, id + PROCESSES, ...: each GPU belongs to one process
     variables=("CUDA_VISIBLE_DEVICES=$(seq -s, "$id" "$PROCESSES" $((gpus - 1)))")
+    variables+=("JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}") # without a driver, an error instead of a run on CPUs
   else
     variables=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$DEVICES_PER_PROCESS")
   fi

@@ -9,6 +9,8 @@
 # it again. After a preemption the same command recreates the slices and resumes from the last checkpoint. When the run
 # ends the slices remain; the script prints the command to delete them. Its exit code is that of the run.
 set -euo pipefail
+((BASH_VERSINFO[0] * 10 + BASH_VERSINFO[1] >= 44)) ||
+  { echo "error: bash $BASH_VERSION is too old: 4.4 or newer is needed (macOS: brew install bash)" >&2 && exit 1; }
 cd "$(dirname "$0")/.."
 
 CONFIG=${1:?the config file comes first: launch/tpu_vm.sh configs/NAME.py --workdir=/mnt/runs/NAME}
@@ -27,16 +29,20 @@ PREPARE=${PREPARE:-'echo always | sudo tee /sys/kernel/mm/transparent_hugepage/e
 # How a worker installs the copied repository. The images' own Python may be older than 3.11.
 INSTALL=${INSTALL:-'python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --clear --python 3.12 .venv &&
   ~/.local/bin/uv pip install -q --python .venv/bin/python -e ".[tpu]"'}
-# How a worker mounts BUCKET. gcsfuse has a repository of its own; a fresh machine is still updating itself, so that
-# apt-get waits for the lock. Checkpoints and models are directories that are renamed once complete.
+shared=/mnt/runs # what all workers see
+[[ -z ${MOUNT:-} ]] || shared=/
+# How a worker mounts BUCKET. gcsfuse has a repository of its own; a fresh machine is still updating itself, and apt-get
+# fails while it does. Checkpoints and models are directories that are renamed once complete. On TPU machines gcsfuse
+# would remember files' metadata for ever, and not see what other workers write.
 MOUNT=${MOUNT:-"mountpoint -q /mnt/runs || {
-  key=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt apt='sudo apt-get -qy -o
-    DPkg::Lock::Timeout=600'
+  key=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt
   command -v gcsfuse >/dev/null || { curl -fsS \$packages/doc/apt-key.gpg | sudo tee \$key >/dev/null &&
     echo deb [signed-by=\$key] \$packages gcsfuse-\$(lsb_release -cs) main |
-      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && \$apt update && \$apt install gcsfuse; } &&
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null &&
+    for _ in {1..60}; do sudo apt-get -qy update && sudo apt-get -qy install gcsfuse && break; sleep 10; done; } &&
   sudo mkdir -p /mnt/runs && sudo chown \$USER /mnt/runs &&
-  gcsfuse --implicit-dirs --rename-dir-limit=100000 $BUCKET /mnt/runs; }"}
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+    $BUCKET /mnt/runs; }"}
 shift
 
 fail() {
@@ -46,12 +52,14 @@ fail() {
 
 [[ -f ${CONFIG%%:*} && $CONFIG != /* ]] ||
   fail "$CONFIG: give a path inside this repository, which is what the workers get"
-facts=$("$PYTHON" -m msd_jax.topology --want=tpu --config="$CONFIG" "$@")
+below=()
+[[ $MODULE != msd_jax.main || -z $BUCKET ]] || below=(--below="$shared")
+facts=$("$PYTHON" -m msd_jax.topology --want=tpu --config="$CONFIG" "${below[@]}" "$@")
 eval "$facts" # SLICES, HOSTS, ACCELERATOR_TYPE, RUNTIME_VERSION
 [[ -n $ACCELERATOR_TYPE ]] ||
   fail "$CONFIG: TPUs of this generation are Compute Engine instances, not TPU VMs; use launch/gke_jobset.sh"
 [[ -n $BUCKET ]] || ((HOSTS * SLICES == 1)) || fail "set BUCKET: $((HOSTS * SLICES)) hosts need a shared --workdir"
-[[ -z $ENV_FILE || $(stat --format=%a "$ENV_FILE") == 600 ]] ||
+[[ -z $ENV_FILE || -n $(find "$ENV_FILE" -perm 600) ]] ||
   fail "ENV_FILE=$ENV_FILE: it holds secrets, so that nobody else may read it: chmod 600 $ENV_FILE"
 tpus=(gcloud compute tpus)
 case $CAPACITY in
@@ -128,7 +136,7 @@ is_running='if [ -e msd_jax/run.lock ] && ! flock --nonblock msd_jax/run.lock tr
 if [[ -z ${DRY_RUN:-} && $(on_first "$is_running") == *running* ]]; then
   echo "a run is in progress on $TPU: following it" >&2
 else
-  archive=$(mktemp --suffix=.tgz)
+  archive=$(mktemp)
   trap 'rm -f "$archive"' EXIT
   run tar -czf "$archive" --exclude-vcs --exclude=./runs --exclude=.venv --exclude=__pycache__ .
   to_all "$archive" msd_jax.tgz
@@ -137,7 +145,7 @@ else
   on_all "mkdir -p msd_jax && tar -xzf msd_jax.tgz -C msd_jax && cd msd_jax && $INSTALL"
   [[ -z $BUCKET ]] || on_all "$MOUNT"
   main="{ [ ! -e ../msd_jax.env ] || { chmod 600 ../msd_jax.env && set -a && . ../msd_jax.env && set +a; }; } &&
-    ${BUCKET:+export JAX_COMPILATION_CACHE_DIR=/mnt/runs/.jax-cache &&}
+    export JAX_PLATFORMS=\${JAX_PLATFORMS:-tpu,cpu} ${BUCKET:+JAX_COMPILATION_CACHE_DIR=/mnt/runs/.jax-cache} &&
     .venv/bin/python -u -m ${MODULE@Q} --config=${CONFIG@Q} ${*@Q}"
   # In a session of its own, it survives the end of this connection. JAX finds the other workers by the pod's metadata.
   detached="exec 9>run.lock && flock --timeout 30 9 || { echo 75 >run.status; exit; }; $main; echo \$? >run.status"

@@ -4,6 +4,7 @@ Prints NAME=VALUE for each fact that the scripts in launch/ need, or a one-line 
 config.launch. With --want=tpu (or gpu) a config that is planned for the other is an error. It touches no device.
 """
 
+import pathlib
 import shlex
 
 import jax
@@ -26,12 +27,24 @@ def main(argv: list[str]) -> None:
         facts = launch.facts(config)
         if launch.machines(config.launch) > 1:
             places.require_directory("--workdir", cli.FLAGS.workdir)  # which then all of them must see
+        if below := cli.FLAGS.below:
+            _require_below(pathlib.PurePosixPath(below), cli.FLAGS.workdir)
         lines = [f"{name}={shlex.quote(str(value))}" for name, value in facts.items()]
     print("\n".join(lines))
+
+
+def _require_below(directory: pathlib.PurePosixPath, workdir: str) -> None:
+    """Raises a UserError where `workdir` is neither below `directory` nor in an object store."""
+    if "://" not in workdir and directory not in pathlib.PurePosixPath(workdir).parents:
+        raise UserError(
+            f"--workdir={workdir}: it must be below {directory}, or its machines neither share nor keep it; give "
+            f"--workdir={directory / pathlib.PurePosixPath(workdir).name}"
+        )
 
 
 if __name__ == "__main__":
     jax.config.parse_flags_with_absl()
     cli.flags.DEFINE_string("want", "", "tpu or gpu: what the config must be planned for.")
+    cli.flags.DEFINE_string("below", "", "A directory that --workdir must be below.")
     cli.flags.DEFINE_string("workdir", "", "The run's; refused where its machines could not share it.")
     cli.run(main, alone=True)

@@ -1,7 +1,7 @@
 """Where a run may read and write: directories of this machine, mounted buckets and, for some flags, object stores."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from msd_jax.errors import UserError
@@ -29,13 +29,24 @@ def require_directory(name: str, place: str, schemes: Iterable[str] = ()) -> Non
         )
 
 
-def faults(name: str, section: Any, keys: Iterable[str], schemes: Iterable[str]) -> Iterator[str]:
-    """A line for each value of `keys`, in a config or a section of it, that `require_directory` refuses."""
+def faults(
+    name: str, section: Any, keys: Iterable[str], schemes: Iterable[str], others: Mapping[str, Iterable[str]]
+) -> Iterator[str]:
+    """A line for each value of `keys`, in a config or a section of it, that `require_directory` refuses.
+
+    Args:
+      name: of the section.
+      section: the config, or a section of it.
+      keys: whose values are paths.
+      schemes: those that are read.
+      others: by full name, keys for which other schemes are read.
+    """
     for key, value in section.items():
+        full = f"{name}.{key}"
         if hasattr(value, "items"):
-            yield from faults(f"{name}.{key}", value, keys, schemes)
+            yield from faults(full, value, keys, schemes, others)
         elif key in keys and isinstance(value, str):
             try:
-                require_directory(f"{name}.{key}", value, schemes)
+                require_directory(full, value, others.get(full, schemes))
             except UserError as error:
                 yield str(error)

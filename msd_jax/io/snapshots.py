@@ -1,9 +1,16 @@
-"""Downloads from the Hugging Face hub: one process of a machine fetches, the others wait and find the files there."""
+"""Downloads from the hub and object stores: one process of a machine fetches, the others wait and find the files."""
 
+import concurrent.futures
 import contextlib
+import fnmatch
+import hashlib
+import json
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator
 
+from msd_jax.errors import UserFileError
+from msd_jax.io import stores
 from msd_jax.parallel import peers
 
 LONGEST_WAIT = 6 * 3600  # seconds; a lock that is held for longer belongs to a process that hangs
@@ -28,6 +35,42 @@ def fetch(name: str, patterns: Iterable[str], kind: str = "model", revision: str
             name, repo_type=kind, revision=revision, allow_patterns=list(patterns)
         )
     return pathlib.Path(found)
+
+
+def fetch_stored(name: str, place: str, patterns: Iterable[str]) -> pathlib.Path:
+    """A local copy of a directory of an object store, below HF_HOME; what has changed there is fetched anew.
+
+    Args:
+      name: of the key or flag that `place` is the value of.
+      place: SCHEME://BUCKET/PATH.
+      patterns: of the files to take.
+
+    Raises:
+      UserError: the store cannot be reached, or has none of the files.
+    """
+    from huggingface_hub import constants
+
+    with stores.reached(name, place):
+        store, root = stores.file_system(place)
+        files = store.find(root, maxdepth=1, detail=True)
+        files = {path.rpartition("/")[2]: facts for path, facts in files.items()}
+        files = {file: facts for file, facts in files.items() if any(fnmatch.fnmatch(file, p) for p in patterns)}
+        if not files:
+            raise UserFileError(f"{name}={place} holds none of {', '.join(patterns)}")
+        versions = sorted(
+            (file, facts["size"], facts.get("ETag") or facts.get("etag")) for file, facts in files.items()
+        )
+        content = hashlib.sha256(json.dumps([place.rstrip("/"), versions]).encode()).hexdigest()[:16]
+        directory = pathlib.Path(constants.HF_HOME, "stores", content, root.rpartition("/")[2])
+        with peers.unhurried(f"downloading {place}"), _alone(f"store--{content}"):
+            if not directory.exists():
+                unfinished = directory.with_name("unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
+                with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                    list(pool.map(lambda file: store.get_file(f"{root}/{file}", str(unfinished / file)), files))
+                unfinished.rename(directory)
+    return directory
 
 
 @contextlib.contextmanager

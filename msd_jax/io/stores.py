@@ -145,25 +145,13 @@ class Copy:
         """Raises a UserError where the store cannot be reached."""
         self.place, self._flag, self._local = place.rstrip("/"), flag, local
         with self._reached():
-            self._store, self._root = _file_system(self.place)
+            self._store, self._root = file_system(self.place)
         self._lease: Lease | None = None
         self._written: dict[str, tuple[int, int] | None] = {}  # name -> size and time of change of what the store has
         self._mutex, self._stop = threading.RLock(), threading.Event()
 
-    @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except ImportError as error:
-            scheme = self.place.partition(":")[0]
-            raise UserError(
-                f"{self._flag}={self.place} needs {_NEEDED[scheme]}: pip install {_NEEDED[scheme]}"
-            ) from error
-        except Exception as error:  # whatever the libraries of the stores raise
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise UserFileError(f"{self._flag}={self.place} cannot be reached: {text[:300]}") from error
+    def _reached(self) -> contextlib.AbstractContextManager[None]:
+        return reached(self._flag, self.place)
 
     def take(self) -> None:
         """Makes the directory this run's own. Raises UserError where it is another's."""
@@ -280,7 +268,23 @@ class Copy:
             shutil.rmtree(self._local.parent, ignore_errors=True)  # which holds it alone
 
 
-def _file_system(place: str) -> tuple[Any, str]:
+@contextlib.contextmanager
+def reached(flag: str, place: str) -> Iterator[None]:
+    """Around work with a store: whatever its library raises is a UserError that names `place` and its flag or key."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        needed = _NEEDED[place.partition(":")[0]]
+        raise UserError(f"{flag}={place} needs {needed}: pip install {needed}") from error
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserFileError(f"{flag}={place} cannot be reached: {text[:300]}") from error
+
+
+def file_system(place: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path in it."""
     import fsspec  # and by it the library of the store
 
     scheme, _, path = place.partition("://")

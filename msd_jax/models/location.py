@@ -1,4 +1,4 @@
-"""Where a model is: a directory of this machine, or an id of the Hugging Face hub."""
+"""Where a model is: a directory of this machine or of an object store, or an id of the Hugging Face hub."""
 
 import pathlib
 import re
@@ -31,11 +31,15 @@ def is_local(path: str) -> bool:
 
 
 def resolve(path: str) -> pathlib.Path:
-    """The local directory of a model: `path` itself, or a snapshot of the hub id `path` (HF_HUB_OFFLINE respected).
+    """The local directory of a model: `path` itself, a copy of what a store has at that address, or a hub's snapshot.
+
+    HF_HUB_OFFLINE is respected.
 
     Raises:
-      UserError: `path` is neither, or the hub does not give it.
+      UserError: `path` is none of these, or store or hub do not give it.
     """
+    if "://" in path:
+        return snapshots.fetch_stored("config.model.path", path, ["*.safetensors", *COMPANIONS])
     if is_local(path):
         return pathlib.Path(path).expanduser()
     try:

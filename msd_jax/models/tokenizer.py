@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.models.location import is_local
+from msd_jax.io import snapshots
+from msd_jax.models.location import COMPANIONS, is_local
 
 if TYPE_CHECKING:
     import transformers
@@ -177,6 +178,8 @@ def load_tokenizer(path: str, chat_template: str = "") -> "transformers.PreTrain
     """
     import transformers
 
+    if "://" in path:
+        path = str(snapshots.fetch_stored("config.model.path", path, COMPANIONS))
     local = is_local(path)
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)

@@ -71,25 +71,26 @@ def make_mesh(
             f"config.mesh={asked} (data x fsdp x tensor) does not fit {count} devices: the product must be {count}"
         )
     # Not jax.make_mesh: it does not know islands, and accepts only meshes whose axes are axes of the torus.
-    islands = collections.Counter(device.process_index if process_is_island else island(device) for device in devices)
-    if len(set(islands.values())) > 1:
+    islands: dict[int, list[jax.Device]] = collections.defaultdict(list)
+    for device in devices:
+        islands[device.process_index if process_is_island else island(device)].append(device)
+    if len({len(members) for members in islands.values()}) > 1:
         raise UserError(
-            f"{len(islands)} machines or slices with {sorted(islands.values())} devices: all must have the same number"
+            f"{len(islands)} machines or slices with {sorted(map(len, islands.values()))} devices: all must have the "
+            "same number"
         )
     across = across_islands(sizes, len(islands), tpu=devices[0].platform == "tpu")
-    if len(islands) == 1:
-        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    else:
-        within = [size // outer for size, outer in zip(sizes, across)]
-        array = mesh_utils.create_hybrid_device_mesh(
-            within, across, devices, process_is_granule=process_is_island, allow_split_physical_axes=True
-        )
-    return Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    within = [size // outer for size, outer in zip(sizes, across)]
+    # Not create_hybrid_device_mesh: it knows islands by slice_index alone.
+    blocks = np.empty(across, object)
+    for place, (_, members) in zip(np.ndindex(across), sorted(islands.items())):
+        blocks[place] = mesh_utils.create_device_mesh(within, members, allow_split_physical_axes=True)
+    return Mesh(np.block(blocks.tolist()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def island(device: jax.Device) -> int:
-    """The TPU slice or NVLink domain that a device belongs to; JAX calls both slices."""
-    return getattr(device, "slice_index", 0)
+    """The TPU slice or NVLink domain that a device belongs to: XLA's slice_index, which GPUs call partition_index."""
+    return getattr(device, "partition_index", getattr(device, "slice_index", 0))
 
 
 def across_islands(sizes: Sequence[int], islands: int, *, tpu: bool) -> tuple[int, int, int]:

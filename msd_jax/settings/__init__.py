@@ -12,7 +12,7 @@ from msd_jax.configs import default
 from msd_jax.data import prompts, records, sources
 from msd_jax.errors import UserError
 from msd_jax.evaluation import judges
-from msd_jax.io import places
+from msd_jax.io import places, stores
 from msd_jax.planning import hardware
 from msd_jax.settings import allowed
 from msd_jax.training import former_keys
@@ -165,7 +165,8 @@ def _source(key: str, name: str, source: Any) -> Iterator[str]:
 
 
 def _places(config: Any) -> Iterator[str]:
-    yield from places.faults("config", config, keys=("path", "instruction"), schemes=("hf", "tfds"))
+    stored = dict.fromkeys(("config.model.path", "config.judge.guard.path"), stores.SCHEMES)
+    yield from places.faults("config", config, keys=("path", "instruction"), schemes=("hf", "tfds"), others=stored)
 
 
 def _steps(config: Any) -> Iterator[str]:

@@ -11,9 +11,12 @@ import time
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from msd_jax.errors import UserError
 from msd_jax.io import checksums, jsonl, lease, stores
+from msd_jax.models import location, tokenizer
+from msd_jax.testbed import tiny
 from tests.conftest import REPOSITORY
 
 try:
@@ -46,7 +49,7 @@ def bucket(environment, request) -> "Bucket":
 
 class Bucket:
     def __init__(self, name: str):
-        self.store, _ = stores._file_system("s3://x")
+        self.store, _ = stores.file_system("s3://x")
         self.store.mkdir(name)
         self.name, self.place = name, f"s3://{name}/runs/one"
 
@@ -162,6 +165,26 @@ def test_a_report_fetches_no_checkpoint_and_no_weights(bucket, tmp_path):
     stores.close(guest)
     objects = bucket.objects()
     assert objects["report/summary.md"] == b"new" and "model/model.safetensors" in objects and len(objects) == 6
+
+
+def test_a_model_is_fetched_once_for_each_content(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    source, place = tiny.model("llama3_8b"), f"s3://{bucket.name}/models/tiny"
+    for path in source.iterdir():
+        bucket.store.put_file(str(path), f"{bucket.name}/models/tiny/{path.name}")
+    bucket.store.pipe_file(f"{bucket.name}/models/tiny/pytorch_model.bin", b"pickle")
+    bucket.store.pipe_file(f"{bucket.name}/models/tiny/original/params.json", b"{}")
+    first = location.resolve(place)
+    assert first.name == "tiny" and {path.name for path in first.iterdir()} == {path.name for path in source.iterdir()}
+    assert (first / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    inode = (first / "config.json").stat().st_ino
+    assert location.resolve(place + "/") == first and (first / "config.json").stat().st_ino == inode
+    assert tokenizer.load_tokenizer(place).chat_template
+    bucket.store.pipe_file(f"{bucket.name}/models/tiny/generation_config.json", b'{"eos_token_id": 7}')
+    assert (location.resolve(place) / "generation_config.json").read_text() == '{"eos_token_id": 7}'
+    with pytest.raises(UserError, match=rf"^config.model.path=s3://{bucket.name}/nothing holds none of \*.safetensors"):
+        location.resolve(f"s3://{bucket.name}/nothing")
 
 
 HOLDER = """

@@ -17,6 +17,7 @@ import time
 import pytest
 import yaml
 
+from msd_jax.parallel import peers, preemption
 from tests.conftest import REPOSITORY
 
 SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("launch/*") if p.suffix in (".sh", ".sbatch"))
@@ -148,6 +149,8 @@ def test_a_missing_config_is_named(path):
             "does not fit the 24 devices of config.launch",
         ),
         ("launch/gke_jobset.sh", "--config.mesh.fsdp=3", "does not fit the 64 devices of config.launch"),
+        ("launch/gke_jobset.sh", "--workdir=runs/x", "it must be below /mnt/runs, or its machines"),
+        ("launch/tpu_vm.sh", "--workdir=runs/x", "give --workdir=/mnt/runs/x"),
         ("launch/slurm.sbatch", "--config.train.steps=3", "this script is for gpu"),
         ("launch/slurm.sbatch", "--config.train.stps=3", "there is no such key"),
     ],
@@ -186,7 +189,7 @@ def test_a_dry_run_of_tpu_vm_prints_its_commands(tmp_path):
 )
 def test_local_gives_each_gpu_to_one_process(tmp_path, processes, visible):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nseq 4\n")
-    shown = "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $CUDA_VISIBLE_DEVICES $JAX_PLATFORMS $@"
+    shown = "$JAX_PROCESS_ID/$JAX_NUM_PROCESSES $CUDA_VISIBLE_DEVICES $JAX_PLATFORMS: $@"
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "{shown}"\n')
     for program in tmp_path.iterdir():
         program.chmod(0o755)
@@ -196,7 +199,8 @@ def test_local_gives_each_gpu_to_one_process(tmp_path, processes, visible):
     assert done.returncode == 0, done.stderr
     numbers = [f"{i}/{len(visible)}" if len(visible) > 1 else "/" for i in range(len(visible))]
     expected = [
-        f"{n} {gpus}  -m msd_jax.main --config=configs/NAME.py --workdir=a b" for n, gpus in zip(numbers, visible)
+        f"{n} {gpus} cuda,cpu: -m msd_jax.main --config=configs/NAME.py --workdir=a b"
+        for n, gpus in zip(numbers, visible)
     ]
     assert sorted(done.stdout.splitlines()) == sorted(expected)
 
@@ -345,6 +349,32 @@ def test_capacity_and_the_way_to_the_workers(two_hosts, capacity, command):
         assert (" tpu-vm " in line) == ("--tunnel-through-iap --quiet" in line)
 
 
+def test_a_worker_that_still_updates_itself_mounts_the_bucket(tmp_path, two_hosts):
+    """By the default MOUNT, with stand-ins for what it calls; apt-get fails once, as its lock is held."""
+    bin_, gcsfuse = tmp_path / "bin", tmp_path / "bin/gcsfuse"
+    bin_.mkdir()
+    programs = {"curl": "echo key", "lsb_release": "echo jammy", "sleep": "", "mountpoint": "exit 1"}
+    programs["sudo"] = 'case $1 in apt-get) "$@" ;; tee) cat; esac'
+    programs["apt-get"] = f"""[ -e {tmp_path}/locked ] || {{ touch {tmp_path}/locked; exit 100; }}
+[ "$2" = update ] || {{ echo 'echo "gcsfuse $@"' >{gcsfuse}; chmod 755 {gcsfuse}; }}"""
+    for name, text in programs.items():
+        (bin_ / name).write_text(f"#!/bin/sh\n{text}\n")
+        (bin_ / name).chmod(0o755)
+    given = {key: value for key, value in two_hosts.items() if key != "MOUNT"} | {"DRY_RUN": "1"}
+    shown = script("launch/tpu_vm.sh", "configs/quickstart.py", "--workdir=/mnt/runs/x", **given).stdout
+    (quoted,) = (word for line in shown.splitlines() for word in line.split(" ", 8) if "mountpoint" in word)
+    mount = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, text=True).stdout
+    path = {"PATH": f"{bin_}:{os.environ['PATH']}", "USER": "user"}
+    done = subprocess.run(
+        ["bash", "-c", mount.removeprefix("--command=")], env=os.environ | path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and (tmp_path / "locked").exists(), done.stderr
+    options = (
+        "--implicit-dirs --rename-dir-limit=100000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0"
+    )
+    assert done.stdout.splitlines()[-1] == f"gcsfuse {options} bucket /mnt/runs"
+
+
 def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -353,7 +383,7 @@ def free_port() -> str:
 
 def manifest(*flags: str, **variables: str) -> dict:
     variables = {"NAME": "my-run", "IMAGE": "registry/msd_jax:tpu", "BUCKET": "b", "DRY_RUN": "1"} | variables
-    done = script("launch/gke_jobset.sh", "configs/qwen2_5_7b.py", *flags, **variables)
+    done = script("launch/gke_jobset.sh", "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", *flags, **variables)
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(done.stdout)
 
@@ -433,8 +463,8 @@ def job_of(jobset: dict) -> tuple[dict, dict, dict]:
 
 
 def test_the_jobset_of_a_slice():
-    flags = ("--workdir=/mnt/runs/x", '--config.data.path=/mnt/runs/a "b": $c.csv')
-    jobset = manifest(*flags)
+    flag = '--config.data.path=/mnt/runs/a "b": $c.csv'
+    jobset = manifest(flag)
     job, pod, container = job_of(jobset)
     assert jobset["metadata"]["name"] == "my-run" and not jobset["metadata"]["labels"]
     assert jobset["metadata"]["annotations"] == {
@@ -445,6 +475,9 @@ def test_the_jobset_of_a_slice():
     # With hostNetwork, gcsfuse takes the pod's account only when asked, and its sidecar has small limits by default.
     assert pod["hostNetwork"] is True and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["hostNetworkPodKSA"] == "true"
+    # Several machines write there: nothing that they remember of it may be old.
+    options = pod["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"].split(",")
+    assert {"metadata-cache-ttl-secs=0", "metadata-cache-negative-ttl-secs=0"} < set(options)
     limits = {f"gke-gcsfuse/{name}-limit": "0" for name in ("cpu", "memory", "ephemeral-storage")}
     assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"} | limits
     assert pod["nodeSelector"] == {
@@ -453,14 +486,14 @@ def test_the_jobset_of_a_slice():
     }
     assert pod["tolerations"] == [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}]
     assert container["command"] == ["python", "-m", "msd_jax.main"]
-    assert container["args"] == ["--config=configs/qwen2_5_7b.py", *flags]
+    assert container["args"] == ["--config=configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", flag]
     assert container["resources"] == {"requests": {"google.com/tpu": 4}, "limits": {"google.com/tpu": 4}}
     assert {port["containerPort"] for port in container["ports"]} == {8471, 8482, 8080}
 
 
 def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it(known_slice):
     """Exit codes 1, 2 and 3 fail a job for the reason PodFailurePolicy, others for BackoffLimitExceeded."""
-    jobset = manifest("--workdir=/mnt/runs/x", RESTARTS="7", **known_slice)
+    jobset = manifest(RESTARTS="7", **known_slice)
     job, pod, container = job_of(jobset)
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["containerName"] == container["name"]
@@ -471,6 +504,20 @@ def test_an_error_of_the_user_fails_the_jobset_and_a_preemption_restarts_it(know
         "maxRestarts": 7,
         "rules": [{"name": "user_error", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
     }
+
+
+def test_launchers_act_on_the_documented_exit_codes(known_slice):
+    text = (REPOSITORY / "docs/pods.md").read_text()
+    rows = re.findall(r"(?m)^\| ([\d, ]+) \| .* \| ([\w ]+) \| ([\w ]+) \|$", text)
+    done: dict[str, set[int]] = {}
+    for codes, *what in rows:
+        for word in what:
+            done.setdefault(word, set()).update(map(int, codes.split(",")))
+    assert done["restarted"] == done["requeued"] >= {peers.EXIT_LOST_PEER, preemption.EXIT_PREEMPTED}
+    (requeued,) = re.findall(r"(?m)^  ([\d |]+)\) # preempted", (REPOSITORY / "launch/slurm.sbatch").read_text())
+    assert set(map(int, requeued.split("|"))) == done["requeued"]
+    (rule,) = job_of(manifest(**known_slice))[0]["podFailurePolicy"]["rules"]
+    assert set(rule["onExitCodes"]["values"]) == done["the JobSet fails"] == done["the job fails"]
 
 
 @pytest.fixture
@@ -500,7 +547,7 @@ def test_queue_priority_and_capacity(known_slice, capacity, label, value):
         "NODE_LABELS": "a/b=c d=e",
         "GRACE": "15",
     }
-    jobset = manifest("--workdir=/mnt/runs/x", **given)
+    jobset = manifest(**given)
     _, pod, _ = job_of(jobset)
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
     assert pod["priorityClassName"] == "high" and pod["terminationGracePeriodSeconds"] == 15
@@ -508,21 +555,40 @@ def test_queue_priority_and_capacity(known_slice, capacity, label, value):
     assert {entry["key"] for entry in pod["tolerations"]} >= ({label} if capacity in ("spot", "queued") else set())
 
 
-def test_an_unknown_capacity_is_refused(known_slice):
-    variables = known_slice | {"NAME": "n", "IMAGE": "i", "BUCKET": "b", "DRY_RUN": "1", "CAPACITY": "cheap"}
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"CAPACITY": "cheap"}, "CAPACITY=cheap: choose spot, flex-start"),
+        ({"NAME": "My_run"}, "NAME=My_run: a JobSet's name begins with"),
+        ({"CHIPS_PER_NODE": "3"}, "CHIPS_PER_NODE=3 does not divide the 8 chips of a slice"),
+    ],
+)
+def test_what_a_cluster_would_refuse_is_refused_before(known_slice, given, message):
+    variables = known_slice | {"NAME": "n", "IMAGE": "i", "BUCKET": "b", "DRY_RUN": "1"} | given
     done = script("launch/gke_jobset.sh", "configs/qwen2_5_7b.py", "--workdir=/mnt/runs/x", **variables)
-    assert done.returncode == 1 and "CAPACITY=cheap: choose spot, flex-start" in done.stderr
+    assert done.returncode == 1 and message in done.stderr
+
+
+FOUR_NODES = ("--config.launch.accelerator=gpu", "--config.launch.nodes=4", "--config.mesh.tensor=1")
 
 
 def test_the_jobset_of_gpus():
-    flags = ("--workdir=/mnt/runs/x", "--config.launch.accelerator=gpu", "--config.launch.nodes=4")
-    job, pod, container = job_of(manifest(*flags, "--config.mesh.tensor=1"))
+    job, pod, container = job_of(manifest(*FOUR_NODES))
     assert (job["parallelism"], job["completions"]) == (4, 4)
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     variables = {variable["name"]: variable for variable in container["env"]}
     assert variables["JAX_COORDINATOR_ADDRESS"]["value"] == "my-run-node-0-0.my-run:8476"
     assert variables["JAX_NUM_PROCESSES"]["value"] == "4" and "valueFrom" in variables["JAX_PROCESS_ID"]
+    assert variables["JAX_PLATFORMS"]["value"] == "cuda,cpu"  # a pod without a driver must not train on its CPUs
+
+
+@pytest.mark.parametrize("flags", [(), FOUR_NODES])
+def test_the_jobs_have_fields_that_kubernetes_knows(flags):
+    validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate").validate
+    (replicated,) = manifest(*flags)["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": replicated["template"]["spec"]}
+    validate(job, "1.31", strict=True)
 
 
 def test_a_jobset_of_several_slices_and_of_one_host():
@@ -555,6 +621,7 @@ def test_the_image_holds_the_recipes_and_starts_the_command():
     assert 'ENTRYPOINT ["python", "-m", "msd_jax.main"]' in lines
     assert "COPY . ." in lines and "ARG ACCELERATOR=tpu" in lines
     assert "libibverbs1" in "".join(lines) and any("NVIDIA_VISIBLE_DEVICES=all" in line for line in lines)
+    assert any("LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in line for line in lines)  # GKE's driver
     assert re.search(
         r"(?m)^FROM python:3\.\d+-slim-\w+$", "\n".join(lines)
     )  # neither Python nor Debian moves by itself

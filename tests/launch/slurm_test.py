@@ -106,9 +106,17 @@ def test_an_error_of_the_user_ends_the_job(environment, tmp_path):
 
 def test_flags_reach_srun(environment, tmp_path):
     """Those for pyxis, which is not part of Slurm, too; a stand-in for srun shows its command."""
-    (tmp_path / "srun").write_text('#!/bin/sh\necho "$XLA_PYTHON_CLIENT_MEM_FRACTION $JAX_OPTIMIZATION_LEVEL: $*"\n')
+    (tmp_path / "srun").write_text(
+        '#!/bin/sh\necho "$XLA_PYTHON_CLIENT_MEM_FRACTION $JAX_OPTIMIZATION_LEVEL $JAX_PLATFORMS: $*"\n'
+    )
     (tmp_path / "srun").chmod(0o755)
-    given = {"SLURM_JOB_ID": "1", "SLURM_GPUS_ON_NODE": "8", "CONTAINER": "registry#image", "MOUNTS": "/shared:/shared"}
+    given = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_ON_NODE": "96",
+        "CONTAINER": "registry#image",
+        "MOUNTS": "/shared:/shared",
+    }
     given |= {"SRUN_FLAGS": "--mpi=none --overlap", "JAX_OPTIMIZATION_LEVEL": "O2", "PYTHON": "python"}
     done = subprocess.run(
         [REPOSITORY / "launch/slurm.sbatch", "configs/NAME.py", "--workdir=/shared/a b"],
@@ -118,7 +126,8 @@ def test_flags_reach_srun(environment, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     container = "--container-image=registry#image --no-container-mount-home --container-mounts=/shared:/shared"
-    start = f"0.9 O2: --ntasks-per-node=8 --kill-on-bad-exit=1 {container} --mpi=none --overlap python -u -m msd_jax."
+    tasks = "--ntasks-per-node=8 --kill-on-bad-exit=1 --cpus-per-task=12"
+    start = f"0.9 O2 cuda,cpu: {tasks} {container} --mpi=none --overlap python -u -m msd_jax."
     assert done.stdout.splitlines() == [
         f"{start}check --seconds=60",
         f"{start}main --config=configs/NAME.py --workdir=/shared/a b",

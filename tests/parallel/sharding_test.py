@@ -88,13 +88,13 @@ def test_only_data_crosses_slices(monkeypatch):
         sharding.make_mesh(1, -1, 1, devices=devices)
 
 
-@pytest.fixture
-def machines(monkeypatch):
-    """Gives the devices the attribute that JAX gives GPUs: the NVLink domain, here of `count` devices each."""
+@pytest.fixture(params=["slice_index", "partition_index"])
+def machines(monkeypatch, request):
+    """Gives the devices the attribute that XLA gives GPUs: the NVLink domain, here of `count` devices each."""
 
     def force(count: int) -> None:
         domain = property(lambda device: device.id // count)
-        monkeypatch.setattr(type(jax.devices()[0]), "slice_index", domain, raising=False)
+        monkeypatch.setattr(type(jax.devices()[0]), request.param, domain, raising=False)
 
     return force
 
