@@ -151,7 +151,7 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
     model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
     _check_vocabulary(config.loss, model.config.vocab_size)
     records = sources.load(config.data, log, teacher=prompts.shows_teacher(config))
-    evaluation = evaluator.Evaluator(config, model, mesh) if evaluator.wanted(config) else None
+    evaluation = evaluator.of_model(config, model, mesh) if evaluator.wanted(config) else None
     watch = Monitor(config, evaluation) if evaluation and config.eval.monitor.every else None
     records, duplicates = _look_for_duplicates(records, config.data, evaluation)
     encoded = encode(config, model, records)
