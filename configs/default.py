@@ -138,7 +138,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.stop_on_collapse = False
     # Seconds after which a run ends (exit code 42) in which no process has moved on: a device or a file system hangs.
     config.train.stall_limit = 7200.0  # 0: never
-    config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard
+    config.train.log_every = 1  # steps between lines of metrics.jsonl and of trackers
+    # Where else the run is shown, any of tensorboard (WORKDIR/tensorboard), wandb, trackio, mlflow: docs/evaluation.md.
+    config.train.trackers = ("tensorboard",)
     # Steps, after the first two of a start, that JAX's profiler traces to WORKDIR/profile; 0: none.
     config.train.profile_steps = 0
     config.train.export = True  # write the aligned model to WORKDIR/model, in Hugging Face's layout

@@ -34,7 +34,7 @@ from msd_jax.io.console import log
 
 _KEYS = Keys("--server", "--model", "config.eval.server")
 _HELLO: Messages = [{"role": "user", "content": "Hello"}]  # to try the server with
-_TRIAL_SECONDS = 20.0  # that a server may take to say which models it has
+_TRIAL_SECONDS = 60.0  # that a server may take to say which models it has
 _ONE_LETTER = "\n\nReply with the letter alone."
 _TOP = 20  # most probable tokens that are asked for; more are granted by few servers
 _OUT_OF_ORDER = (401, 402, 403, 404)  # statuses that are about the server or the account, once it has answered

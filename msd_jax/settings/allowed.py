@@ -10,7 +10,7 @@ from msd_jax.evaluation.judges import formats, guard
 from msd_jax.generation import responses
 from msd_jax.models import attention, decoder, lora
 from msd_jax.planning import launch
-from msd_jax.training import optimizer, train_step
+from msd_jax.training import optimizer, trackers, train_step
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 FREE = {
@@ -57,6 +57,7 @@ CHOICES = {
 # Tuples of choices, each at most once: what they are chosen from, and the fewest.
 SELECTIONS = {
     "model.lora.targets": (tuple(lora.ADAPTABLE), 1),
+    "train.trackers": (tuple(trackers.KINDS), 0),
     "eval.benchmarks": (benchmarks.NAMES, 0),
     "eval.passes": (tuple(respondents.TEMPERATURES), 1),
 }

@@ -27,7 +27,7 @@ from msd_jax.io import jsonl, lock, provenance, stores
 from msd_jax.io.console import log
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
-from msd_jax.training import checkpoint, fingerprint, goodput, optimizer, utilisation
+from msd_jax.training import checkpoint, fingerprint, goodput, optimizer, trackers, utilisation
 from msd_jax.training.monitor import Monitor
 from msd_jax.training.train_step import TrainState, beta_schedule, check_batch, jit_train_step, loss_settings
 
@@ -146,6 +146,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
 def read(config: ml_collections.ConfigDict) -> Inputs:
     """Reads and checks everything that a run needs; writes nothing. Raises UserError as `setup`."""
     distributed.require_same("config", lambda: checkpoint.without_paths(config))
+    trackers.require_installed(config.train.trackers)
     mesh = sharding.make_mesh(**config.mesh)
     check_batch(config, mesh)
     model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)

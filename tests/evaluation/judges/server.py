@@ -56,6 +56,9 @@ class Server:
             daemon_threads = True
             request_queue_size = 64
 
+            def handle_error(server, request, address):
+                """The client is gone."""
+
         self._server = Threads(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
