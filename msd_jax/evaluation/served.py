@@ -223,24 +223,20 @@ def _stopped(answer: dict[str, Any]) -> bool:
     return answer.get("finish_reason") != "length"
 
 
-def _top_tokens(answer: dict[str, Any]) -> dict[str, float]:
-    """Log-probabilities of the most probable first tokens, by their text without blanks; {} where none are given."""
-    found: dict[str, float] = {}
+def _top_tokens(answer: dict[str, Any]) -> list[tuple[float, str]]:
+    """(log-probability, text without blanks) of the most probable first tokens; [] where none are given."""
     try:
-        for token in answer["logprobs"]["content"][0]["top_logprobs"]:
-            text, value = token["token"].strip(), float(token["logprob"])
-            found[text] = max(value, found.get(text, value))
+        top = answer["logprobs"]["content"][0]["top_logprobs"]
+        return [(float(token["logprob"]), token["token"].strip()) for token in top]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        return {}
-    return found
+        return []
 
 
-def _choice(found: dict[str, float]) -> Choice:
+def _choice(top: Sequence[tuple[float, str]]) -> Choice:
     """The most probable letter; "" where none is among the tokens, each of which is at least as probable as it."""
-    least = min(found.values(), default=0.0)
-    letters = [letter for letter in LETTERS if letter in found]
-    best = max(letters, key=found.__getitem__, default="")
-    return Choice(best, tuple(found.get(letter, least) for letter in LETTERS))
+    least, _ = min(top, default=(0.0, ""))
+    found = {text: value for value, text in sorted(top) if text in LETTERS}
+    return Choice(max(found, key=found.__getitem__, default=""), tuple(found.get(each, least) for each in LETTERS))
 
 
 def _said(failure: Failure) -> str:
