@@ -27,7 +27,7 @@ from msd_jax.parallel import distributed
 
 PROJECT = "msd_jax"  # unless the tracker's environment names another
 PAGE = "report.html"
-_PATIENCE = 60.0  # seconds that trackers may take to send what is left
+_PATIENCE = 120.0  # seconds that trackers may take to send what is left
 _PARAMS = 100  # that MLflow takes at a time
 
 

@@ -77,6 +77,16 @@ def test_mlflow(tmp_path, monkeypatch):
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == FILES
 
 
+def wandb_records(path):
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal import datastore
+
+    store = datastore.DataStore()
+    store.open_for_scan(str(path))
+    while data := store.scan_data():
+        yield wandb_internal_pb2.Record.FromString(data)
+
+
 @reads("wandb")
 def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -84,9 +94,24 @@ def test_wandb_offline(tmp_path, monkeypatch):
     sessions = sorted((tmp_path / "wandb").glob("offline-run-*"))
     id_ = json.loads((tmp_path / "tracked.json").read_text())["id"]
     assert len(sessions) == 3 and {session.name.rpartition("-")[2] for session in sessions} == {id_}
-    written = b"".join(file.read_bytes() for session in sessions for file in session.glob("*.wandb"))
-    assert written.count(b'"kl"') + written.count(b"kl") >= 5 and b"data.languages.sw" in written
-    assert all(name.encode() in written for name in FILES)
+    written = [record for session in sessions for record in wandb_records(next(session.glob("*.wandb")))]
+    rows = [
+        {item.key: json.loads(item.value_json) for item in r.history.item} for r in written if r.HasField("history")
+    ]
+    assert [(row["step"], row["kl"]) for row in rows if "kl" in row] == [
+        (1, 0.5),
+        (2, 1.0),
+        (3, 1.5),
+        (3, 3.0),
+        (4, 4.0),
+    ]
+    assert any("report" in row for row in rows)
+    runs = [record.run for record in written if record.HasField("run")]
+    assert {run.run_id for run in runs} == {id_} and {run.project for run in runs} == {"msd_jax"}
+    assert any(item.key == "data.languages.sw" for run in runs for item in run.config.update)
+    uploads = [record.request.log_artifact.artifact for record in written if record.request.HasField("log_artifact")]
+    uploads += [record.artifact for record in written if record.HasField("artifact")]
+    assert any({entry.path for entry in artifact.manifest.contents} == FILES for artifact in uploads)
 
 
 @reads("trackio")
