@@ -153,6 +153,8 @@ def of_model(
       UserError: a query file, a language or the judge is not fit.
     """
 
+    made: Evaluator[EncodedPrompt]
+
     def itself() -> Translator:
         return ModelTranslator(config.judge, model, mesh, lambda: made.weights(), lambda: made.running)
 

@@ -6,6 +6,7 @@ last three. A thread of its own speaks to them, so that neither a slow network n
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -245,16 +246,16 @@ class Trackers:
     def _work(self) -> None:
         while call := self._calls.get():
             for name in tuple(self._names):
-                self._try(name, lambda name=name: call(self._opened(name)))
+                self._try(name, functools.partial(self._send, name, call))
         for name, tracker in self._open.items():
             self._try(name, tracker.close)
         self._open.clear()
 
-    def _opened(self, name: str) -> Tracker:
+    def _send(self, name: str, call: Callable[[Tracker], None]) -> None:
         if name not in self._open:
             assert self._origin
             self._open[name] = KINDS[name][1](self._origin)
-        return self._open[name]
+        call(self._open[name])
 
     def _try(self, name: str, act: Callable[[], None]) -> None:
         try:
