@@ -103,7 +103,8 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert len(sessions) == 3 and {session.name.rpartition("-")[2] for session in sessions} == {id_}
     written = [record for session in sessions for record in wandb_records(next(session.glob("*.wandb")))]
     rows = [
-        {item.key: json.loads(item.value_json) for item in r.history.item} for r in written if r.HasField("history")
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in written
     ]
     assert [(row["step"], row["kl"]) for row in rows if "kl" in row] == [
         (1, 0.5),
@@ -115,7 +116,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert any("report" in row for row in rows)
     runs = [record.run for record in written if record.HasField("run")]
     assert {run.run_id for run in runs} == {id_} and {run.project for run in runs} == {"msd_jax"}
-    assert any(item.key == "data.languages.sw" for run in runs for item in run.config.update)
+    assert any("data.languages.sw" in (item.key, *item.nested_key) for run in runs for item in run.config.update)
     uploads = [record.request.log_artifact.artifact for record in written if record.request.HasField("log_artifact")]
     uploads += [record.artifact for record in written if record.HasField("artifact")]
     assert any({entry.path for entry in artifact.manifest.contents} == FILES for artifact in uploads)
