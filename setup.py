@@ -84,6 +84,9 @@ setuptools.setup(
         "eval": ["lm_eval>=0.4.13"],
         "stores": ["adlfs", "gcsfs>=2025.1", "s3fs>=2025.1"],  # workdirs and compiled programs in object stores
         "xlsx": ["openpyxl"],  # for XSafety, some of whose files are workbooks
+        "wandb": ["wandb"],  # this and the next two: config.train.trackers
+        "trackio": ["trackio"],
+        "mlflow": ["mlflow"],
         "parity": ["peft", "torch==2.13.0"],
         "test": [
             "dm-haiku",

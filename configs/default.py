@@ -142,7 +142,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.stop_on_collapse = False
     # Seconds after which a run ends (exit code 42) in which no process has moved on: a device or a file system hangs.
     config.train.stall_limit = 7200.0  # 0: never
-    config.train.log_every = 1  # steps between lines of metrics.jsonl and TensorBoard
+    config.train.log_every = 1  # steps between lines of metrics.jsonl and of trackers
+    # Where else the run is shown, any of tensorboard (WORKDIR/tensorboard), wandb, trackio, mlflow: docs/evaluation.md.
+    config.train.trackers = ("tensorboard",)
     # Steps, after the first two of a start, that JAX's profiler traces to WORKDIR/profile; 0: none.
     config.train.profile_steps = 0
     config.train.export = True  # write the aligned model to WORKDIR/model, in Hugging Face's layout
@@ -187,6 +189,10 @@ def get_config() -> ml_collections.ConfigDict:
     for name, path in sources.items():
         config.eval[name] = ml_collections.ConfigDict({"path": path, "languages": (), "limit": 0})
 
+    # A model behind a server, `msd-jax evaluate --server URL --model NAME`: the keys of _requests below. A key is sent
+    # where there is one. `request` overrides max_tokens, temperature and top_p.
+    config.eval.server = _requests("private", 600.0)
+
     # When `python -m msd_jax.evaluate --preflight` recommends to train a language.
     config.preflight = ml_collections.ConfigDict()
     config.preflight.min_flip = 0.05  # share of harmful queries: unsafe now, safe with the teacher's prompt
@@ -214,18 +220,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.judge.openai.model = ""
     config.judge.openai.format = "rubric"  # rubric | llama_guard | polyguard (guards that a server runs)
     config.judge.openai.instruction = ""  # rubric, polyguard: a file with another instruction; "" for ours
-    config.judge.openai.key_variable = "OPENAI_API_KEY"  # environment variable that holds the key; "" for none
-    # Addresses that may be connected to: public | private (also loopback and private networks, and http) | any (also
-    # link-local, where clouds keep credentials).
-    config.judge.openai.addresses = "public"
-    config.judge.openai.concurrency = 8  # simultaneous requests
-    config.judge.openai.timeout = 60.0  # seconds to connect, between bytes, and for an answer as a whole
-    config.judge.openai.retries = 4  # after 429, 5xx, time-outs and broken connections, with growing pauses
-    # Added to each request, overriding temperature 0, max_tokens 256 and, for the rubric, response_format json_object;
-    # None removes a key.
-    config.judge.openai.request = ml_collections.ConfigDict()
-    config.judge.openai.price_per_million_prompt_tokens = 0.0  # for the reported cost
-    config.judge.openai.price_per_million_completion_tokens = 0.0
+    # And the keys of _requests below. `request` overrides temperature 0, max_tokens 256 and, for the rubric,
+    # response_format json_object.
+    config.judge.openai.update(_requests("public", 60.0))
 
     # Several runs instead of one, see configs/ablation.py: what each variant changes, as in
     # {"name": {"loss": {"weighting": "uniform"}}, ...}, and the number of seeds, starting at config.seed.
@@ -245,4 +242,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.launch.slices = 1  # TPU slices, connected by the data-centre network, which config.mesh.data goes across
     config.launch.nodes = 1  # gpu: machines, joined by a network, which config.mesh.data and then fsdp go across
     config.launch.gpus_per_node = 8  # gpu; 0 for one process per machine on its CPUs
+    return config
+
+
+def _requests(addresses: str, timeout: float) -> ml_collections.ConfigDict:
+    """How an OpenAI-compatible server is asked, a judge's or that of a model under evaluation."""
+    config = ml_collections.ConfigDict()
+    config.key_variable = "OPENAI_API_KEY"  # environment variable that holds the key; "" for none
+    # Addresses that may be connected to: public | private (also loopback and private networks, and http) | any (also
+    # link-local, where clouds keep credentials).
+    config.addresses = addresses
+    config.concurrency = 8  # simultaneous requests
+    config.timeout = timeout  # seconds to connect, between bytes, and for an answer as a whole
+    config.retries = 4  # after 429, 5xx, time-outs and broken connections, with growing pauses
+    config.request = ml_collections.ConfigDict()  # added to each request; None removes a key
+    config.price_per_million_prompt_tokens = 0.0  # for the reported cost
+    config.price_per_million_completion_tokens = 0.0
     return config

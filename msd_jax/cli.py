@@ -27,6 +27,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe's name (`msd-jax recipes`) or file, or a file of your own.", lock_config=True
 )
 _MAY_BE_STORED = ("workdir", "out", "checkpoint", "evaluation")  # flags whose value may be in an object store
+_NO_PLACE = ("server", "model", "push_to_hub")  # text flags whose value names no place on this machine
 _OVERRIDES = """
 Every key of configs/default.py is a flag too:
 
@@ -97,7 +98,7 @@ def run(main: Callable[[list[str]], None], *, alone: bool = False) -> None:
                 distributed.start(argv)
             rest = FLAGS(argv)
             for flag in _own_flags():
-                if flag.flag_type() == "string":
+                if flag.flag_type() == "string" and flag.name not in _NO_PLACE:
                     schemes = stores.SCHEMES if flag.name in _MAY_BE_STORED else ()
                     places.require_directory(f"--{flag.name}", flag.value or "", schemes)
             return rest

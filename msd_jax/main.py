@@ -12,7 +12,7 @@ from msd_jax import ablation, cli, report
 from msd_jax.io import program_cache, stores
 from msd_jax.parallel import host_memory
 from msd_jax.planning import hardware
-from msd_jax.training import loop, run
+from msd_jax.training import loop, run, trackers
 
 
 def main(argv: list[str]) -> None:
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     elif single:
         summary = loop.train(single)
         report.write(workdir)
+        trackers.publish(config, workdir)
         stores.close(workdir)
         cli.require_verdicts(summary)
 

@@ -18,9 +18,9 @@ def msd_jax(*arguments: str, where: pathlib.Path = REPOSITORY) -> subprocess.Com
 
 FLAGS = {
     "train": ("--config", "--workdir", "--coordinator"),
-    "evaluate": ("--config", "--checkpoint", "--out", "--preflight", "--wide"),
+    "evaluate": ("--config", "--checkpoint", "--server", "--model", "--out", "--preflight", "--wide"),
     "report": ("--workdir", "--evaluation", "--out", "--wide"),
-    "export": ("--config", "--checkpoint", "--out"),
+    "export": ("--config", "--checkpoint", "--out", "--push_to_hub", "--public"),
     "plan": ("--config", "--topology", "--mesh", "--search", "--json"),
     "prompts": ("--config", "--n"),
     "queries": ("--build", "--name", "--splits", "--harmful", "--data_dir"),

@@ -71,7 +71,7 @@ def evaluated(directory, limit=0):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     params = rollout.reshard(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
     config = ml_collections.FrozenConfigDict(config)
-    evaluations = (evaluator.Evaluator(config, model, mesh, role) for role in ("student", "teacher"))
+    evaluations = (evaluator.of_model(config, model, mesh, role) for role in ("student", "teacher"))
     return tuple(summarise(each.answer(params, each.prompts), config)["queries"]["languages"] for each in evaluations)
 
 

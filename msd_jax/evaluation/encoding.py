@@ -18,26 +18,44 @@ from msd_jax.models import pretrained, tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EncodedPrompt:
-    """One query in one language, ready to generate.
+class Prompt:
+    """One query in one language.
 
     Attributes:
       benchmark: whose query it is.
       query: the record.
       language: of this prompt.
-      ids: int32 [P], the prompt of the student, or of the teacher in a pre-flight.
-      opens: the tag with which the prompt opens the model's reasoning; "" where the model is to open it, if at all.
     """
 
     benchmark: benchmarks.Benchmark
     query: Query
     language: str
-    ids: np.ndarray
-    opens: str = ""
 
     @property
     def key(self) -> PromptKey:
         return self.benchmark.name, self.query.id, self.language
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedPrompt(Prompt):
+    """One query in one language, ready to generate.
+
+    Attributes:
+      ids: int32 [P], the prompt of the student, or of the teacher in a pre-flight.
+      opens: the tag with which the prompt opens the model's reasoning; "" where the model is to open it, if at all.
+    """
+
+    ids: np.ndarray
+    opens: str = ""
+
+
+def all_prompts(loaded: Sequence[benchmarks.Loaded]) -> Iterator[Prompt]:
+    """Each query in each language that is asked for and that it has."""
+    for each in loaded:
+        for language in each.languages:
+            for query in each.queries:
+                if language in query.texts:
+                    yield Prompt(each.benchmark, query, language)
 
 
 def prompt_limit(config: ml_collections.ConfigDict, role: str = "student") -> tuple[int, str]:
@@ -95,22 +113,19 @@ def _all(
     config: ml_collections.ConfigDict,
     model: pretrained.Pretrained,
     role: str,
-    benchmarks_loaded: Sequence[benchmarks.Loaded],
+    loaded: Sequence[benchmarks.Loaded],
 ) -> Iterator[EncodedPrompt]:
     """Prompts of any length; a query without a text in the source language has none for a teacher."""
     source = config.data.source_language
-    for loaded in benchmarks_loaded:
-        for language in loaded.languages:
-            for query in loaded.queries:
-                if language not in query.texts:
-                    continue
-                if not model.tokenizer.chat_template:
-                    ids = tokenizer.text_ids(model.tokenizer, query.texts[language] + "\n")
-                elif role == "student":
-                    ids = prompts.student_ids(query, language, model.tokenizer, config.prompts)
-                elif source in query.texts:
-                    ids = prompts.encode(query, language, model.tokenizer, config.prompts, source).teacher_ids
-                else:
-                    continue
-                model.require_embedded(ids, f"{loaded.benchmark.name}: query {query.id!r} in {language}")
-                yield EncodedPrompt(loaded.benchmark, query, language, ids)
+    for prompt in all_prompts(loaded):
+        query, language = prompt.query, prompt.language
+        if not model.tokenizer.chat_template:
+            ids = tokenizer.text_ids(model.tokenizer, query.texts[language] + "\n")
+        elif role == "student":
+            ids = prompts.student_ids(query, language, model.tokenizer, config.prompts)
+        elif source in query.texts:
+            ids = prompts.encode(query, language, model.tokenizer, config.prompts, source).teacher_ids
+        else:
+            continue
+        model.require_embedded(ids, f"{prompt.benchmark.name}: query {query.id!r} in {language}")
+        yield EncodedPrompt(prompt.benchmark, query, language, ids)

@@ -2,23 +2,28 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any, Generic
 
 import ml_collections
 from jax.sharding import Mesh
 
-from msd_jax.evaluation import answering, benchmarks, encoding, fingerprint, judges
+from msd_jax.errors import UserError
+from msd_jax.evaluation import answering, benchmarks, encoding, judges, local
 from msd_jax.evaluation.encoding import EncodedPrompt
 from msd_jax.evaluation.judges import Verdict
 from msd_jax.evaluation.judges.translate import ModelTranslator, Translator
 from msd_jax.evaluation.rates import UNFINISHED_REASONING, Summary, summarise
 from msd_jax.evaluation.records import Pass, PromptKey, RecordLog, ResponseRecord
+from msd_jax.evaluation.respondents import Asked, Respondent
+from msd_jax.generation import rollout
 from msd_jax.io import jsonl
 from msd_jax.io.console import log
-from msd_jax.models import decoder, pretrained
-from msd_jax.parallel import distributed
+from msd_jax.models import pretrained, trained
+from msd_jax.parallel import distributed, sharding
 
 
 def wanted(config: ml_collections.ConfigDict) -> bool:
@@ -26,56 +31,53 @@ def wanted(config: ml_collections.ConfigDict) -> bool:
     return bool(config.eval.path or config.eval.benchmarks)
 
 
-class Evaluator:
-    """Evaluates the prompts of config.eval with any weights of a model.
+def require_wanted(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError where the config asks for no evaluation."""
+    if not wanted(config):
+        raise UserError("there is nothing to evaluate: set config.eval.path or config.eval.benchmarks")
+
+
+class Evaluator(Generic[Asked]):
+    """Evaluates the prompts of config.eval with any weights of a model; `of_model` makes one.
 
     Attributes:
-      prompts: encoded and checked, before anything long begins.
-      answerer: what responds to them.
+      prompts: all of them, checked, before anything long begins.
+      answerer: has them answered.
+      weights: gives those of the evaluation that is running.
+      running: their fingerprint.
     """
 
-    _weights: Callable[[], decoder.Params]  # of the evaluation that is running, and their fingerprint
-    _fingerprint: str
+    weights: Callable[[], Any]
+    running: str
 
     def __init__(
-        self, config: ml_collections.ConfigDict, model: pretrained.Pretrained, mesh: Mesh, role: str = "student"
+        self,
+        config: ml_collections.ConfigDict,
+        prompts: Sequence[Asked],
+        respondent: Respondent[Asked],
+        judge: judges.Judge,
     ):
-        """`role`: whose prompts the model is shown, "student" (as a user writes them) or "teacher".
+        self._config, self.prompts, self._respondent, self._judge = config, prompts, respondent, judge
+        self.answerer = answering.Answerer(config, respondent, prompts)
 
-        Raises:
-          UserError: a query file, a language or the judge is not fit.
-        """
-        self._config, self._model, self._mesh = config, model, mesh
-        limit, key = encoding.prompt_limit(config, role)
-        model.require_length({key: limit, "config.eval.max_new_tokens": config.eval.max_new_tokens})
-        self.prompts = encoding.encode(config, model, role)
-        self._judge = judges.make(config.judge, mesh, self._translator)
-        self.answerer = answering.Answerer(config, model, mesh, self.prompts, limit)
-
-    def _translator(self) -> Translator:
-        """The model itself, with the weights that are being evaluated."""
-        return ModelTranslator(
-            self._config.judge, self._model, self._mesh, lambda: self._weights(), lambda: self._fingerprint
-        )
-
-    def _evaluate_with(self, params: Callable[[], decoder.Params]) -> decoder.Params:
+    def _evaluate_with(self, weights: Callable[[], Any]) -> Any:
         """The weights, which the model translates for a judge with too."""
-        weights = params()
-        self._weights, self._fingerprint = params, self.fingerprint(weights)
-        return weights
+        given = weights()
+        self.weights, self.running = weights, self.fingerprint(given)
+        return given
 
-    def fingerprint(self, params: decoder.Params) -> str:
-        """See `fingerprint.of_responses`."""
-        return fingerprint.of_responses(self.prompts, self._config, self._model, params)
+    def fingerprint(self, weights: Any) -> str:
+        """Identifies all that the responses depend on."""
+        return self._respondent.fingerprint(weights, self.prompts)
 
-    def run(self, params: Callable[[], decoder.Params], directory: pathlib.Path) -> Summary:
+    def run(self, weights: Callable[[], Any], directory: pathlib.Path) -> Summary:
         """Writes DIRECTORY/responses.jsonl and then summary.json; returns the summary.
 
         An interrupted evaluation is resumed: each batch is added to responses.jsonl as it comes and taken from there if
         weights, prompts and sampling are the same, as are judgements of the same judge from judgements.jsonl.
 
         Args:
-          params: gives the weights in the rollout layout; not called if the summary is there already.
+          weights: gives the weights as the respondent takes them; not called if the summary is there already.
           directory: of this evaluation.
 
         Returns:
@@ -85,14 +87,14 @@ class Evaluator:
         earlier = distributed.from_first(lambda: jsonl.read_object(path, "responses.jsonl holds the responses"))
         if earlier:
             return earlier
-        weights = self._evaluate_with(params)
+        given = self._evaluate_with(weights)
         record_log = RecordLog(directory / "responses.jsonl")
         answered = [
             record
             for name in self.answerer.passes
-            for record in self.answerer.answer(name, weights, self.prompts, self._fingerprint, record_log)
+            for record in self.answerer.answer(name, given, self.prompts, self.running, record_log)
         ]
-        del weights  # a guard model may need the room
+        del given  # a guard model may need the room
         records = judged(answered, judges.cached(self._judge, directory / "judgements.jsonl"))
         self._keep_usage(directory)
         _warn_of_unjudged(records)
@@ -103,7 +105,7 @@ class Evaluator:
             jsonl.replace_text(path, json.dumps(summary, indent=1) + "\n")
         return summary
 
-    def slice(self, count: int) -> list[EncodedPrompt]:
+    def slice(self, count: int) -> list[Asked]:
         """At most `count` prompts of each benchmark, language and label (harmful or not), evenly spread over them."""
         parts = collections.defaultdict(list)
         for prompt in self.prompts:
@@ -115,23 +117,66 @@ class Evaluator:
         """The passes of `answer`: the first of config.eval.passes, and that of multiple choice."""
         return self.answerer.passes[0], Pass.LIKELIHOOD
 
-    def answer(self, params: decoder.Params, prompts: Sequence[EncodedPrompt]) -> list[ResponseRecord]:
+    def answer(self, weights: Any, prompts: Sequence[Asked]) -> list[ResponseRecord]:
         """One judged response to each of `prompts`, which are some of the evaluation's; nothing is written or shown."""
-        self._evaluate_with(lambda: params)
+        self._evaluate_with(lambda: weights)
         answered = [
             record
             for name in self.slice_passes
-            for record in self.answerer.answer(name, params, prompts, self._fingerprint)
+            for record in self.answerer.answer(name, weights, prompts, self.running)
         ]
         return judged(answered, self._judge)
 
     def _keep_usage(self, directory: pathlib.Path) -> None:
-        """Adds what the judge's endpoints were asked, and what that cost, to DIRECTORY/judge_usage.jsonl."""
+        """Adds what servers were asked, and what that cost, to judge_usage.jsonl and server_usage.jsonl."""
+        if asked := distributed.from_first(self._respondent.spent):
+            jsonl.JsonLines(directory / "server_usage.jsonl").append([asked])
         spent = distributed.from_first(lambda: [endpoint.spent() for endpoint in self._judge.endpoints])
         if any(row["requests"] for row in spent):
             jsonl.JsonLines(directory / "judge_usage.jsonl").append(spent)
         for endpoint in self._judge.endpoints:  # a run evaluates more than once
             endpoint.usage = type(endpoint.usage)()
+
+
+def of_model(
+    config: ml_collections.ConfigDict, model: pretrained.Pretrained, mesh: Mesh, role: str = "student"
+) -> Evaluator[EncodedPrompt]:
+    """The evaluation of a model on `mesh`, whose weights are given in the rollout layout.
+
+    Args:
+      config: the whole config.
+      model: everything but the weights.
+      mesh: of all devices.
+      role: whose prompts the model is shown, "student" (as a user writes them) or "teacher".
+
+    Raises:
+      UserError: a query file, a language or the judge is not fit.
+    """
+    limit, key = encoding.prompt_limit(config, role)
+    model.require_length({key: limit, "config.eval.max_new_tokens": config.eval.max_new_tokens})
+    made: Evaluator[EncodedPrompt]
+
+    def itself() -> Translator:
+        return ModelTranslator(config.judge, model, mesh, lambda: made.weights(), lambda: made.running)
+
+    prompts = encoding.encode(config, model, role)
+    judge = judges.make(config.judge, mesh, itself)
+    made = Evaluator(config, prompts, local.LocalModel(config, model, mesh, prompts, limit), judge)
+    return made
+
+
+def load(config: ml_collections.ConfigDict, mesh: Mesh) -> pretrained.Pretrained:
+    """The model of the config, without its weights."""
+    return pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
+
+
+def of_checkpoint(config: ml_collections.ConfigDict, checkpoint: str, mesh: Mesh) -> Callable[[pathlib.Path], Summary]:
+    """The evaluation, into a directory, of what trained.load_params reads. Raises UserError as `of_model`."""
+    require_wanted(config)
+    model = load(config, mesh)
+    evaluation = of_model(config, model, mesh)
+    params, layout = trained.load_params(checkpoint, model, mesh), model.shardings(mesh, sharding.ROLLOUT)
+    return functools.partial(evaluation.run, functools.partial(rollout.reshard, params, model.dtype, layout))
 
 
 def judged(records: Sequence[ResponseRecord], judge: judges.Judge) -> list[ResponseRecord]:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from msd_jax.evaluation.answering import TEMPERATURES
 from msd_jax.evaluation.encoding import EncodedPrompt
+from msd_jax.evaluation.respondents import TEMPERATURES
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import sharding
 

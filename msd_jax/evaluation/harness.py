@@ -88,9 +88,7 @@ class MsdJaxLM(TemplateLM):
         del max_batch_size, device
         self._mesh = sharding.make_mesh(data, fsdp, tensor)
         step, settings = _run_settings(pretrained)
-        if dtype:
-            settings["dtype"] = dtype
-        self._model = pretrained_lib.load(**settings, mesh=self._mesh)
+        self._model = pretrained_lib.load(**settings | ({"dtype": dtype} if dtype else {}), mesh=self._mesh)
         params = trained.load_params(step, self._model, self._mesh)
         layout = self._model.shardings(self._mesh, sharding.ROLLOUT)
         self._params = rollout.reshard(params, self._model.dtype, layout)

@@ -21,7 +21,7 @@ from msd_jax import losses
 from msd_jax.data import sources
 from msd_jax.errors import UserError
 from msd_jax.evaluation import benchmarks, first_token, rates
-from msd_jax.evaluation.evaluator import Evaluator, wanted
+from msd_jax.evaluation.evaluator import Evaluator, of_model, wanted
 from msd_jax.evaluation.rates import Share
 from msd_jax.evaluation.records import PromptKey, RecordLog, ResponseRecord
 from msd_jax.generation import rollout
@@ -100,7 +100,7 @@ def run(
             "for the pre-flight"
         )
     config = _judged_and_greedy(config)
-    evaluators = {role: Evaluator(config, model, mesh, role) for role in ("student", "teacher")}
+    evaluators = {role: of_model(config, model, mesh, role) for role in ("student", "teacher")}
     layout = model.shardings(mesh, sharding.ROLLOUT)
     params = rollout.reshard(model.params(mesh), model.dtype, layout)
     answered = {}

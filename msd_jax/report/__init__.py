@@ -39,6 +39,25 @@ def write(workdir: pathlib.Path, out: pathlib.Path | None = None, wide: bool = F
         _write(collect.workdir(workdir), out or workdir / "report", wide)
 
 
+def write_card(checkpoint: str, model: pathlib.Path) -> pathlib.Path | None:
+    """The card of a model that was exported from a step of a run; None where the run holds no evaluation of that step.
+
+    Args:
+      checkpoint: WORKDIR/checkpoints/STEP, or something else, which has no card.
+      model: the exported model's directory.
+    """
+    step = pathlib.Path(checkpoint).resolve()
+    workdir = step.parent.parent
+    if not (distributed.is_first() and step.name.isdecimal() and (workdir / "config.json").is_file()):
+        return None
+    run = collect.workdir(workdir)
+    evaluations = tuple(one for one in run.evaluations if one.step is not None and one.step <= int(step.name))
+    if not evaluations or evaluations[-1].step != int(step.name):
+        log(f"no model card: {stores.told(workdir)} holds no evaluation of step {step.name}")
+        return None
+    return card.write(Results(dataclasses.replace(run, evaluations=evaluations, model=model)))
+
+
 def write_evaluations(directories: Sequence[pathlib.Path], out: pathlib.Path, wide: bool = False) -> None:
     """The report of one evaluation, or of two: before and after."""
     if distributed.is_first():

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 from msd_jax import losses
 from msd_jax.data import near_duplicates, prompts, records
-from msd_jax.evaluation import answering, benchmarks, judges
-from msd_jax.evaluation.judges import endpoint, formats, guard
+from msd_jax.evaluation import benchmarks, endpoint, judges, respondents
+from msd_jax.evaluation.judges import formats, guard
 from msd_jax.generation import responses
 from msd_jax.models import attention, decoder, lora
 from msd_jax.planning import launch
-from msd_jax.training import optimizer, train_step
+from msd_jax.training import optimizer, trackers, train_step
 
 # Mappings whose keys are the user's own, and the type of their values (None: any).
 FREE = {
@@ -20,7 +20,10 @@ FREE = {
     "prompts.student_template_kwargs": None,
     "prompts.teacher_template_kwargs": None,
     "judge.openai.request": None,
+    "eval.server.request": None,
 }
+_COUNTED = ("prompt", "completion")
+_ASKED = ("judge.openai", "eval.server")  # sections on servers
 
 _DTYPES = ("float32", "bfloat16")
 CHOICES = {
@@ -49,13 +52,14 @@ CHOICES = {
     "judge.guard.format": guard.FORMATS,
     "judge.guard.dtype": _DTYPES,
     "judge.openai.format": tuple(formats.FORMATS),
-    "judge.openai.addresses": endpoint.ADDRESSES,
+    **{f"{section}.addresses": endpoint.ADDRESSES for section in _ASKED},
 }
 # Tuples of choices, each at most once: what they are chosen from, and the fewest.
 SELECTIONS = {
     "model.lora.targets": (tuple(lora.ADAPTABLE), 1),
+    "train.trackers": (tuple(trackers.KINDS), 0),
     "eval.benchmarks": (benchmarks.NAMES, 0),
-    "eval.passes": (tuple(answering.TEMPERATURES), 1),
+    "eval.passes": (tuple(respondents.TEMPERATURES), 1),
 }
 
 
@@ -138,11 +142,10 @@ RANGES = {
     "judge.guard.threshold": SHARE,
     "judge.guard.limit": _COUNT,
     "judge.guard.batch_size": _COUNT,
-    "judge.openai.concurrency": Range(1, 256),
-    "judge.openai.timeout": _POSITIVE,
-    "judge.openai.retries": Range(0, 100),
-    "judge.openai.price_per_million_prompt_tokens": _AMOUNT,
-    "judge.openai.price_per_million_completion_tokens": _AMOUNT,
+    **{f"{section}.concurrency": Range(1, 256) for section in _ASKED},
+    **{f"{section}.timeout": _POSITIVE for section in _ASKED},
+    **{f"{section}.retries": Range(0, 100) for section in _ASKED},
+    **{f"{section}.price_per_million_{kind}_tokens": _AMOUNT for section in _ASKED for kind in _COUNTED},
     "ablation.seeds": _COUNT,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,

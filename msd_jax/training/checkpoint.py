@@ -40,11 +40,13 @@ MAY_CHANGE = (
     "train.profile_steps",
     "train.completions.",
     "train.export",
+    "train.trackers",
     "eval.monitor.every",
     "eval.monitor.utility_floor",
     "eval.monitor.over_refusal_ceiling",
     "eval.batch_size",
-    "preflight.",  # of another command
+    "eval.server.",  # of another command
+    "preflight.",  # likewise
     "judge.guard.batch_size",
     "judge.openai.key_variable",
     "judge.openai.addresses",

@@ -13,7 +13,7 @@ from msd_jax.io import compilations, stores
 from msd_jax.io.console import log, progress
 from msd_jax.models import decoder, export
 from msd_jax.parallel import peers, preemption
-from msd_jax.training import checkpoint, completions, goodput, profile, train_step, watch
+from msd_jax.training import checkpoint, completions, goodput, profile, trackers, train_step, watch
 from msd_jax.training.generate import generate
 from msd_jax.training.metrics import Dispatched, LateRows, Metrics
 from msd_jax.training.run import Run, check, describe, encode, make_batches, rollout_params, teacher_store
@@ -65,7 +65,8 @@ def take_steps(
     While the devices are at a step, the host writes the row of the one before. Only where a state is measured or saved
     the host waits for its step, so that the rows up to a checkpoint are on disk before it is.
     """
-    config, files, low = run.config.train, Metrics(run.workdir, step), ""
+    config, low = run.config.train, ""
+    files = Metrics(run.workdir, step, trackers.of(run.config, run.workdir, step))
     watched = watch.Watch(config, run.workdir, run.model, step)
     window = profile.Window(run.workdir / "profile", config.profile_steps, step, config.steps)
     with progress("training", config.steps, step) as advance:

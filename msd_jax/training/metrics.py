@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard events and completions.jsonl."""
+"""What a run writes while it trains: metrics.jsonl, its trackers' records and completions.jsonl."""
 
 import dataclasses
 import math
@@ -10,42 +10,38 @@ from typing import Protocol
 import jax
 
 from msd_jax.io import jsonl
-from msd_jax.parallel import distributed, sharding
+from msd_jax.parallel import sharding
 from msd_jax.training import packing
 from msd_jax.training.generate import Generated
+from msd_jax.training.trackers import Trackers
 from msd_jax.training.utilisation import Utilisation
 
 
 class Metrics:
-    """The files: WORKDIR/metrics.jsonl, WORKDIR/tensorboard and WORKDIR/completions.jsonl."""
+    """The files WORKDIR/metrics.jsonl and WORKDIR/completions.jsonl, and trackers."""
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int):
+    def __init__(self, workdir: pathlib.Path, resume_step: int, trackers: Trackers | None = None):
         """Drops what an interrupted run wrote after `resume_step`: those steps are computed again."""
         self._scalars = jsonl.JsonLines(workdir / "metrics.jsonl")
         self._completions = jsonl.JsonLines(workdir / "completions.jsonl")
         for file in (self._scalars, self._completions):
             file.replace(row for row in file.read(step=int) if row["step"] <= resume_step)
-        self._board = None
-        if distributed.is_first():
-            import tensorboardX  # which imports PyTorch, seconds of every command's start, where that is installed
-
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._trackers = trackers
 
     def scalars(self, step: int, values: dict[str, float], notes: jsonl.Row | None = None) -> None:
         """Adds a step's row; `notes`, which are no numbers, to metrics.jsonl alone."""
         # JSON has no NaN; a skipped step's loss is null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._scalars.append([{"step": step} | finite | (notes or {})])
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        if self._trackers:
+            self._trackers.scalars(step, values)
 
     def completions(self, step: int, entries: list[jsonl.Row]) -> None:
         self._completions.append({"step": step} | entry for entry in entries)
 
     def close(self) -> None:
-        if self._board:
-            self._board.close()
+        if self._trackers:
+            self._trackers.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The learning-rate schedule and the optax chain."""
+"""The learning-rate schedule and the optax chain.
+
+optax.warmup_cosine_decay_schedule would serve one of the two schedules, and join_schedules serves both.
+"""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ from msd_jax.io import jsonl, lock, provenance, stores
 from msd_jax.io.console import log
 from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import distributed, sharding
-from msd_jax.training import checkpoint, fingerprint, goodput, optimizer, packing, utilisation
+from msd_jax.training import checkpoint, fingerprint, goodput, optimizer, packing, trackers, utilisation
 from msd_jax.training.monitor import Monitor
 from msd_jax.training.pack_shape import pack_shape
 from msd_jax.training.train_step import TrainState, TrainStep, beta_schedule, check_batch, loss_settings
@@ -156,13 +156,14 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
 def read(config: ml_collections.ConfigDict) -> Inputs:
     """Reads and checks everything that a run needs; writes nothing. Raises UserError as `setup`."""
     distributed.require_same("config", lambda: checkpoint.without_paths(config))
+    trackers.require_installed(config.train.trackers)
     mesh = sharding.make_mesh(**config.mesh)
     check_batch(config, mesh)
     model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
     _check_vocabulary(config.loss, model.config.vocab_size)
     _check_lengths(config, model)
     records = sources.load(config.data, log, teacher=prompts.shows_teacher(config))
-    evaluation = evaluator.Evaluator(config, model, mesh) if evaluator.wanted(config) else None
+    evaluation = evaluator.of_model(config, model, mesh) if evaluator.wanted(config) else None
     watch = Monitor(config, evaluation) if evaluation and config.eval.monitor.every else None
     records, duplicates = _look_for_duplicates(records, config.data, evaluation)
     encoded = encode(config, model, records)

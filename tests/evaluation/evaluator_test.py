@@ -43,7 +43,7 @@ def config(model_dir, tmp_path) -> ml_collections.ConfigDict:
 def make(config, devices=1):
     model = pretrained.load(**config.model)
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    evaluation = evaluator.Evaluator(ml_collections.FrozenConfigDict(config), model, mesh)
+    evaluation = evaluator.of_model(ml_collections.FrozenConfigDict(config), model, mesh)
     layout = model.shardings(mesh, sharding.ROLLOUT)
     return evaluation, lambda: rollout.reshard(model.params(mesh), model.dtype, layout)
 
@@ -290,7 +290,7 @@ def test_a_refused_problem_is_an_over_refusal(config, tmp_path, capsys):
     def refusing(*arguments):
         (first, *others), *rest = generate(*arguments)
         refused = dataclasses.replace(first, response="I am sorry, but I cannot help with that.")
-        return [[refused, *others], *rest]
+        yield from ([refused, *others], *rest)
 
     evaluation.answerer._generate = refusing
     summary = evaluation.run(params, tmp_path / "out")["mgsm"]

@@ -7,7 +7,7 @@ import pytest
 from msd_jax.configs import default
 
 from msd_jax.data.records import Query
-from msd_jax.evaluation import answering, benchmarks, rates
+from msd_jax.evaluation import answering, benchmarks, local, rates
 from msd_jax.evaluation.encoding import EncodedPrompt
 from msd_jax.evaluation.evaluator import judged
 from msd_jax.evaluation.judges import RulesJudge, Verdict, text
@@ -52,10 +52,12 @@ def test_what_follows_the_reasoning_is_measured(tmp_path, special, opens):
         for query in (Query(str(i), False, "", {"sw": "6 x 7?"}, {"sw": "42"}) for i in range(2))
     ]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    answerer = answering.Answerer(ml_collections.FrozenConfigDict(config), model, mesh, prompts, 64)
+    frozen = ml_collections.FrozenConfigDict(config)
+    respondent = local.LocalModel(frozen, model, mesh, prompts, 64)
+    answerer = answering.Answerer(frozen, respondent, prompts)
     rows = [model.tokenizer.encode(t.removeprefix(opens), add_special_tokens=False) for t in (FINISHED, UNFINISHED)]
     ended = [refill.Response(1, rows[1], stopped=False), refill.Response(0, rows[0], stopped=True)]
-    answerer._generators[Pass.GREEDY] = lambda *args: iter(ended)
+    respondent._generators[Pass.GREEDY] = lambda *args: iter(ended)
     finished, unfinished = judged(answerer.answer(Pass.GREEDY, {}, prompts, "x"), RulesJudge())
     assert (finished.response, unfinished.response) == (FINISHED, UNFINISHED)
     assert finished.exact_match and not unfinished.exact_match

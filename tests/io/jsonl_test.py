@@ -3,11 +3,12 @@
 import json
 
 from msd_jax.io import jsonl
-from msd_jax.training import metrics
+from msd_jax.training import metrics, trackers
 
 
 def test_a_resume_drops_what_comes_after_its_step_and_a_torn_line(tmp_path):
-    writer = metrics.Metrics(tmp_path, 0)
+    tracked = trackers.Trackers(("tensorboard",), tmp_path, {})
+    writer = metrics.Metrics(tmp_path, 0, tracked)
     for step in range(1, 5):
         writer.scalars(step, {"loss": step / 2})
         writer.completions(step, [{"response": f"línea {step}"}])

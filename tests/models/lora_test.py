@@ -106,7 +106,7 @@ def test_a_run_trains_the_adapters_alone(model_dir, tmp_path):
     for name in after:
         np.testing.assert_allclose(again[name], after[name], atol=1e-6)
     assert (tmp_path / "run/eval/3/summary.json").exists()
-    assert isinstance(evaluator.Evaluator(config, model, mesh), evaluator.Evaluator)
+    assert isinstance(evaluator.of_model(config, model, mesh), evaluator.Evaluator)
 
 
 @pytest.fixture(params=["float16", "bfloat16", "float32", "mixed"])

@@ -8,8 +8,8 @@ from typing import Any
 
 import ml_collections
 
+from msd_jax.evaluation.endpoint import ChatEndpoint, Failure
 from msd_jax.evaluation.judges import formats
-from msd_jax.evaluation.judges.endpoint import ChatEndpoint, Failure
 from msd_jax.evaluation.judges.interface import Judgement, Keep, Response, Verdict, ignore
 from msd_jax.evaluation.judges.rules import RulesJudge
 from msd_jax.io.console import log

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from msd_jax.data.records import language_name
-from msd_jax.evaluation.judges.endpoint import ChatEndpoint, Failure
+from msd_jax.evaluation.endpoint import ChatEndpoint, Failure
 from msd_jax.evaluation.judges.interface import Endpoint, Judge, Judgement, Keep, Response, Verdict, ignore
 from msd_jax.evaluation.judges.rules import RulesJudge
 from msd_jax.generation import refill, rollout

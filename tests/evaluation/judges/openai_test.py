@@ -9,7 +9,8 @@ import ml_collections
 import pytest
 from msd_jax.configs import default
 
-from msd_jax.evaluation.judges import Response, Verdict, endpoint, formats, openai
+from msd_jax.evaluation import endpoint
+from msd_jax.evaluation.judges import Response, Verdict, formats, openai
 from msd_jax.evaluation.judges.interface import Usage
 from tests.evaluation.judges.server import completion, send, verdict
 

@@ -18,9 +18,12 @@ def completion(content, usage=(11, 7), finish_reason="stop"):
 
 
 class Server:
-    """A chat server on the loopback. `script` maps a request's number (from 0) and JSON body to what is done."""
+    """A chat server on the loopback. `script` maps a request's number (from 0) and JSON body to what is done.
 
-    def __init__(self, script):
+    `models` are the names that it lists; None: it has no such list.
+    """
+
+    def __init__(self, script, models=None):
         self.requests, self.most_at_once = [], 0
         lock, now = threading.Lock(), [0]
 
@@ -42,12 +45,19 @@ class Server:
                     with lock:
                         now[0] -= 1
 
+            def do_GET(handler):
+                listed = {"data": [{"id": name} for name in models or ()]}
+                (send(404, b"") if models is None else send(200, listed))(handler)
+
             def log_message(handler, *arguments):
                 pass
 
         class Threads(socketserver.ThreadingMixIn, http.server.HTTPServer):
             daemon_threads = True
             request_queue_size = 64
+
+            def handle_error(server, request, address):
+                """The client is gone."""
 
         self._server = Threads(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"

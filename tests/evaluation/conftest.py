@@ -9,8 +9,8 @@ from tests.evaluation.judges.server import Server
 def serve():
     servers = []
 
-    def start(script):
-        servers.append(Server(script))
+    def start(script, models=None):
+        servers.append(Server(script, models))
         return servers[-1]
 
     yield start

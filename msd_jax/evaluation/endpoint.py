@@ -4,9 +4,13 @@
 - Every address that a host name resolves to is checked, and the connection goes to an address that was checked: the
   name cannot resolve to another one in between. Redirects are refused, proxies and .netrc of the environment ignored.
 - Whatever fails (the network, the server, the form of the answer) is a `Failure` with a reason that can be shown.
+
+Why not the openai package, or tenacity: the connection has to go to the checked address, which takes a transport of our
+own in any case, and what is left of a client is a dozen lines of retries that an interruption must be able to end.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import email.utils
 import ipaddress
@@ -16,7 +20,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import httpx2 as httpx
@@ -29,6 +33,8 @@ from msd_jax.io.console import progress
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses that may pass
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds between attempts; no longer wait is granted to a server
 _LARGEST_ANSWER = 1_000_000  # bytes
+_COMPLAINTS = (400, 404, 422)  # statuses whose body says what is wrong with the request
+_LONGEST_COMPLAINT = 200  # characters
 
 
 class Failure(Exception):
@@ -37,18 +43,44 @@ class Failure(Exception):
     Attributes:
       retried: whether another attempt may succeed.
       wait: seconds that the server asks to wait before it; None where it does not say.
+      status: of HTTP; None where there was no answer, or a bad one.
+      said: what the server says is wrong with the request, on one line; "" for nothing. It is untrusted.
     """
 
-    def __init__(self, reason: str, retried: bool = False, wait: float | None = None):
+    def __init__(
+        self,
+        reason: str,
+        retried: bool = False,
+        wait: float | None = None,
+        status: int | None = None,
+        said: str = "",
+    ):
         super().__init__(reason)
-        self.retried, self.wait = retried, wait
+        self.retried, self.wait, self.status, self.said = retried, wait, status, said
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """What the user knows an endpoint's settings by: the keys, or flags, of its URL and model, and the section."""
+
+    url: str = "config.judge.openai.url"
+    model: str = "config.judge.openai.model"
+    section: str = "config.judge.openai"
 
 
 class ChatEndpoint:
     """Chat completions of one server."""
 
-    def __init__(self, config: ml_collections.ConfigDict):
-        """`config` is config.judge.openai. Raises UserError, before any request, where it cannot work."""
+    def __init__(self, config: ml_collections.ConfigDict, keys: Keys = Keys(), key_needed: bool = True):
+        """
+        Args:
+          config: as config.judge.openai.
+          keys: what errors call its parts.
+          key_needed: whether the environment must hold a key where the config names its variable.
+
+        Raises:
+          UserError: it cannot work; nothing was sent.
+        """
         self._config = config
         self.usage = Usage()
         self._lock = threading.Lock()
@@ -58,22 +90,19 @@ class ChatEndpoint:
         except httpx.InvalidURL:
             url = httpx.URL("")
         if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-            raise UserError(
-                "config.judge.openai.url must be the base of an OpenAI-compatible API, such as https://HOST/v1"
-            )
+            raise UserError(f"{keys.url} must be the base of an OpenAI-compatible API, such as https://HOST/v1")
         if url.userinfo:
-            raise UserError("config.judge.openai.url must not hold a user or password; see key_variable")
+            raise UserError(f"{keys.url} must not hold a user or password; see {keys.section}.key_variable")
         if url.scheme == "http" and config.addresses == "public":
             raise UserError(
-                f"config.judge.openai.url={config.url!r} would send key and prompts in the clear; use https, or "
-                "config.judge.openai.addresses='private' for a server of your own"
+                f"{keys.url}={config.url!r} would send key and prompts in the clear; use https, or "
+                f"{keys.section}.addresses='private' for a server of your own"
             )
         if not config.model:
-            raise UserError("config.judge.openai.model is empty: name the model to request")
-        self._url, self._key = url, _key(config.key_variable)
+            raise UserError(f"{keys.model} is empty: name the model to request")
+        self._url, self._key = url, _key(config.key_variable, keys.section, key_needed)
         self._client = httpx.Client(
-            transport=CheckedTransport(config.addresses, config.concurrency),
-            timeout=httpx.Timeout(config.timeout),
+            transport=CheckedTransport(config.addresses, config.concurrency, keys.section),
             follow_redirects=False,
             trust_env=False,
             headers={
@@ -83,34 +112,59 @@ class ChatEndpoint:
             },
         )
 
-    def side_by_side(
-        self, ask: Callable[[Any], Any], items: Sequence[Any], what: str, keep: Callable[[int, Any], None]
-    ) -> list[Any]:
-        """[ask(item) for item in items], `concurrency` at a time; `keep` gets (index, result) as each arrives."""
-        results: dict[int, Any] = {}
+    @property
+    def has_key(self) -> bool:
+        """Whether requests carry a key."""
+        return bool(self._key)
+
+    def each(self, ask: Callable[[Any], Any], items: Sequence[Any]) -> Generator[tuple[int, Any], None, None]:
+        """(index, ask(item)) of each item as it arrives, `concurrency` of them at a time; close it to end the rest."""
         executor = concurrent.futures.ThreadPoolExecutor(self._config.concurrency)
         try:
             futures = {executor.submit(ask, item): i for i, item in enumerate(items)}
-            with progress(what, len(futures)) as advance:
-                for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                    results[futures[future]] = future.result()
-                    keep(futures[future], future.result())
-                    advance(done, "")
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
         except BaseException:  # an interruption waits for requests in flight, not for pauses
             self.stopped.set()
             raise
         finally:
             executor.shutdown(cancel_futures=True)
+
+    def side_by_side(
+        self, ask: Callable[[Any], Any], items: Sequence[Any], what: str, keep: Callable[[int, Any], None]
+    ) -> list[Any]:
+        """[ask(item) for item in items], `concurrency` at a time; `keep` gets (index, result) as each arrives."""
+        results: dict[int, Any] = {}
+        with contextlib.closing(self.each(ask, items)) as arriving, progress(what, len(items)) as advance:
+            for done, (index, result) in enumerate(arriving, 1):
+                results[index] = result
+                keep(index, result)
+                advance(done, "")
         return [results[i] for i in range(len(items))]
 
     def complete(self, messages: Messages, extra: dict[str, Any]) -> str:
-        """The text of the answer. Raises Failure once the last attempt has failed."""
+        """The text of the whole answer. Raises Failure once the last attempt has failed, or where it is cut off."""
+        choice = self.choose(messages, extra)
+        if choice.get("finish_reason") == "length":
+            raise Failure("answer cut off by the token limit")
+        text = choice["message"]["content"]
+        if not isinstance(text, str):
+            raise Failure("answer without text")
+        return self._redacted(text)
+
+    def choose(self, messages: Messages, extra: dict[str, Any]) -> dict[str, Any]:
+        """The first choice of the answer, as the server gives it, with "usage". Raises Failure as `complete`.
+
+        Args:
+          messages: of the conversation.
+          extra: further keys of the request, which `request` of the config overrides; None removes one.
+        """
         request = {"model": self._config.model, "messages": messages} | extra | self._config.request.to_dict()
         body = json.dumps({name: value for name, value in request.items() if value is not None}).encode()
         wait = _FIRST_WAIT
         for attempt in range(self._config.retries + 1):
             try:
-                return self._redacted(self._attempt(body))
+                return self._attempt(body)
             except Failure as failure:
                 if not failure.retried or attempt == self._config.retries or (failure.wait or 0) > _LONGEST_WAIT:
                     raise
@@ -122,38 +176,58 @@ class ChatEndpoint:
                 self.usage.retries += 1
         raise AssertionError("unreachable")
 
-    def _attempt(self, body: bytes) -> str:
+    def models(self, seconds: float) -> list[str]:
+        """Names of the models that the server lists; [] where it lists none. Raises Failure where nobody answers.
+
+        Args:
+          seconds: that the answer may take.
+        """
+        url = self._url.copy_with(path=self._url.path.removesuffix("/chat/completions") + "/models")
+        status, _, data = self._sent("GET", url, None, min(seconds, self._config.timeout))
+        try:
+            names = [model["id"] for model in json.loads(data)["data"]] if status == 200 else []
+        except (ValueError, RecursionError, KeyError, TypeError):
+            return []
+        return [self._redacted(name) for name in names if isinstance(name, str)]
+
+    def _attempt(self, body: bytes) -> dict[str, Any]:
         with self._lock:
             self.usage.requests += 1
-        try:
-            status, headers, data = self._post(body)
-        except httpx.TimeoutException:
-            raise Failure(f"no answer within {self._config.timeout:g} s", retried=True) from None
-        except httpx.HTTPError as error:  # its text may contain addresses, and its request the key
-            raise Failure(f"connection failed: {type(error).__name__}", retried=True) from None
+        status, headers, data = self._sent("POST", self._url, body, self._config.timeout)
         if 300 <= status < 400:
-            raise Failure(f"redirect refused (HTTP {status})")
+            raise Failure(f"redirect refused (HTTP {status})", status=status)
         if status != 200:
-            raise Failure(f"HTTP {status}", retried=status in _RETRIED, wait=_retry_after(headers.get("retry-after")))
+            wait = _retry_after(headers.get("retry-after"))
+            raise Failure(f"HTTP {status}", status in _RETRIED, wait, status, self._complaint(status, data))
         try:
             value = json.loads(data)
             choice = value["choices"][0]
-            text = choice["message"]["content"]
+            choice["message"]["content"]
         except (ValueError, RecursionError, KeyError, IndexError, TypeError):
             raise Failure("malformed answer from the endpoint", retried=True) from None
-        self._count(value.get("usage"))
-        if choice.get("finish_reason") == "length":
-            raise Failure("answer cut off by the token limit")
-        if not isinstance(text, str):
-            raise Failure("answer without text")
-        return text
+        usage = value.get("usage")
+        self._count(usage)
+        return choice | {"usage": usage}
 
-    def _post(self, body: bytes) -> tuple[int, httpx.Headers, bytes]:
-        """Status, headers and body; the body is read for status 200 only."""
-        deadline = time.monotonic() + self._config.timeout
-        with self._client.stream("POST", self._url, content=body) as response:
+    def _sent(
+        self, method: str, url: httpx.URL, body: bytes | None, seconds: float
+    ) -> tuple[int, httpx.Headers, bytes]:
+        """`_exchange`, with a Failure for what happens on the network."""
+        try:
+            return self._exchange(method, url, body, seconds)
+        except httpx.TimeoutException:
+            raise Failure(f"no answer within {seconds:g} s", retried=True) from None
+        except httpx.HTTPError as error:  # its text may contain addresses, and its request the key
+            raise Failure(f"connection failed: {type(error).__name__}", retried=True) from None
+
+    def _exchange(
+        self, method: str, url: httpx.URL, body: bytes | None, seconds: float
+    ) -> tuple[int, httpx.Headers, bytes]:
+        """Status, headers and body; the body is read for status 200 and for complaints about the request only."""
+        deadline, limits = time.monotonic() + seconds, httpx.Timeout(seconds)
+        with self._client.stream(method, url, content=body, timeout=limits) as response:
             data = b""
-            if response.status_code == 200:
+            if response.status_code in (200, *_COMPLAINTS):
                 for part in response.iter_raw():
                     data += part
                     if len(data) > _LARGEST_ANSWER:
@@ -161,6 +235,18 @@ class ChatEndpoint:
                     if time.monotonic() > deadline:  # httpx's own limit applies to each read
                         raise httpx.ReadTimeout("")
             return response.status_code, response.headers, data
+
+    def _complaint(self, status: int, data: bytes) -> str:
+        """What the server says of a request that it does not take, on one line; "" where it says nothing readable."""
+        if status not in _COMPLAINTS:
+            return ""
+        try:
+            value = json.loads(data)
+            error = value.get("error", value)
+            said = error.get("message") or error.get("detail") if isinstance(error, dict) else error
+        except (ValueError, RecursionError, AttributeError):
+            return ""
+        return self._redacted(" ".join(said.split()))[:_LONGEST_COMPLAINT] if isinstance(said, str) else ""
 
     def _count(self, usage: Any) -> None:
         if isinstance(usage, dict):
@@ -184,15 +270,17 @@ class ChatEndpoint:
         return (prices[0] * self.usage.prompt_tokens + prices[1] * self.usage.completion_tokens) / 1e6
 
 
-ADDRESSES = ("public", "private", "any")  # of config.judge.openai.addresses
+ADDRESSES = ("public", "private", "any")  # of an endpoint's `addresses`
 
 
 class CheckedTransport(httpx.BaseTransport):
     """Connects only to addresses of the allowed kind ("public", "private" or "any"), whatever the host's name."""
 
-    def __init__(self, addresses: str, connections: int):
+    def __init__(self, addresses: str, connections: int, section: str):
+        """`section`: of the config, that says which addresses are allowed."""
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._addresses, self._inner = addresses, httpx.HTTPTransport(trust_env=False, limits=limits)
+        self._addresses, self._section = addresses, section
+        self._inner = httpx.HTTPTransport(trust_env=False, limits=limits)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         host = request.url.host
@@ -204,7 +292,7 @@ class CheckedTransport(httpx.BaseTransport):
         for address in addresses:
             if not is_allowed(address, self._addresses):
                 raise Failure(
-                    f"{host} is at {address}, which config.judge.openai.addresses={self._addresses!r} does not allow"
+                    f"{host} is at {address}, which {self._section}.addresses={self._addresses!r} does not allow"
                 )
         # The Host header stays, and TLS still verifies the name.
         request.url = request.url.copy_with(host=addresses[0])
@@ -243,15 +331,15 @@ def _embedded(ip: Any) -> Any:
     return ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1]) or ip
 
 
-def _key(variable: str) -> str:
-    if not variable:
-        return ""
-    key = os.environ.get(variable, "").strip()
+def _key(variable: str, section: str, needed: bool) -> str:
+    key = os.environ.get(variable, "").strip() if variable else ""
     if not key:
-        raise UserError(
-            f"the environment variable {variable} (config.judge.openai.key_variable) is not set; "
-            "set it, or key_variable='' for an endpoint without a key"
-        )
+        if variable and needed:
+            raise UserError(
+                f"the environment variable {variable} ({section}.key_variable) is not set; "
+                "set it, or key_variable='' for an endpoint without a key"
+            )
+        return ""
     if not key.isascii() or not key.isprintable() or " " in key:  # the HTTP library would quote the key in its error
         raise UserError(
             f"the environment variable {variable} does not hold a key: it contains blanks or unusual characters"
