@@ -1,10 +1,10 @@
-"""Builds the TFDS dataset parallel_queries from a query file.
+"""Builds a TFDS dataset with a training and a test split from a query file (`msd-jax queries`).
 
-    python -m msd_jax.queries --build SOURCE [--name parallel_queries[/CONFIG][:1.0.0]] [--splits train=0.9,test=0.1] \
-        [--harmful file|true|false] [--data_dir DIR]
+    msd-jax queries --build QUERIES.csv
+    msd-jax queries --build hf://OWNER/NAME --harmful true --name parallel_queries/mine:1.0.0
+    msd-jax queries --build QUERIES.jsonl --splits train=0.8,test=0.2 --data_dir data
 
-SOURCE is a .jsonl, .csv or .parquet file, a directory, or hf://OWNER/NAME. Training reads the dataset by
---config.data.path=tfds://parallel_queries:1.0.0/train (with ?data_dir=DIR at the end, if it has one).
+It ends with the paths by which training and evaluation read the splits. A file can also be trained on as it is.
 """
 
 import argparse
@@ -27,16 +27,37 @@ def splits(text: str) -> dict[str, float]:
         raise UserError(f"--splits={text!r}: write train=0.9,test=0.1") from None
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
+    shares = ",".join(f"{split}={share}" for split, share in parallel_queries.SPLITS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m msd_jax.queries", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="msd-jax queries",
+        usage="msd-jax queries --build SOURCE [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--build", required=True, metavar="SOURCE")
-    parser.add_argument("--name", default=parallel_queries.NAME)
-    parser.add_argument("--splits", default=",".join(f"{k}={v}" for k, v in parallel_queries.SPLITS.items()))
-    parser.add_argument("--harmful", default="file", choices=LABELS)
-    parser.add_argument("--data_dir", default="")
-    flags = parser.parse_args()
+    add = parser.add_argument
+    add(
+        "--build", required=True, metavar="SOURCE", help="a .jsonl, .csv or .parquet file, a directory, hf://OWNER/NAME"
+    )
+    add(
+        "--name",
+        default=parallel_queries.NAME,
+        metavar="NAME[/CONFIG][:VERSION]",
+        help=f"(default: {parallel_queries.NAME})",
+    )
+    add("--splits", default=shares, metavar="NAME=SHARE,...", help=f"(default: {shares})")
+    add("--harmful", default="file", choices=LABELS, help="label of queries without one (default: file, unknown)")
+    add(
+        "--data_dir",
+        default="",
+        metavar="DIR",
+        help="where datasets are (default: TFDS_DATA_DIR, or ~/tensorflow_datasets)",
+    )
+    return parser
+
+
+def main() -> None:
+    flags = _parser().parse_args()
     logging.set_verbosity(logging.ERROR)  # TFDS warns about every CONFIG that it does not know
     with cli.clear_errors():
         places.require_directory("--build", flags.build, ("hf",))
@@ -45,7 +66,7 @@ def main() -> None:
     for line in (
         built.directory,
         f"source {built.metadata['source']}, sha256 {built.metadata['sha256']}",
-        *(f"{split}: {count} records" for split, count in built.metadata["records"].items()),
+        *(f"{built.path(split)}: {count} records" for split, count in built.metadata["records"].items()),
         "languages: " + ", ".join(f"{code} {count}" for code, count in built.metadata["languages"].items()),
     ):
         console.print(str(line), markup=False, soft_wrap=True)
