@@ -26,6 +26,8 @@ setuptools.setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
@@ -84,6 +86,7 @@ setuptools.setup(
         "eval": ["lm_eval>=0.4.13"],
         "stores": ["adlfs", "gcsfs>=2025.1", "s3fs>=2025.1"],  # workdirs and compiled programs in object stores
         "xlsx": ["openpyxl"],  # for XSafety, some of whose files are workbooks
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "parity": ["peft", "torch==2.13.0"],
         "test": [
             "dm-haiku",

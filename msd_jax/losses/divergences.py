@@ -53,8 +53,8 @@ def reverse_kl(
       0.1308
 
     References:
-      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2023
-      Gu et al., `MiniLLM <https://arxiv.org/abs/2306.08543>`_, 2023
+      Agarwal et al., [On-Policy Distillation of Language Models](https://arxiv.org/abs/2306.13649), 2023
+      Gu et al., [MiniLLM](https://arxiv.org/abs/2306.08543), 2023
     """
     log_student, log_teacher = log_rows(student_logits, teacher_logits, temperature, top_k)
     return kl(log_student, log_teacher)
@@ -95,7 +95,7 @@ def forward_kl(
       0.5640 0.5918
 
     References:
-      Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015
+      Hinton et al., [Distilling the Knowledge in a Neural Network](https://arxiv.org/abs/1503.02531), 2015
     """
     log_student, log_teacher = log_rows(student_logits, teacher_logits, temperature, top_k)
     return kl(log_teacher, log_student)
@@ -145,7 +145,7 @@ def jsd(
       0.6931
 
     References:
-      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2023, eq. 1
+      Agarwal et al., [On-Policy Distillation of Language Models](https://arxiv.org/abs/2306.13649), 2023, eq. 1
     """
     check_static("beta", beta)
     check_share("beta", beta)

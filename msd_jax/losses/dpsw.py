@@ -187,7 +187,7 @@ def dpsw_loss(
       0.8891
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     settings = LossSettings(
         divergence=divergence,

@@ -8,7 +8,7 @@ The gradient leaves the loss in float32 and meets 16-bit weights as the sum of t
 them, each of its elements would be off by a part in 500.
 
 That the head's gradient can be had in the forward pass is the idea of Liger Kernel's fused linear cross-entropy (Hsu et
-al., `Liger Kernel <https://arxiv.org/abs/2410.10989>`_, 2024).
+al., [Liger Kernel](https://arxiv.org/abs/2410.10989), 2024).
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ def fused_dpsw_loss(
       True
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     _check(student_hidden, student_head, teacher_hidden, teacher_head, response, mask, mesh)
     beta = options.get("beta")

@@ -72,7 +72,7 @@ def teacher_weight(
       ['1.000', '0.500']
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     check_logits("teacher_logits", teacher_logits)
     top_k = clamped("top_k", top_k, teacher_logits.shape[-1])
@@ -118,7 +118,7 @@ def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: fl
       ['0.25', '1e-12']
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     check_logits("student_logits", student_logits)
     check_tokens("tokens", tokens, student_logits.shape[:-1])
@@ -180,7 +180,7 @@ def dpsw_weights(
       ['0.900', '0.100', '0.000']
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     check_choice("weighting", weighting, WEIGHTINGS)
     w_T, w_S = perspectives(student_logits, teacher_logits, response, top_k, entropy_scale, student_token, temperature)
