@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-
 from msd_jax.configs import quickstart
 
 from msd_jax import losses, report
@@ -61,7 +60,7 @@ def responses(step: int) -> dict[tuple[str, str], dict]:
 
 
 before, after = responses(0), responses(STEPS)
-for key in [key for key, row in before.items() if key[1] == "sw" and row["harmful"]][:4]:
+for key in [key for key, row in before.items() if key[1] == "sw" and row["harmful"]][:3]:
     print(before[key]["prompt"])
     for name, rows in (("before", before), ("after", after)):
         print(f"  {name:6} {rows[key]['verdict']:9} {rows[key]['response']}")
@@ -69,9 +68,9 @@ for key in [key for key, row in before.items() if key[1] == "sw" and row["harmfu
 # %% [markdown]
 # ## The loss alone
 #
-# `msd_jax.losses` needs JAX alone. Here a student of 12 tokens over a vocabulary of 50 learns from a teacher that is sure
-# of each third token. Its logits are the parameters; in a project of yours they come from a model. `mask` is false where
-# the response has ended.
+# `msd_jax.losses` needs JAX alone. Here a student of 12 tokens, over a vocabulary of 50, learns from a teacher that is
+# sure of each third token. Its logits are the parameters; elsewhere they come from a model. `mask` is false where the
+# response has ended.
 
 # %%
 keys = jax.random.split(jax.random.key(0), 2)
