@@ -1,4 +1,4 @@
-"""Reads the queries, counts them by language and label, and prints what each role is shown (`msd-jax prompts`).
+"""Counts the queries by language and label, and prints what each role is shown (`msd-jax prompts`).
 
     msd-jax prompts --config NAME --n 3
 
