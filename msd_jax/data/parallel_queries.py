@@ -93,6 +93,14 @@ class Built:
         """What config.data.path or config.eval.path takes."""
         return f"tfds://{self.reference}/{split}" + (f"?data_dir={self.data_dir}" if self.data_dir else "")
 
+    def lines(self) -> Iterator[str]:
+        """Where it is, what it was built from, and how many records each split and language has."""
+        yield str(self.directory)
+        yield f"source {self.metadata['source']}, sha256 {self.metadata['sha256']}"
+        for split, count in self.metadata["records"].items():
+            yield f"{self.path(split)}: {count} records"
+        yield "languages: " + ", ".join(f"{code} {count}" for code, count in self.metadata["languages"].items())
+
 
 def build(
     source: str,
