@@ -86,7 +86,7 @@ setuptools.setup(
         "eval": ["lm_eval>=0.4.13"],
         "stores": ["adlfs", "gcsfs>=2025.1", "s3fs>=2025.1"],  # workdirs and compiled programs in object stores
         "xlsx": ["openpyxl"],  # for XSafety, some of whose files are workbooks
-        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],  # ruff breaks the lines of long signatures
         "parity": ["peft", "torch==2.13.0"],
         "test": [
             "dm-haiku",
