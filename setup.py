@@ -26,6 +26,8 @@ setuptools.setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
@@ -87,6 +89,7 @@ setuptools.setup(
         "wandb": ["wandb"],  # this and the next two: config.train.trackers
         "trackio": ["trackio"],
         "mlflow": ["mlflow"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],  # ruff breaks the lines of long signatures
         "parity": ["peft", "torch==2.13.0"],
         "test": [
             "dm-haiku",

@@ -1,6 +1,8 @@
-"""Prints what the student and the teacher are shown (`python -m msd_jax.prompts`).
+"""Counts the queries by language and label, and prints what each role is shown (`msd-jax prompts`).
 
-python -m msd_jax.prompts --config configs/NAME.py --n 3
+    msd-jax prompts --config NAME --n 3
+
+Nothing is trained, and of the model only its tokenizer is read.
 """
 
 import ml_collections
@@ -18,9 +20,14 @@ from msd_jax.report.untrusted import visible
 
 
 def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console) -> None:
-    """Prints the roles' prompts, with their lengths, of the first `n` records in each target language."""
+    """Prints how many records there are, and the roles' prompts, with their lengths, of `n` in each target language."""
+
+    def line(text: str, style: str = "") -> None:
+        screen.print(Text(visible(text), style=style), soft_wrap=True)  # not as markup: data is shown, never obeyed
+
     source, roles = config.data.source_language, ("student", "teacher") if shows_teacher(config) else ("student",)
-    records = sources.load(config.data, teacher="teacher" in roles)
+    records = sources.load(config.data, line, teacher="teacher" in roles)
+    screen.print()
     tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
     check_templates(tokenizer, config.prompts)
 
@@ -36,11 +43,9 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
                 variables, limit = (config.prompts[f"{role}_{key}"] for key in ("template_kwargs", "limit"))
                 length = len(token_ids(tokenizer, messages, variables))
                 over = f", over config.prompts.{role}_limit={limit}: dropped in training" if length > limit else ""
-                title = f"{record.id}  {language_name(language)} ({language})  {role}: {length} tokens{over}"
-                # As text, not as markup: data is shown, never obeyed.
-                screen.print(Text(visible(title), style="bold"), soft_wrap=True)
-                for line in render(tokenizer, messages, variables).split("\n"):
-                    screen.print(Text(visible(line)), soft_wrap=True)
+                line(f"{record.id}  {language_name(language)} ({language})  {role}: {length} tokens{over}", "bold")
+                for shown in render(tokenizer, messages, variables).split("\n"):
+                    line(shown)
                 screen.print()
 
 

@@ -1,10 +1,10 @@
-"""Builds the TFDS dataset parallel_queries from a query file.
+"""Builds a TFDS dataset with a training and a test split from a query file (`msd-jax queries`).
 
-    python -m msd_jax.queries --build SOURCE [--name parallel_queries[/CONFIG][:1.0.0]] [--splits train=0.9,test=0.1] \
-        [--harmful file|true|false] [--data_dir DIR]
+    msd-jax queries --build QUERIES.csv
+    msd-jax queries --build hf://OWNER/NAME --harmful true --name parallel_queries/mine:1.0.0
+    msd-jax queries --build QUERIES.jsonl --splits train=0.8,test=0.2 --data_dir data
 
-SOURCE is a .jsonl, .csv or .parquet file, a directory, or hf://OWNER/NAME. Training reads the dataset by
---config.data.path=tfds://parallel_queries:1.0.0/train (with ?data_dir=DIR at the end, if it has one).
+It ends with the paths by which training and evaluation read the splits. A file can also be trained on as it is.
 """
 
 import argparse
@@ -18,6 +18,19 @@ from msd_jax.errors import UserError
 from msd_jax.io import places
 from msd_jax.io.console import console
 
+NAME, SPLITS = parallel_queries.NAME, ",".join(f"{k}={v}" for k, v in parallel_queries.SPLITS.items())
+FLAGS = {
+    "--build": {
+        "required": True,
+        "metavar": "SOURCE",
+        "help": ".jsonl, .csv or .parquet; a directory; hf://OWNER/NAME",
+    },
+    "--name": {"default": NAME, "metavar": "NAME[/CONFIG][:VERSION]", "help": f"(default: {NAME})"},
+    "--splits": {"default": SPLITS, "metavar": "NAME=SHARE,...", "help": f"(default: {SPLITS})"},
+    "--harmful": {"default": "file", "choices": LABELS, "help": "label of queries without one (file: unknown)"},
+    "--data_dir": {"default": "", "metavar": "DIR", "help": "(default: TFDS_DATA_DIR, or ~/tensorflow_datasets)"},
+}
+
 
 def splits(text: str) -> dict[str, float]:
     """Shares by split, from train=0.9,test=0.1. Raises UserError if `text` is malformed."""
@@ -28,27 +41,18 @@ def splits(text: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m msd_jax.queries", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--build", required=True, metavar="SOURCE")
-    parser.add_argument("--name", default=parallel_queries.NAME)
-    parser.add_argument("--splits", default=",".join(f"{k}={v}" for k, v in parallel_queries.SPLITS.items()))
-    parser.add_argument("--harmful", default="file", choices=LABELS)
-    parser.add_argument("--data_dir", default="")
+    raw, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s --build SOURCE [flags]"
+    parser = argparse.ArgumentParser("msd-jax queries", usage, __doc__, formatter_class=raw)
+    for name, options in FLAGS.items():
+        parser.add_argument(name, **options)
     flags = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # TFDS warns about every CONFIG that it does not know
     with cli.clear_errors():
         places.require_directory("--build", flags.build, ("hf",))
         places.require_directory("--data_dir", flags.data_dir)
         built = parallel_queries.build(flags.build, flags.name, flags.data_dir, splits(flags.splits), flags.harmful)
-    for line in (
-        built.directory,
-        f"source {built.metadata['source']}, sha256 {built.metadata['sha256']}",
-        *(f"{split}: {count} records" for split, count in built.metadata["records"].items()),
-        "languages: " + ", ".join(f"{code} {count}" for code, count in built.metadata["languages"].items()),
-    ):
-        console.print(str(line), markup=False, soft_wrap=True)
+    for line in built.lines():
+        console.print(line, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

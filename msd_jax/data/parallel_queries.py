@@ -78,12 +78,28 @@ class Built:
 
     Attributes:
       directory: DATA_DIR/NAME[/CONFIG]/VERSION.
+      reference: NAME[/CONFIG]:VERSION.
+      data_dir: DATA_DIR, or "" for TFDS's own.
       metadata: `source`, `sha256` (of the source), `harmful` (the label of records without one), `splits` (their shares
         as configured), `records` (number by split) and `languages` (number of records by language).
     """
 
     directory: pathlib.Path
+    reference: str
+    data_dir: str
     metadata: dict[str, Any]
+
+    def path(self, split: str) -> str:
+        """What config.data.path or config.eval.path takes."""
+        return f"tfds://{self.reference}/{split}" + (f"?data_dir={self.data_dir}" if self.data_dir else "")
+
+    def lines(self) -> Iterator[str]:
+        """Where it is, what it was built from, and how many records each split and language has."""
+        yield str(self.directory)
+        yield f"source {self.metadata['source']}, sha256 {self.metadata['sha256']}"
+        for split, count in self.metadata["records"].items():
+            yield f"{self.path(split)}: {count} records"
+        yield "languages: " + ", ".join(f"{code} {count}" for code, count in self.metadata["languages"].items())
 
 
 def build(
@@ -111,9 +127,9 @@ def build(
     if not splits or min(splits.values()) <= 0 or abs(sum(splits.values()) - 1) > 1e-6:
         raise UserError(f"splits {dict(splits)}: each needs a share above 0, adding up to 1 (train=0.9,test=0.1)")
     metadata = {"sha256": checksum(source), "harmful": harmful, "splits": dict(splits)}
-    directory = _directory(reference, data_dir)
+    directory, whole = _directory(reference, data_dir), f"{name}{config and '/' + config}:{version}"
     if directory.exists():
-        built = Built(directory, dict(_open(directory).info.metadata or {}))
+        built = Built(directory, whole, data_dir, dict(_open(directory).info.metadata or {}))
         changed = [key for key, value in metadata.items() if built.metadata.get(key) != value]
         if changed:
             then_and_now = ", ".join(f"{key} {built.metadata.get(key)} (now {metadata[key]})" for key in changed)
@@ -138,7 +154,7 @@ def build(
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints about downloads
         builder.download_and_prepare()
-    return Built(directory, metadata)
+    return Built(directory, whole, data_dir, metadata)
 
 
 def read(uri: str, key: str = "config.data.path") -> tuple[tuple[Query, ...], dict[str, Any]]:

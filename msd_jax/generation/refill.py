@@ -64,8 +64,8 @@ class PoolGenerator:
         whole: Any = sharding.replicated(mesh)
         out = rollout.Rows(whole, by_row, by_row, by_row, by_row, None, rollout.Rollout(by_row, by_row, by_row))
         self._empty = jax.jit(self._no_rows, static_argnums=1, out_shardings=out)
-        self._fill = jax.jit(self._with_prompts, donate_argnums=1, out_shardings=out)
-        self._decode = jax.jit(self._decoded, donate_argnums=2, out_shardings=out)
+        self._fill = jax.jit(self._prefill, donate_argnums=1, out_shardings=out)
+        self._decode = jax.jit(self._decoding, donate_argnums=2, out_shardings=out)
         self._unstack = jax.jit(self._layers)
 
     def __call__(
@@ -108,7 +108,7 @@ class PoolGenerator:
                 yield Response(held.pop(row), *written.row(row))
 
     def _padded(self, prompts_ids: Sequence[np.ndarray], hashes: np.ndarray, into: Sequence[int]) -> tuple:
-        """Arguments of `_with_prompts`: always as many prompts, so that few programs are compiled."""
+        """Arguments of `_prefill`: always as many prompts, so that few programs are compiled."""
         missing = self._part - len(prompts_ids)
         filled = [*prompts_ids, *[prompts_ids[0]] * missing]
         prompt_FxP, length_F = padding.left_pad(filled, self._limit, self._writer.pad_id)
@@ -128,7 +128,7 @@ class PoolGenerator:
         zeros_B, keys = jnp.zeros(B, jnp.int32), jax.random.split(jax.random.key(0), B)
         return rollout.Rows(jnp.int32(0), zeros_B, zeros_B, jnp.ones(B, bool), keys, cache, self._writer.empty(B))
 
-    def _with_prompts(
+    def _prefill(
         self,
         params: decoder.Params,
         rows: rollout.Rows,
@@ -166,7 +166,7 @@ class PoolGenerator:
         cache = jax.tree.map(in_cache, rows.cache, cache)
         return rollout.Rows(rows.slot, token_B, position_B, done_B, key_B, cache, written)
 
-    def _decoded(
+    def _decoding(
         self, params: decoder.Params, layers: list[nnx.State] | None, rows: rollout.Rows, enough: jax.Array
     ) -> rollout.Rows:
         """Token after token until `enough` rows are done."""

@@ -16,10 +16,9 @@ def reverse_kl(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> jax.Array:
-    r"""Reverse Kullback-Leibler divergence, KL(student || teacher), per token.
+    """Reverse Kullback-Leibler divergence, KL(student || teacher), per token.
 
-    .. math::
-      D = \sum_v p_S(v) \log \frac{p_S(v)}{p_T(v)}
+        D = sum_v p_S(v) log(p_S(v) / p_T(v))
 
     Mode-seeking: the student is punished for mass where the teacher has little. What summaries of the paper
     name for responses of the student; where that is certain it can stand still, see docs/method.md.
@@ -43,7 +42,7 @@ def reverse_kl(
     Raises:
       ValueError: for shapes, dtypes, a temperature or a top_k other than the above.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> student = jnp.log(jnp.array([0.5, 0.25, 0.25]))
@@ -54,8 +53,8 @@ def reverse_kl(
       0.1308
 
     References:
-      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2023
-      Gu et al., `MiniLLM <https://arxiv.org/abs/2306.08543>`_, 2023
+      Agarwal et al., [On-Policy Distillation of Language Models](https://arxiv.org/abs/2306.13649), 2023
+      Gu et al., [MiniLLM](https://arxiv.org/abs/2306.08543), 2023
     """
     log_student, log_teacher = log_rows(student_logits, teacher_logits, temperature, top_k)
     return kl(log_student, log_teacher)
@@ -68,16 +67,15 @@ def forward_kl(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> jax.Array:
-    r"""Forward Kullback-Leibler divergence, KL(teacher || student), per token.
+    """Forward Kullback-Leibler divergence, KL(teacher || student), per token.
 
-    .. math::
-      D = \sum_v p_T(v) \log \frac{p_T(v)}{p_S(v)}
+        D = sum_v p_T(v) log(p_T(v) / p_S(v))
 
     Mode-covering: the student is punished for missing mass that the teacher has; its gradient is that of the
     cross-entropy against the teacher's distribution. The default.
 
     Args:
-      student_logits: float `[..., V]`; see :func:`reverse_kl`, for the other arguments too.
+      student_logits: float `[..., V]`; see `reverse_kl`, for the other arguments too.
       teacher_logits: float `[..., V]`, held constant.
       temperature: static, > 0.
       top_k: static; None, or K in 1..V for the teacher's K most probable tokens and TAIL.
@@ -86,9 +84,9 @@ def forward_kl(
       The divergence in nats, float32 `[...]`.
 
     Raises:
-      ValueError: as :func:`reverse_kl`.
+      ValueError: as `reverse_kl`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> student = jnp.log(jnp.array([0.5, 0.25, 0.25]))
@@ -97,7 +95,7 @@ def forward_kl(
       0.5640 0.5918
 
     References:
-      Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015
+      Hinton et al., [Distilling the Knowledge in a Neural Network](https://arxiv.org/abs/1503.02531), 2015
     """
     log_student, log_teacher = log_rows(student_logits, teacher_logits, temperature, top_k)
     return kl(log_teacher, log_student)
@@ -111,10 +109,9 @@ def jsd(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> jax.Array:
-    r"""Generalised Jensen-Shannon divergence between teacher and student, per token.
+    """Generalised Jensen-Shannon divergence between teacher and student, per token.
 
-    .. math::
-      D = \beta \, KL(p_T || m) + (1 - \beta) \, KL(p_S || m), \quad m = \beta p_T + (1 - \beta) p_S
+        D = beta KL(p_T || m) + (1 - beta) KL(p_S || m),    m = beta p_T + (1 - beta) p_S
 
     beta is the teacher's share of the mixture m. The formula itself goes to 0 at both ends; there, by the convention of
     GKD and TRL, the divergences that it points to take its place: beta = 0 is forward KL, beta = 1 is reverse KL. The
@@ -122,7 +119,7 @@ def jsd(
     bounded by log 2, and finite even where the supports differ.
 
     Args:
-      student_logits: float `[..., V]`; see :func:`reverse_kl`, for the other arguments too.
+      student_logits: float `[..., V]`; see `reverse_kl`, for the other arguments too.
       teacher_logits: float `[..., V]`, held constant.
       beta: static, in [0, 1].
       temperature: static, > 0.
@@ -132,9 +129,9 @@ def jsd(
       The divergence in nats, float32 `[...]`.
 
     Raises:
-      ValueError: for a beta outside [0, 1], and as :func:`reverse_kl`.
+      ValueError: for a beta outside [0, 1], and as `reverse_kl`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> student = jnp.array([0.0, -jnp.inf])
@@ -143,7 +140,7 @@ def jsd(
       0.6931
 
     References:
-      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2023, eq. 1
+      Agarwal et al., [On-Policy Distillation of Language Models](https://arxiv.org/abs/2306.13649), 2023, eq. 1
     """
     check_static("beta", beta)
     check_share("beta", beta)
@@ -171,18 +168,17 @@ def blend(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> jax.Array:
-    r"""Blend of forward and reverse KL, per token.
+    """Blend of forward and reverse KL, per token.
 
-    .. math::
-      D = (1 - \beta) \, KL(p_T || p_S) + \beta \, KL(p_S || p_T)
+        D = (1 - beta) KL(p_T || p_S) + beta KL(p_S || p_T)
 
     Reverse KL alone stands still where a confident student gives the teacher's token no probability: its gradient on a
     logit is p_S (log p_S / p_T - KL). The forward part keeps (1 - beta) (p_S - p_T) there. Near agreement both KLs have
     the same Hessian, so that the scale does not depend on beta; beta = 0 is forward and beta = 1 reverse KL, as in
-    :func:`jsd`, but without a jump.
+    `jsd`, but without a jump.
 
     Args:
-      student_logits: float `[..., V]`; see :func:`reverse_kl`, for the other arguments too.
+      student_logits: float `[..., V]`; see `reverse_kl`, for the other arguments too.
       teacher_logits: float `[..., V]`, held constant.
       beta: in [0, 1], the share of reverse KL. An array (float scalar) may change from step to step without a
         recompilation, as in a pass from forward to reverse KL; it carries no gradient, and its range is not checked.
@@ -193,9 +189,9 @@ def blend(
       The divergence in nats, float32 `[...]`; at beta = 0 and 1 the part that has no share may be infinite.
 
     Raises:
-      ValueError: for a number beta outside [0, 1], and as :func:`reverse_kl`.
+      ValueError: for a number beta outside [0, 1], and as `reverse_kl`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> student = jnp.log(jnp.array([0.5, 0.25, 0.25]))
@@ -213,7 +209,7 @@ def blend(
 
 
 def cross_entropy(student_logits: jax.Array, tokens: jax.Array, *, temperature: float = 1.0) -> jax.Array:
-    r"""Cross-entropy of given tokens, -log p_S(y), per token: supervised fine-tuning on them.
+    """Cross-entropy of given tokens, -log p_S(y), per token: supervised fine-tuning on them.
 
     No divergence between student and teacher, but the baseline that distillation is compared with: with responses of
     the teacher it learns from what the teacher wrote, and not from what else the teacher might have written. It is
@@ -231,7 +227,7 @@ def cross_entropy(student_logits: jax.Array, tokens: jax.Array, *, temperature: 
     Raises:
       ValueError: for shapes, dtypes or a temperature other than the above.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> print(f"{losses.cross_entropy(jnp.log(jnp.array([0.25, 0.75])), jnp.array(0)):.4f}")  # log 4

@@ -40,7 +40,7 @@ def per_token_loss(
     student_token: str = "teacher_argmax",
     temperature: float = 1.0,
 ) -> dict[str, jax.Array]:
-    """Everything that :func:`dpsw_loss` knows of each token, for logs and coloured texts.
+    """Everything that `dpsw_loss` knows of each token, for logs and coloured texts.
 
     Args:
       student_logits: float `[..., V]`, any float dtype.
@@ -48,14 +48,14 @@ def per_token_loss(
         "cross_entropy" with weighting "uniform", or "student" at the "sampled" token.
       response: int `[...]`, its tokens; needed for student_token = "sampled" and divergence = "cross_entropy" alone.
       divergence: static; "reverse_kl", "forward_kl", "jsd", "blend", or "cross_entropy" of the response tokens.
-      beta: of :func:`jsd` (static) and :func:`blend` (a number, or an array), unused by the others.
+      beta: of `jsd` (static) and `blend` (a number, or an array), unused by the others.
       top_k: static; of the divergence: None, or the teacher's K most probable tokens and TAIL.
       token_cap: static; None, or the divergence in nats, > 0, above which a token counts by the logarithm of its
-        divergence, see :func:`capped`.
-      weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
-      weight_top_k: static; K of :func:`teacher_weight`, at least 2; V where that is smaller.
-      entropy_scale: static; "linear" or "exponential", see :func:`teacher_weight`.
-      student_token: static; "teacher_argmax" or "sampled", see :func:`dpsw_weights`.
+        divergence, see `capped`.
+      weighting: static; "dpsw", "teacher", "student" or "uniform", see `dpsw_weights`.
+      weight_top_k: static; K of `teacher_weight`, at least 2; V where that is smaller.
+      entropy_scale: static; "linear" or "exponential", see `teacher_weight`.
+      student_token: static; "teacher_argmax" or "sampled", see `dpsw_weights`.
       temperature: static, > 0; of both rows, in divergence, weights and entropies.
 
     Returns:
@@ -73,7 +73,7 @@ def per_token_loss(
     Raises:
       ValueError: for an unknown name, and as the functions above.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> student, teacher = jnp.zeros((1, 2)), jnp.array([[9.0, 0.0]])
@@ -124,16 +124,16 @@ def dpsw_loss(
     normalize: str = "mean",
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    r"""The weighted self-distillation loss, as a sum and the normaliser to divide it by.
+    """The weighted self-distillation loss, as a sum and the normaliser to divide it by.
 
-    .. math::
-      L = \frac{\sum_t w_t \, c(D_t) \, m_t}{Z}, \quad
-      Z = \sum_t w_t m_t \text{ ("mean")} \quad \text{or} \quad Z = \sum_t m_t \text{ ("none")}
+        L = sum_t w_t c(D_t) m_t / Z
+        Z = sum_t w_t m_t    (normalize = "mean")
+        Z = sum_t m_t        (normalize = "none")
 
-    with D_t the divergence, c its cap (:func:`capped`; the identity by default), w_t the weight and m_t the mask of
+    with D_t the divergence, c its cap (`capped`; the identity by default), w_t the weight and m_t the mask of
     response token t. Sums, not a mean, are returned so
     that the loss does not depend on how a batch is split: add loss_sum, normaliser and aux over micro-batches
-    (and `psum` them over devices), then divide ONCE, with :func:`mean_loss`. Gradients are those of loss_sum,
+    (and `psum` them over devices), then divide ONCE, with `mean_loss`. Gradients are those of loss_sum,
     added in the same way and divided by the same global normaliser, which carries no gradient.
 
     normalize = "mean" makes the effective weights w_t / mean(w) average 1 over the response tokens of the global
@@ -143,20 +143,20 @@ def dpsw_loss(
       student_logits: float `[B, R, V]`, or any `[..., V]`; row t is the distribution that response token t
         was drawn from. Any float dtype. The gradient flows through these alone.
       teacher_logits: float, the same shape: the teacher at the SAME response tokens. Held constant. None
-        where nothing reads them, see :func:`per_token_loss`.
+        where nothing reads them, see `per_token_loss`.
       response: int `[B, R]`, the response tokens; None will do for student_token = "teacher_argmax" and a
         divergence.
       mask: bool, or 0 and 1, `[B, R]`; true at response tokens. What the logits hold where it is false, NaN and
         infinities included, reaches neither the results nor the gradients.
       divergence: static; "reverse_kl", "forward_kl", "jsd", "blend", or "cross_entropy" of the response tokens.
-      beta: of :func:`jsd` (static) and :func:`blend` (a number, or an array), unused by the others.
+      beta: of `jsd` (static) and `blend` (a number, or an array), unused by the others.
       top_k: static; of the divergence: None, or the teacher's K most probable tokens and TAIL.
       token_cap: static; None, or the divergence in nats, > 0, above which a token counts by the logarithm of its
-        divergence, see :func:`capped`.
-      weighting: static; "dpsw", "teacher", "student" or "uniform", see :func:`dpsw_weights`.
-      weight_top_k: static; K of :func:`teacher_weight`, at least 2; V where that is smaller.
-      entropy_scale: static; "linear" or "exponential", see :func:`teacher_weight`.
-      student_token: static; "teacher_argmax" or "sampled", see :func:`dpsw_weights`.
+        divergence, see `capped`.
+      weighting: static; "dpsw", "teacher", "student" or "uniform", see `dpsw_weights`.
+      weight_top_k: static; K of `teacher_weight`, at least 2; V where that is smaller.
+      entropy_scale: static; "linear" or "exponential", see `teacher_weight`.
+      student_token: static; "teacher_argmax" or "sampled", see `dpsw_weights`.
       normalize: static; "mean" or "none".
       temperature: static, > 0; of both rows, in divergence, weights and entropies.
 
@@ -165,16 +165,16 @@ def dpsw_loss(
       normaliser: float32 scalar Z, without gradient; 0 if there is no response token.
       aux: float32 scalars without gradient, SUMS over response tokens, to be added like loss_sum and divided by
         `tokens` for means: `tokens` (their number), and `kl`, `weight`, `w_T`, `w_S`, `teacher_entropy`,
-        `student_entropy`, `saturated` of :func:`per_token_loss`. The last over loss_sum is the share of the loss that
+        `student_entropy`, `saturated` of `per_token_loss`. The last over loss_sum is the share of the loss that
         its gradient hardly moves.
 
     Raises:
-      ValueError: for an unknown normalize, shapes and dtypes other than the above, and as :func:`per_token_loss`.
+      ValueError: for an unknown normalize, shapes and dtypes other than the above, and as `per_token_loss`.
         Outside of jit also for a mask that holds anything but 0 and 1, as the response does, and for a response token
         outside the vocabulary where mask is true, such as a label of -100; under jit the latter, where it is read,
         makes the loss NaN.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from msd_jax import losses
       >>> student = jnp.log(jnp.array([[[0.1, 0.9], [0.5, 0.5], [0.5, 0.5]]]))
@@ -187,7 +187,7 @@ def dpsw_loss(
       0.8891
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     settings = LossSettings(
         divergence=divergence,
@@ -217,7 +217,7 @@ def mean_loss(loss_sum: jax.Array, normaliser: jax.Array) -> jax.Array:
     Returns:
       loss_sum / normaliser, the shape of loss_sum. NaN and infinities are passed on.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> print(losses.mean_loss(jnp.array(3.0), jnp.array(2.0)), losses.mean_loss(jnp.array(0.0), jnp.array(0.0)))
@@ -227,10 +227,10 @@ def mean_loss(loss_sum: jax.Array, normaliser: jax.Array) -> jax.Array:
 
 
 def capped(divergence: jax.Array, token_cap: float | None) -> jax.Array:
-    r"""Divergences per token, of which those above a cap count by their logarithm.
+    """Divergences per token, of which those above a cap count by their logarithm.
 
-    .. math::
-      c(D) = D \text{ for } D \le C, \quad c(D) = C \left(1 + \log \frac{D}{C}\right) \text{ above}
+        c(D) = D                     for D <= C
+        c(D) = C (1 + log(D / C))    above
 
     Its gradient is that of D, times min(1, C / D): shorter, in the same direction. The gradient of reverse KL, whose
     absolute entries can add up to 2 D + 2/e, is bounded by that of C; forward KL's adds up to 2 at most as it is.
@@ -248,7 +248,7 @@ def capped(divergence: jax.Array, token_cap: float | None) -> jax.Array:
     Raises:
       ValueError: for a token_cap that is not > 0.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from msd_jax import losses
       >>> [f"{losses.capped(jnp.array(D), 2.0):.3f}" for D in (1.0, 2.0, 8.0)]
@@ -290,7 +290,7 @@ def token_values(
     response_tokens: jax.Array | None,
     settings: LossSettings,
 ) -> dict[str, jax.Array]:
-    """:func:`per_token_loss` with its options as one value."""
+    """`per_token_loss` with its options as one value."""
     s = settings
     check_choice("divergence", s.divergence, OBJECTIVES)
     check_choice("weighting", s.weighting, WEIGHTINGS)
@@ -327,7 +327,7 @@ def token_values(
 def _without_teacher(
     student_logits: jax.Array, response_tokens: jax.Array | None, settings: LossSettings
 ) -> dict[str, jax.Array]:
-    """What :func:`token_values` can tell without a teacher."""
+    """What `token_values` can tell without a teacher."""
     if settings.reads_teacher:
         raise ValueError(
             f"divergence={settings.divergence!r} with weighting={settings.weighting!r} needs teacher_logits, got None"
@@ -350,7 +350,7 @@ def weighted_loss(
     mask: jax.Array,
     settings: LossSettings,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """:func:`dpsw_loss` with its options as one value."""
+    """`dpsw_loss` with its options as one value."""
     check_choice("normalize", settings.normalize, NORMALIZATIONS)
     if teacher_logits is not None:
         check_pair(student_logits, teacher_logits)

@@ -8,7 +8,7 @@ The gradient leaves the loss in float32 and meets 16-bit weights as the sum of t
 them, each of its elements would be off by a part in 500.
 
 That the head's gradient can be had in the forward pass is the idea of Liger Kernel's fused linear cross-entropy (Hsu et
-al., `Liger Kernel <https://arxiv.org/abs/2410.10989>`_, 2024).
+al., [Liger Kernel](https://arxiv.org/abs/2410.10989), 2024).
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def fused_dpsw_loss(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    r"""Equals ``losses.dpsw_loss(student_hidden @ student_head, teacher_hidden @ teacher_head, ...)``.
+    """Equals ``losses.dpsw_loss(student_hidden @ student_head, teacher_hidden @ teacher_head, ...)``.
 
     Gradients flow to the student's hidden states and head alone, through loss_sum alone. They are computed in the
     forward pass, and only those that are asked for: a frozen head costs no gradient.
@@ -67,9 +67,9 @@ def fused_dpsw_loss(
     Args:
       student_hidden: float `[N, D]`; row t gives the distribution that response token t was drawn from.
       student_head: float `[D, V]`.
-      teacher_hidden: float `[N, D']`, held constant. None, as the head, as in :func:`losses.dpsw_loss`.
+      teacher_hidden: float `[N, D']`, held constant. None, as the head, as in `losses.dpsw_loss`.
       teacher_head: float `[D', V]`, held constant.
-      response: int `[N]`, the response tokens; None as in :func:`losses.dpsw_loss`.
+      response: int `[N]`, the response tokens; None as in `losses.dpsw_loss`.
       mask: bool or 0/1 `[N]`, true at response tokens; what is elsewhere reaches neither results nor gradients.
       chunk: static; tokens whose logits are held at a time, on each device.
       dtype: static; operands of the matrix products are cast to it (sums are float32), inside, so that gradients come
@@ -81,15 +81,15 @@ def fused_dpsw_loss(
         heads over `fsdp` (gathered once, in `dtype`; their gradient is scattered once, in float32), and the vocabulary
         over `tensor`. None: one device, or whatever XLA makes of the arguments' sharding.
       **options: divergence, beta, top_k, token_cap, weighting, weight_top_k, entropy_scale, student_token, normalize
-        and temperature of :func:`losses.dpsw_loss`; static, but for an array beta.
+        and temperature of `losses.dpsw_loss`; static, but for an array beta.
 
     Returns:
-      (loss_sum, normaliser, aux), as :func:`losses.dpsw_loss`, summed over all N tokens of all devices.
+      (loss_sum, normaliser, aux), as `losses.dpsw_loss`, summed over all N tokens of all devices.
 
     Raises:
-      ValueError: for shapes that do not fit, N that does not divide over the mesh, and as :func:`losses.dpsw_loss`.
+      ValueError: for shapes that do not fit, N that does not divide over the mesh, and as `losses.dpsw_loss`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from msd_jax import losses
       >>> keys = jax.random.split(jax.random.key(0), 4)
@@ -102,7 +102,7 @@ def fused_dpsw_loss(
       True
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     _check(student_hidden, student_head, teacher_hidden, teacher_head, response, mask, mesh)
     beta = options.get("beta")

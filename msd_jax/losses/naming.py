@@ -43,9 +43,9 @@ def static_argnames(function: Callable[..., Any]) -> tuple[str, ...]:
       function: any function of this package.
 
     Returns:
-      Their names. To give `beta` as an array, which :func:`blend` takes, leave it out.
+      Their names. To give `beta` as an array, which `blend` takes, leave it out.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from msd_jax import losses
       >>> forward_kl = jax.jit(losses.forward_kl, static_argnames=losses.static_argnames(losses.forward_kl))

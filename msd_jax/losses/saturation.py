@@ -16,11 +16,9 @@ def is_saturated(
     log_teacher: jax.Array,
     temperature: float,
 ) -> jax.Array:
-    r"""Whether the divergence is saturated, per token.
+    """Whether the divergence is saturated, per token.
 
-    .. math::
-      \frac12 \sum_v |p_S(v) - p_T(v)| > \frac12 \quad \text{and} \quad
-      \sum_v \left| \frac{\partial D}{\partial z_v} \right| < 0.1 \min(D, 1)
+        1/2 sum_v |p_S(v) - p_T(v)| > 1/2    and    sum_v |dD / dz_v| < 0.1 min(D, 1)
 
     with z the student's logits over the temperature. The slope on the left is the most that D falls, to first order, if
     no logit moves by more than 1. Forward KL never is, as its slope is twice the distance. Reverse KL is where a

@@ -11,7 +11,7 @@ AUTO = dict.fromkeys(("on_policy", "mixed", "off_policy", "reference"), "forward
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """The keyword arguments of :func:`losses.dpsw_loss`, which documents them.
+    """The keyword arguments of `losses.dpsw_loss`, which documents them.
 
     Hashable, so a static argument of jit, unless beta is an array.
 
@@ -46,7 +46,7 @@ def resolve_divergence(name: str, policy: str) -> str:
     Returns:
       For "auto": AUTO[policy].
 
-    Example:
+    Examples:
       >>> from msd_jax import losses
       >>> losses.resolve_divergence("auto", "on_policy"), losses.resolve_divergence("jsd", "on_policy")
       ('forward_kl', 'jsd')

@@ -35,13 +35,11 @@ ENTROPY_SCALES: dict[str, Callable[[jax.Array, int], jax.Array]] = {
 def teacher_weight(
     teacher_logits: jax.Array, *, top_k: int, entropy_scale: str = "linear", temperature: float = 1.0
 ) -> jax.Array:
-    r"""The teacher's perspective of DPSW: how confident the teacher is, per token.
+    """The teacher's perspective of DPSW: how confident the teacher is, per token.
 
-    .. math::
-      w_T = 1 - \frac{H_K(p_T)}{\log K} \text{ ("linear")} \quad \text{or} \quad
-      w_T = e^{-H_K(p_T)} \text{ ("exponential")},
-      \quad H_K(p) = -\sum_{v \in \text{top-}K} \hat p(v) \log \hat p(v),
-      \quad \hat p = p / \sum_{\text{top-}K} p
+        w_T = 1 - H_K(p_T) / log K    ("linear")
+        w_T = exp(-H_K(p_T))          ("exponential")
+        H_K(p) = -sum_{v in top-K} q(v) log q(v),    q = p / sum_{top-K} p
 
     1 where the teacher allows one token only (the first words of a refusal). Where its K most probable tokens are
     equally good, the linear scale gives 0 and the exponential one 1 / K; the latter is one over the perplexity, and
@@ -62,7 +60,7 @@ def teacher_weight(
       ValueError: for a top_k below 2, an unknown entropy_scale, a temperature that is not > 0, or logits that are
         not float `[..., V]`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> logits = jnp.log(jnp.array([[1.0, 0.0, 0.0, 0.0], [0.4, 0.4, 0.1, 0.1]]))
@@ -74,7 +72,7 @@ def teacher_weight(
       ['1.000', '0.500']
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     check_logits("teacher_logits", teacher_logits)
     top_k = clamped("top_k", top_k, teacher_logits.shape[-1])
@@ -93,13 +91,12 @@ def clamped(name: str, top_k: int, vocabulary: int) -> int:
 
 
 def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: float = 1.0) -> jax.Array:
-    r"""The student's perspective of DPSW: the risk that the student says something else, per token.
+    """The student's perspective of DPSW: the risk that the student says something else, per token.
 
-    .. math::
-      w_S = 1 - p_S(v)
+        w_S = 1 - p_S(v)
 
     That the weight is 1 - p_S is the paper's; which token v it is read at is the caller's choice (see
-    :func:`dpsw_weights`).
+    `dpsw_weights`).
 
     Args:
       student_logits: float `[..., V]`, any float dtype.
@@ -113,7 +110,7 @@ def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: fl
     Raises:
       ValueError: for a temperature that is not > 0, or shapes and dtypes other than the above.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> logits = jnp.log(jnp.array([[0.75, 0.25], [1.0, 1e-12]]))
@@ -121,7 +118,7 @@ def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: fl
       ['0.25', '1e-12']
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     check_logits("student_logits", student_logits)
     check_tokens("tokens", tokens, student_logits.shape[:-1])
@@ -129,7 +126,7 @@ def student_weight(student_logits: jax.Array, tokens: jax.Array, temperature: fl
 
 
 def _disagreement(student_logits: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
-    """:func:`student_weight` of tokens that are known to be in the vocabulary."""
+    """`student_weight` of tokens that are known to be in the vocabulary."""
     p = jnp.exp(log_softmax(jax.lax.stop_gradient(student_logits), temperature))
     # Summed over the other tokens: the subtraction 1 - p would be lost in rounding for a confident student.
     others = jnp.arange(p.shape[-1]) != jnp.expand_dims(tokens, -1)
@@ -148,10 +145,9 @@ def dpsw_weights(
     student_token: str = "teacher_argmax",
     temperature: float = 1.0,
 ) -> jax.Array:
-    r"""Dual-Perspective Safety Weighting (DPSW): the weight of each response token.
+    """Dual-Perspective Safety Weighting (DPSW): the weight of each response token.
 
-    .. math::
-      w = w_T \, w_S
+        w = w_T * w_S
 
     High where the teacher is sure and the student is likely to say something else. The product of the two
     perspectives is the paper's. Ours: the token at which the student's risk is read, top_k = 20, and that no
@@ -162,8 +158,8 @@ def dpsw_weights(
       teacher_logits: float `[..., V]`, the same shape.
       response: int `[...]`, its tokens; needed for student_token = "sampled" alone.
       weighting: static; "dpsw" w_T * w_S, "teacher" w_T, "student" w_S, "uniform" 1.
-      top_k: static, K of :func:`teacher_weight`.
-      entropy_scale: static; "linear" or "exponential", see :func:`teacher_weight`.
+      top_k: static, K of `teacher_weight`.
+      entropy_scale: static; "linear" or "exponential", see `teacher_weight`.
       student_token: static; the v of w_S = 1 - p_S(v): "teacher_argmax", the teacher's most probable token, or
         "sampled", the token of the response.
       temperature: static, > 0; of both rows.
@@ -173,9 +169,9 @@ def dpsw_weights(
 
     Raises:
       ValueError: for an unknown weighting or student_token, "sampled" without a response, and as
-        :func:`teacher_weight` and :func:`student_weight`.
+        `teacher_weight` and `student_weight`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from msd_jax import losses
       >>> teacher = jnp.log(jnp.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
@@ -184,7 +180,7 @@ def dpsw_weights(
       ['0.900', '0.100', '0.000']
 
     References:
-      Qin et al., `Multilingual Safety Alignment via Self-Distillation <https://arxiv.org/abs/2605.02971>`_, 2026
+      Qin et al., [Multilingual Safety Alignment via Self-Distillation](https://arxiv.org/abs/2605.02971), 2026
     """
     check_choice("weighting", weighting, WEIGHTINGS)
     w_T, w_S = perspectives(student_logits, teacher_logits, response, top_k, entropy_scale, student_token, temperature)

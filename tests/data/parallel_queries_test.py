@@ -69,7 +69,11 @@ def test_the_command_builds_and_training_reads_where_tensorflow_cannot_be_import
     built = python(run, *arguments)
     assert built.returncode == 0, built.stderr
     checksum = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()
-    assert f"sha256 {checksum}" in built.stdout and "train: " in built.stdout and "test: " in built.stdout
+    assert (
+        f"sha256 {checksum}" in built.stdout
+        and f"{uri(tmp_path / 'sets')}: " in built.stdout
+        and f"{uri(tmp_path / 'sets', 'test')}: " in built.stdout
+    )
     directory = tmp_path / "sets/parallel_queries/1.0.0"
     assert json.loads((directory / "metadata.json").read_text())["sha256"] == checksum
     assert len(list(directory.glob("*.array_record-*"))) == 2
