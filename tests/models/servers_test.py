@@ -46,7 +46,7 @@ json.dump(replies, open(directory + "/replies.json", "w"))
 VLLM = """
 import json, sys, vllm
 directory, texts, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = vllm.LLM(directory, dtype="float32", max_model_len=512, enforce_eager=True)
+model = vllm.LLM(directory, dtype="float32", max_model_len=512, enforce_eager=True, gpu_memory_utilization=0.2)
 sampling = vllm.SamplingParams(temperature=0.0, max_tokens=new)
 done = model.chat([[{"role": "user", "content": text}] for text in texts], sampling)
 json.dump([one.outputs[0].text for one in done], open(directory + "/replies.json", "w"))
