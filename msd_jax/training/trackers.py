@@ -28,7 +28,7 @@ from msd_jax.parallel import distributed
 
 PROJECT = "msd_jax"  # unless the tracker's environment names another
 PAGE = "report.html"
-_PATIENCE = 120.0  # seconds that trackers may take to send what is left
+PATIENCE = 120.0  # seconds that trackers may take to send what is left
 _PARAMS = 100  # that MLflow takes at a time
 
 
@@ -227,13 +227,13 @@ class Trackers:
     def files(self, paths: Sequence[pathlib.Path]) -> None:
         self._add(lambda tracker: tracker.files(paths))
 
-    def close(self, patience: float = _PATIENCE) -> None:
-        """Waits `patience` seconds at most for what is left to be sent."""
+    def close(self) -> None:
+        """Waits for what is left to be sent, within limits."""
         if self._thread:
             self._calls.put(None)
-            self._thread.join(patience)
+            self._thread.join(PATIENCE)
             if self._thread.is_alive():
-                log(f"note: {', '.join(self._names)}: not all was sent within {patience:g} s; the files here are whole")
+                log(f"note: {', '.join(self._names)}: not all was sent within {PATIENCE:g} s; the files here are whole")
             self._thread = None
 
     def _add(self, call: Callable[[Tracker], None]) -> None:

@@ -15,6 +15,12 @@ from msd_jax.errors import UserError
 from msd_jax.training import trackers
 from tests.conftest import REPOSITORY
 
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr(trackers, "PATIENCE", 600.0)  # machines of CI are slow to start the libraries
+
+
 CONFIG = {"seed": 3, "data.languages.sw": 1.0, "eval.benchmarks": []}
 
 
@@ -178,7 +184,8 @@ def test_a_slow_one_holds_nothing_up(tmp_path, monkeypatch, capsys):
     start = time.monotonic()
     slow.scalars(1, {"kl": 1.0})
     slow.scalars(2, {"kl": 1.0})
-    slow.close(patience=0.1)
+    monkeypatch.setattr(trackers, "PATIENCE", 0.1)
+    slow.close()
     assert time.monotonic() - start < 4
     assert "note: wandb: not all was sent within 0.1 s; the files here are whole" in capsys.readouterr().out
 
