@@ -40,13 +40,21 @@ class Origin:
       workdir: of the run.
       config: by dotted key.
       step: that it begins, or is resumed, from.
-      id: the same each time that the run is started; kept in WORKDIR/tracked.json.
     """
 
     workdir: pathlib.Path
     config: Mapping[str, Any]
     step: int
-    id: str
+
+    @functools.cached_property
+    def id(self) -> str:
+        """The same each time that the run is started; kept in WORKDIR/tracked.json."""
+        path = self.workdir / "tracked.json"
+        if kept := jsonl.read_object(path):
+            return kept["id"]
+        made = uuid.uuid4().hex[:8]
+        jsonl.replace_text(path, json.dumps({"id": made}) + "\n")
+        return made
 
     @property
     def name(self) -> str:
@@ -216,7 +224,7 @@ class Trackers:
     def __init__(self, names: Iterable[str], workdir: pathlib.Path, config: Mapping[str, Any], step: int = 0):
         """`config`: by dotted key; `step`: that the run begins, or is resumed, from."""
         self._names = list(names) if distributed.is_first() else []
-        self._origin = Origin(workdir, config, step, _id(workdir)) if self._names else None
+        self._origin = Origin(workdir, config, step)
         self._open: dict[str, Tracker] = {}
         self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
@@ -253,7 +261,6 @@ class Trackers:
 
     def _send(self, name: str, call: Callable[[Tracker], None]) -> None:
         if name not in self._open:
-            assert self._origin
             self._open[name] = KINDS[name][1](self._origin)
         call(self._open[name])
 
@@ -265,12 +272,3 @@ class Trackers:
                 self._names.remove(name)
                 reason = " ".join(str(error).split())[:200]
                 log(f"note: the tracker {name} failed ({type(error).__name__}: {reason}); the run goes on without it")
-
-
-def _id(workdir: pathlib.Path) -> str:
-    path = workdir / "tracked.json"
-    if kept := jsonl.read_object(path):
-        return kept["id"]
-    made = uuid.uuid4().hex[:8]
-    jsonl.replace_text(path, json.dumps({"id": made}) + "\n")
-    return made
