@@ -150,7 +150,7 @@ class ChatEndpoint:
         text = choice["message"]["content"]
         if not isinstance(text, str):
             raise Failure("answer without text")
-        return self._redacted(text)
+        return self.redacted(text)
 
     def choose(self, messages: Messages, extra: dict[str, Any]) -> dict[str, Any]:
         """The first choice of the answer, as the server gives it, with "usage". Raises Failure as `complete`.
@@ -188,7 +188,7 @@ class ChatEndpoint:
             names = [model["id"] for model in json.loads(data)["data"]] if status == 200 else []
         except (ValueError, RecursionError, KeyError, TypeError):
             return []
-        return [self._redacted(name) for name in names if isinstance(name, str)]
+        return [self.redacted(name) for name in names if isinstance(name, str)]
 
     def _attempt(self, body: bytes) -> dict[str, Any]:
         with self._lock:
@@ -246,7 +246,7 @@ class ChatEndpoint:
             said = error.get("message") or error.get("detail") if isinstance(error, dict) else error
         except (ValueError, RecursionError, AttributeError):
             return ""
-        return self._redacted(" ".join(said.split()))[:_LONGEST_COMPLAINT] if isinstance(said, str) else ""
+        return self.redacted(" ".join(said.split()))[:_LONGEST_COMPLAINT] if isinstance(said, str) else ""
 
     def _count(self, usage: Any) -> None:
         if isinstance(usage, dict):
@@ -255,7 +255,8 @@ class ChatEndpoint:
                     if type(usage.get(name)) is int and usage[name] >= 0:
                         setattr(self.usage, name, getattr(self.usage, name) + usage[name])
 
-    def _redacted(self, text: str) -> str:
+    def redacted(self, text: str) -> str:
+        """The text without the key, which a server may repeat."""
         return text.replace(self._key, "[key]") if self._key else text
 
     def spent(self) -> dict[str, Any]:

@@ -37,7 +37,8 @@ _HELLO: Messages = [{"role": "user", "content": "Hello"}]  # to try the server w
 _TRIAL_SECONDS = 60.0  # that a server may take to say which models it has
 _ONE_LETTER = "\n\nReply with the letter alone."
 _TOP = 20  # most probable tokens that are asked for; more are granted by few servers
-_OUT_OF_ORDER = (401, 402, 403, 404)  # statuses that are about the server or the account, once it has answered
+# Statuses that are about the server or the account, once it has answered; 403 is what filters of providers say too.
+_OUT_OF_ORDER = (401, 402, 404)
 
 
 class Server:
@@ -84,7 +85,8 @@ class Server:
         extra = {"max_tokens": self._config.eval.max_new_tokens, **_sampling(name)}
         for index, answer in self._each(extra, [self._messages(prompt) for prompt in prompts]):
             tokens = answer["usage"].get("completion_tokens") if isinstance(answer["usage"], dict) else 0
-            yield Reply(index, _text(answer), tokens if type(tokens) is int else 0, _stopped(answer))
+            text = self._endpoint.redacted(_text(answer))
+            yield Reply(index, text, tokens if type(tokens) is int else 0, _stopped(answer))
 
     def choose(self, weights: None, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Choice]]:
         asked = [self._messages(prompt) for prompt in prompts]
@@ -153,10 +155,8 @@ class Server:
                 f"{self._name}: the server wants a key ({failure}): put it into the environment as {variable}, or name "
                 f"another variable in {section}.key_variable"
             )
-        if failure.status is None:
-            return f"{self._name}: {_said(failure)}"
         reason = f"{self._name}: {_said(failure)}"
-        if models:
+        if models and failure.status:
             return f"{reason}; the server has {', '.join(models[:8])}{', ...' if len(models) > 8 else ''}"
         if failure.status == 404:
             return f"{reason}; --server is the base of an OpenAI-compatible API, which mostly ends in /v1"

@@ -28,7 +28,7 @@ from msd_jax.parallel import distributed
 
 PROJECT = "msd_jax"  # unless the tracker's environment names another
 PAGE = "report.html"
-_PATIENCE = 120.0  # seconds that trackers may take to send what is left
+PATIENCE = 120.0  # seconds that trackers may take to send what is left
 _PARAMS = 100  # that MLflow takes at a time
 
 
@@ -40,13 +40,21 @@ class Origin:
       workdir: of the run.
       config: by dotted key.
       step: that it begins, or is resumed, from.
-      id: the same each time that the run is started; kept in WORKDIR/tracked.json.
     """
 
     workdir: pathlib.Path
     config: Mapping[str, Any]
     step: int
-    id: str
+
+    @functools.cached_property
+    def id(self) -> str:
+        """The same each time that the run is started; kept in WORKDIR/tracked.json."""
+        path = self.workdir / "tracked.json"
+        if kept := jsonl.read_object(path):
+            return kept["id"]
+        made = uuid.uuid4().hex[:8]
+        jsonl.replace_text(path, json.dumps({"id": made}) + "\n")
+        return made
 
     @property
     def name(self) -> str:
@@ -216,7 +224,7 @@ class Trackers:
     def __init__(self, names: Iterable[str], workdir: pathlib.Path, config: Mapping[str, Any], step: int = 0):
         """`config`: by dotted key; `step`: that the run begins, or is resumed, from."""
         self._names = list(names) if distributed.is_first() else []
-        self._origin = Origin(workdir, config, step, _id(workdir)) if self._names else None
+        self._origin = Origin(workdir, config, step)
         self._open: dict[str, Tracker] = {}
         self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
@@ -227,13 +235,13 @@ class Trackers:
     def files(self, paths: Sequence[pathlib.Path]) -> None:
         self._add(lambda tracker: tracker.files(paths))
 
-    def close(self, patience: float = _PATIENCE) -> None:
-        """Waits `patience` seconds at most for what is left to be sent."""
+    def close(self) -> None:
+        """Waits for what is left to be sent, within limits."""
         if self._thread:
             self._calls.put(None)
-            self._thread.join(patience)
+            self._thread.join(PATIENCE)
             if self._thread.is_alive():
-                log(f"note: {', '.join(self._names)}: not all was sent within {patience:g} s; the files here are whole")
+                log(f"note: {', '.join(self._names)}: not all was sent within {PATIENCE:g} s; the files here are whole")
             self._thread = None
 
     def _add(self, call: Callable[[Tracker], None]) -> None:
@@ -253,7 +261,6 @@ class Trackers:
 
     def _send(self, name: str, call: Callable[[Tracker], None]) -> None:
         if name not in self._open:
-            assert self._origin
             self._open[name] = KINDS[name][1](self._origin)
         call(self._open[name])
 
@@ -265,12 +272,3 @@ class Trackers:
                 self._names.remove(name)
                 reason = " ".join(str(error).split())[:200]
                 log(f"note: the tracker {name} failed ({type(error).__name__}: {reason}); the run goes on without it")
-
-
-def _id(workdir: pathlib.Path) -> str:
-    path = workdir / "tracked.json"
-    if kept := jsonl.read_object(path):
-        return kept["id"]
-    made = uuid.uuid4().hex[:8]
-    jsonl.replace_text(path, json.dumps({"id": made}) + "\n")
-    return made

@@ -45,7 +45,7 @@ def reply(body):
     said = body["messages"][-1]["content"]
     if said.startswith("vipi"):
         return completion(REFUSAL, usage=(5, 4))
-    return completion(f"Step 1: {said}", usage=(6, 9), finish_reason="length")
+    return completion(f"Step 1: {said} {KEY}", usage=(6, 9), finish_reason="length")
 
 
 def answers(number, body):
@@ -76,6 +76,7 @@ def test_the_same_records_rates_and_files(config, serve, tmp_path, capsys):
     cost = 12 * (5 + 2 * 4) + 12 * (6 + 2 * 9) + (6 + 2 * 9)  # the trial too
     assert (usage["requests"], usage["model"], usage["cost"]) == (25, "tiny", cost)
     assert "server: 25 requests, 0 of them repeated" in capsys.readouterr().out
+    assert all("[key]" in row.response for row in rows if row.language == "en")
     assert all(KEY not in file.read_text() for file in (tmp_path / "out").iterdir())
 
 

