@@ -8,6 +8,7 @@ It ends with the paths by which training and evaluation read the splits. A file 
 """
 
 import argparse
+from typing import Any
 
 from absl import logging
 
@@ -19,7 +20,7 @@ from msd_jax.io import places
 from msd_jax.io.console import console
 
 NAME, SPLITS = parallel_queries.NAME, ",".join(f"{k}={v}" for k, v in parallel_queries.SPLITS.items())
-FLAGS = {
+FLAGS: dict[str, dict[str, Any]] = {
     "--build": {
         "required": True,
         "metavar": "SOURCE",
