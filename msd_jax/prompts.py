@@ -1,8 +1,6 @@
 """Counts the queries by language and label, and prints what each role is shown (`msd-jax prompts`).
 
-    msd-jax prompts --config NAME --n 3
-
-Nothing is trained, and of the model only its tokenizer is read.
+msd-jax prompts --config NAME --n 3
 """
 
 import ml_collections
@@ -36,9 +34,8 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
             return student_messages(record, language, config.prompts)
         return teacher_messages(record, language, config.prompts, source, "[the teacher's analysis]")
 
-    for count in counts:
+    for count in (*counts, ""):
         line(count)
-    screen.print()
     for language in config.data.languages:
         for record in [record for record in records if language in record.texts][:n]:
             for role in roles:
