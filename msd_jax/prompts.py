@@ -1,8 +1,6 @@
 """Counts the queries by language and label, and prints what each role is shown (`msd-jax prompts`).
 
-    msd-jax prompts --config NAME --n 3
-
-Nothing is trained, and of the model only its tokenizer is read.
+msd-jax prompts --config NAME --n 3
 """
 
 import ml_collections
@@ -26,8 +24,8 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
         screen.print(Text(visible(text), style=style), soft_wrap=True)  # not as markup: data is shown, never obeyed
 
     source, roles = config.data.source_language, ("student", "teacher") if shows_teacher(config) else ("student",)
-    records = sources.load(config.data, line, teacher="teacher" in roles)
-    screen.print()
+    counts: list[str] = []  # printed once nothing can be wrong any more
+    records = sources.load(config.data, counts.append, teacher="teacher" in roles)
     tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
     check_templates(tokenizer, config.prompts)
 
@@ -36,6 +34,8 @@ def show(config: ml_collections.ConfigDict, n: int, screen: rich.console.Console
             return student_messages(record, language, config.prompts)
         return teacher_messages(record, language, config.prompts, source, "[the teacher's analysis]")
 
+    for count in (*counts, ""):
+        line(count)
     for language in config.data.languages:
         for record in [record for record in records if language in record.texts][:n]:
             for role in roles:

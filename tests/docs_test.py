@@ -20,7 +20,7 @@ def texts(svg: pathlib.Path) -> list[str]:
 def test_the_notebook_runs():
     """Two steps instead of thirty, and eight records of the evaluation: that it runs, not what it learns."""
     done = subprocess.run(
-        [sys.executable, "examples/notebook.py"],
+        [sys.executable, "notebooks/quickstart.py"],
         cwd=REPOSITORY,
         env=os.environ | {"MSD_JAX_STEPS": "2", "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")},
         capture_output=True,

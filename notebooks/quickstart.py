@@ -11,8 +11,8 @@
 # First the quickstart: a tiny model that is safe in English, Chinese and Italian becomes safe in Swahili, Bangla and
 # Javanese. Then the loss alone, in a plain Optax loop.
 #
-# This file is a notebook and a script: `python examples/notebook.py` runs it, and `jupytext --to ipynb
-# examples/notebook.py` makes the file that Jupyter and Colab open. It needs no accelerator. On Colab, upload a wheel
+# This file is a notebook and a script: `python notebooks/quickstart.py` runs it, and `jupytext --to ipynb
+# notebooks/quickstart.py` makes the file that Jupyter and Colab open. It needs no accelerator. On Colab, upload a wheel
 # (`pip wheel --no-deps .` in a checkout) and install it first:
 
 # %%
