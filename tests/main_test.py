@@ -59,7 +59,10 @@ def test_missing_model(config, tmp_path, path):
 
 def test_unsupported_architecture(config, tmp_path):
     config.model.path = str(copy_model(config, tmp_path, {"model_type": "mamba"}))
-    refuses(config, tmp_path, r"config.json: model_type 'mamba' is not supported; supported are .*llama")
+    message = (
+        r"config.json: model_type 'mamba' is not supported: the nearest that is, 'llama', differs: .* .supported are "
+    )
+    refuses(config, tmp_path, message)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -10])

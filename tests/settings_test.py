@@ -66,7 +66,6 @@ def test_impossible_values(config, key, value, message):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("model.path", "gs://bucket/model"),
         ("data.path", "s3://bucket/queries.csv"),
         ("eval.mgsm.path", "gs:/bucket/mgsm"),
         ("judge.guard.path", "abfs://container/guard"),

@@ -52,6 +52,7 @@ def prompts_config(**changes) -> ml_collections.ConfigDict:
             "require_same_ending": True,
             "teacher_limit": 256,
             "cot": "instruction",
+            "analysis_is_thinking": False,
             "plain_template": "{language}: {query}",
             "analysis_template": "Is it safe? {query}",
             "reply_template": "Reply in {language}.",

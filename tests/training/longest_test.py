@@ -50,4 +50,4 @@ def test_of_an_evaluation_too(config, phi):
     config.eval.path, config.eval.max_new_tokens, config.prompts.student_limit = config.data.path, 33, 32
     model = pretrained.load(phi, dtype="float32", param_dtype="float32", remat="none")
     with pytest.raises(UserError, match=r"student_limit=32 and config\.eval\.max_new_tokens=33 ask for .* 65 tok"):
-        evaluator.Evaluator(config, model, sharding.make_mesh())
+        evaluator.of_model(config, model, sharding.make_mesh())
