@@ -90,7 +90,6 @@ def test_cached_decoding_equals_pytorch(model, params, reference, rng):
     prompt, length, response, _ = padded(model, rng)
     (B, P), steps = prompt.shape, 6
     position, valid = forward.prompt_layout(jnp.array(length), P)
-    valid = jnp.concatenate([valid, jnp.ones((B, steps), bool)], axis=1)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(step, params, *inputs):
@@ -99,15 +98,14 @@ def test_cached_decoding_equals_pytorch(model, params, reference, rng):
         return jax.nn.log_softmax(merged.logits(hidden[:, -1])), cache
 
     cache = decoder.init_cache(model.config, B, P + steps, jnp.float32)
-    log_probs, cache = run(decoder.Decoder.prefill, params, prompt, position, valid[:, :P], cache)
+    log_probs, cache = run(decoder.Decoder.prefill, params, prompt, position, valid, cache)
     for t in range(steps):
         for row, p in enumerate(length):
             sequence = np.concatenate([prompt[row, -p:], response[row, :t]])
             expected = torch_log_probs(reference, sequence)[-1]
             np.testing.assert_allclose(log_probs[row], expected, atol=2e-4, rtol=0)
         position = jnp.array(length)[:, None] + t
-        inputs = response[:, t : t + 1], position, valid, cache, P + t
-        log_probs, cache = run(decoder.Decoder.decode, params, *inputs)
+        log_probs, cache = run(decoder.Decoder.decode, params, response[:, t : t + 1], position, cache, P + t)
 
 
 def changed(params):
