@@ -108,7 +108,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     run_twice("wandb", tmp_path)
     sessions = sorted((tmp_path / "wandb").glob("offline-run-*"))
     id_ = json.loads((tmp_path / "tracked.json").read_text())["id"]
-    assert len(sessions) == 3 and {session.name.rpartition("-")[2] for session in sessions} == {id_}
+    assert len(sessions) == 3 and {session.name.split("-")[3] for session in sessions} == {id_}
     written = [record for session in sessions for record in wandb_records(next(session.glob("*.wandb")))]
     rows = [
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
