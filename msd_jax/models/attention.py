@@ -4,6 +4,7 @@ Whole sequences go through the kernel that suits the platform and the shapes:
 
 - `cudnn`: NVIDIA's flash attention, on GPUs, for 16-bit inputs.
 - `splash`: JAX's Pallas kernel for TPUs. It never holds [T, T] logits, and works block by block under shard_map.
+- `blocks`: on CPUs, `xla` for one block of queries after the other, without the keys that come after it.
 - `xla`: everything else: other platforms, soft-caps on GPUs, shapes that the kernels do not take.
 
 A cache is always attended to by `xla`. All compute the same numbers, within the rounding of the inputs' dtype, wherever
@@ -25,6 +26,7 @@ from msd_jax.parallel import sharding
 
 CHOICES = ("auto", "xla")  # of config.model.attention
 _LANES = 128  # of a TPU's vector registers: splash takes sequences of a multiple of it
+_BLOCK = 128  # queries
 
 
 class Scores(NamedTuple):
@@ -71,6 +73,8 @@ def self_attention(
     mask_BxTxT = _causal_mask(segment_BxT, window)
     if kernel == "cudnn":
         return _cudnn(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, mask_BxTxT, scores)
+    if kernel == "blocks":
+        return _blocks(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, mask_BxTxT, scores)
     return _xla(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, mask_BxTxT, scores)
 
 
@@ -113,7 +117,7 @@ def choose(query_BxTxNxH: jax.Array, scores: Scores, mesh: Mesh | None) -> str:
     sixteen_bit = query_BxTxNxH.dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and sixteen_bit and scores.softcap is None and T % 2 == 0 and H % 8 == 0:
         return "cudnn" if H <= 128 else "xla"  # 256 from Hopper on, and a mesh does not say which GPU it has
-    return "xla"
+    return "blocks" if platform == "cpu" and T > _BLOCK else "xla"
 
 
 def _causal_mask(segment_BxT: jax.Array, window: ArrayLike) -> jax.Array:
@@ -144,6 +148,17 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, sc
     weights = jax.nn.softmax(logits_BxKxGxTxS, axis=-1).astype(value.dtype).reshape(logits.shape)
     out_BxKxGxTxH = jnp.einsum("bkxs,bksh->bkxh", weights, value).reshape(B, K, N // K, T, H)
     return jnp.moveaxis(out_BxKxGxTxH, 3, 1).reshape(B, T, N, H)
+
+
+def _blocks(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scores: Scores) -> jax.Array:
+    """`_xla` where no query may attend to a later key."""
+    T = query.shape[1]
+    spans = [(first, min(first + _BLOCK, T)) for first in range(0, T, _BLOCK)]
+    out = [
+        _xla(query[:, first:last], key[:, :, :last], value[:, :, :last], mask[:, first:last, :last], scores)
+        for first, last in spans
+    ]
+    return jnp.concatenate(out, axis=1)
 
 
 def _splash(

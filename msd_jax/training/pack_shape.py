@@ -31,7 +31,7 @@ class Costs(NamedTuple):
 
 
 # By platform. Attention on CPUs is several passes over [T, T]; TPUs gather the weights, and splash takes rows of 128 n.
-COSTS = {"cpu": Costs(16, 64, 3.0), "gpu": Costs(64, 512, 1.0), "tpu": Costs(128, 1024, 1.0)}
+COSTS = {"cpu": Costs(16, 64, 1.5), "gpu": Costs(64, 512, 1.0), "tpu": Costs(128, 1024, 1.0)}
 
 
 def pack_shape(

@@ -56,7 +56,7 @@ def kernel(kind, scores, windows, mesh=None):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("window", [WIDE, 100])
-@pytest.mark.parametrize("kind", ["xla", "splash"])
+@pytest.mark.parametrize("kind", ["xla", "blocks", "splash"])
 def test_equals_float64(kind, window, softcap, rng):
     query, key, value, valid = arrays(rng)
     segment = packed(valid)
@@ -69,7 +69,7 @@ def test_equals_float64(kind, window, softcap, rng):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_gradients_of_splash_are_those_of_xla(softcap, rng):
+def test_gradients_of_the_other_kernels_are_those_of_xla(softcap, rng):
     query, key, value, valid = arrays(rng)
     tangent = jnp.where(valid[:, :, None, None], jnp.asarray(rng.normal(size=query.shape), jnp.float32), 0.0)
 
@@ -81,8 +81,9 @@ def test_gradients_of_splash_are_those_of_xla(softcap, rng):
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, value)
 
-    for ours, theirs in zip(gradients("splash"), gradients("xla")):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
+    for kind in ("splash", "blocks"):
+        for ours, theirs in zip(gradients(kind), gradients("xla")):
+            np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)], ids=["heads divide", "fewer key/value heads than devices"])
@@ -143,7 +144,7 @@ def test_the_kernel_follows_platform_and_shapes():
     assert choice("gpu", 96, dtype=jnp.float32) == "xla"
     assert choice("gpu", 96, softcap=3.0) == "xla"
     assert choice("gpu", 96, H=256) == "xla"
-    assert choice("cpu", 256) == "xla"
+    assert choice("cpu", 256) == "blocks" and choice("cpu", 128) == "xla"
 
 
 def test_cudnn_refuses_a_softcap(rng):
