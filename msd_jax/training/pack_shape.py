@@ -54,12 +54,27 @@ def pack_shape(
     lengths = [(len(example.student_ids), len(example.teacher_ids))[:roles] for example in examples]
     usual = min(config.train.response_tokens, R)
     return choose(
-        np.array(lengths), R, usual, config.data.batch_size, Shape(parts, rows, ()), costs, model.config.width
+        np.array(lengths),
+        R,
+        usual,
+        batch_size=config.data.batch_size,
+        parts=parts,
+        most_rows=rows,
+        costs=costs,
+        width=model.config.width,
     )
 
 
 def choose(
-    prompt_NxK: np.ndarray, response: int, usual: int, batch_size: int, most: Shape, costs: Costs, width: int
+    prompt_NxK: np.ndarray,
+    response: int,
+    usual: int,
+    *,
+    batch_size: int,
+    parts: int,
+    most_rows: int,
+    costs: Costs,
+    width: int,
 ) -> Shape:
     """The shape that computes batches of these prompts fastest, by trial on random ones.
 
@@ -68,7 +83,8 @@ def choose(
       response: the most tokens of a response.
       usual: its mean; 0 where it is not known.
       batch_size: B.
-      most: the number of parts, and of rows as long as the longest sequence: a pack must fit in memory.
+      parts: that rows are split into.
+      most_rows: of each part, as long as the longest sequence, that a pack may be as large as: it must fit in memory.
       costs: of the platform.
       width: D of the model.
     """
@@ -82,10 +98,10 @@ def choose(
         packs = sum(1 + max(at.pack for at in place(length_BxK, shape)) for length_BxK in batches)
         return packs * (shape.rows * per_row + _PASSES[0] * costs.pack)
 
-    room_K = most.rows * np.array(_rounded(longest_K, costs))
+    room_K = most_rows * np.array(_rounded(longest_K, costs))
     shapes = [
-        Shape(most.parts, rows, lengths)
-        for rows in {round(most.rows / 2 ** (halves / 2)) or 1 for halves in range(2 * most.rows.bit_length())}
+        Shape(parts, rows, lengths)
+        for rows in {round(most_rows / 2 ** (halves / 2)) or 1 for halves in range(2 * most_rows.bit_length())}
         for stretch in 2.0 ** (np.arange(9) / 4)
         for lengths in (_rounded(stretch * longest_K, costs), _rounded(stretch * filling_alike_K, costs))
         if (rows * np.array(lengths) <= room_K).all()

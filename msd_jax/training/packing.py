@@ -86,8 +86,7 @@ def pack(batch: TrainBatch, shape: Shape) -> list[Pack]:
     places = place(np.array([[len(tokens) for tokens in read_N] for read_N in read_KxN]).T, shape)
     packs = [empty(shape) for _ in range(1 + max((at.pack for at in places), default=-1))]
     begins = np.zeros((len(packs), shape.parts), int)  # of the next response
-    for n in sorted(range(len(places)), key=lambda n: places[n].begins):  # a row's segments in their order
-        at, response = places[n], response_N[n]
+    for n, (at, response) in enumerate(zip(places, response_N)):
         packed, begin = packs[at.pack], begins[at.pack, at.part]
         columns = slice(begin, begin + len(response))
         begins[at.pack, at.part] += len(response)

@@ -251,7 +251,7 @@ class TrainStep:
         )
         one_pack = functools.partial(pack_sums, graphdef=model.graphdef, loss=loss, beta=beta)
 
-        def accumulate(trained: Any, teacher: Any, frozen: Any, step: Any, sums: Sums, pack: Pack) -> Sums:
+        def gradient(trained: Any, teacher: Any, frozen: Any, step: Any, sums: Sums, pack: Pack) -> Sums:
             return jax.tree.map(jnp.add, sums, one_pack(trained, teacher, frozen, step, pack))
 
         self.state, self.frozen = abstract_state(
@@ -265,7 +265,7 @@ class TrainStep:
         self.zeros = jax.jit(lambda: optax.tree.zeros_like(self.sums), out_shardings=placed[4])
         options = compiler_options.train_step_options(mesh)
         self.accumulate = jax.jit(
-            accumulate, in_shardings=placed, out_shardings=placed[4], donate_argnums=4, compiler_options=options
+            gradient, in_shardings=placed, out_shardings=placed[4], donate_argnums=4, compiler_options=options
         )
         rule = {"optimize": optimize, "beta": beta, "teacher": config.teacher, "skip_spikes": config.train.skip_spikes}
         state = _shardings(self.state)

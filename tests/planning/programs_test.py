@@ -60,7 +60,7 @@ def test_the_programs_lower_for_a_mesh_and_are_those_of_training(smoke, values):
     config, mesh = smoke(**values), sharding.make_mesh(1, 4, 2)
     planned = programs.run_programs(config, model_of(config, mesh), mesh)
     texts = {program.name: program.trace().lower().as_text() for program in planned}
-    assert "jit_accumulate" in texts["train"] and "jit_update" in texts["update"]
+    assert "jit_gradient" in texts["train"] and "jit_update" in texts["update"]
     prompts, response = config.prompts, config.rollout.max_new_tokens
     for limit in (prompts.student_limit, prompts.teacher_limit):
         columns = -(-(limit + response - 1) // 16) * 16

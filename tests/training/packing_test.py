@@ -17,6 +17,8 @@ SHAPES = [
     packing.Shape(parts=2, rows=3, lengths=(11,)),
 ]
 
+POD = {"batch_size": 64, "parts": 1, "most_rows": 16, "costs": pack_shape.COSTS["tpu"], "width": 4096}
+
 
 def lengths_of(batch, roles):
     both = np.stack([batch.student_length_B, batch.teacher_length_B][:roles], axis=1)
@@ -39,7 +41,7 @@ def test_places_do_not_overlap_and_hold_every_sequence(rng, shape):
 
 
 def test_there_are_never_more_packs_than_rows_of_full_length_need(rng):
-    """So micro_batches bounds the packs of a step, and the step that is planned is the longest."""
+    """So micro_batches bounds the packs of a step whose rows are as long as the limits: the step that is planned."""
     for _ in range(20):
         batch = make_batch(rng, B=32, P=20, Q=30, R=12, lengths=rng.integers(0, 13, 32))
         packs = packing.pack(batch, packing.Shape(parts=2, rows=4, lengths=(31, 41)))
@@ -105,20 +107,20 @@ def prompts(rng, count=200):
 
 @pytest.mark.parametrize("usual", [0, 20, 64])
 def test_the_shape_holds_the_longest_sequence_and_no_more_than_memory(rng, usual):
-    lengths, most = prompts(rng), packing.Shape(parts=2, rows=8, lengths=())
-    shape = pack_shape.choose(lengths, 64, usual, 32, most, pack_shape.COSTS["cpu"], 512)
+    lengths, most = prompts(rng), {"batch_size": 32, "parts": 2, "most_rows": 8, "width": 512}
+    shape = pack_shape.choose(lengths, 64, usual, **most, costs=pack_shape.COSTS["cpu"])
     longest = lengths.max(axis=0) + 63
     assert (np.array(shape.lengths) >= longest).all() and shape.parts == 2
     assert (shape.rows * np.array(shape.lengths) <= 8 * (longest + 16)).all()
     assert all(length % 16 == 0 for length in shape.lengths)
-    assert shape == pack_shape.choose(lengths, 64, usual, 32, most, pack_shape.COSTS["cpu"], 512)  # as on a resume
+    assert shape == pack_shape.choose(lengths, 64, usual, **most, costs=pack_shape.COSTS["cpu"])  # as on a resume
 
 
 def test_a_known_length_of_replies_gives_a_better_shape_for_them(rng):
-    lengths, most, costs = prompts(rng), packing.Shape(parts=1, rows=16, lengths=()), pack_shape.COSTS["tpu"]
+    lengths = prompts(rng)
 
     def columns(usual):
-        shape = pack_shape.choose(lengths, 512, usual, 64, most, costs, 4096)
+        shape = pack_shape.choose(lengths, 512, usual, **POD)
         drawn = lengths[rng.integers(200, size=64)] + 511
         return shape.rows * sum(shape.lengths) * len({at.pack for at in packing.place(drawn, shape)})
 
@@ -127,8 +129,8 @@ def test_a_known_length_of_replies_gives_a_better_shape_for_them(rng):
 
 def test_mixed_replies_take_less_than_half_of_what_full_rows_would(rng):
     """A batch padded to its longest reply computes 512 columns for each; most replies end much earlier."""
-    lengths, most = prompts(rng), packing.Shape(parts=1, rows=16, lengths=())
-    shape = pack_shape.choose(lengths, 512, 150, 64, most, pack_shape.COSTS["tpu"], 4096)
+    lengths = prompts(rng)
+    shape = pack_shape.choose(lengths, 512, 150, **POD)
     replies = np.clip(rng.lognormal(np.log(115), 0.7, 64), 1, 512).astype(int)
     packs = len({at.pack for at in packing.place(lengths[:64] + replies[:, None] - 1, shape)})
     full = 64 * (lengths.max(axis=0) + 511).sum()
