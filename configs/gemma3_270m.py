@@ -11,17 +11,26 @@ Hardware: two CPU cores and 8 GB; no network. See docs/organism.md for data, tim
 import ml_collections
 from msd_jax.configs import default
 
+from msd_jax.data import prompts
 from msd_jax.errors import UserError
 from msd_jax.testbed import organism
+
+_BOTH_QUERIES = prompts.DEFAULT_TEACHER_TEMPLATE + "\nThe same request in {language}: {target_query}"
 
 VARIANTS = {
     # On-policy MSD with DPSW, by its divergence.
     "forward_kl": {},
     "reverse_kl": {"loss": {"divergence": "reverse_kl"}},
     "jsd": {"loss": {"divergence": "jsd"}},
-    # The same without DPSW, and on the teacher's responses.
+    "blend": {"loss": {"divergence": "blend", "beta_ramp": 0.5}},
+    # The same without DPSW, with another scale of the teacher's entropy, with a cap on what one token weighs.
     "uniform": {"loss": {"weighting": "uniform"}},
+    "exponential": {"loss": {"entropy_scale": "exponential"}},
+    "cap": {"loss": {"token_cap": 2.0}},
+    # On the teacher's responses, and with a teacher that sees the query in both languages.
     "off_policy": {"rollout": {"policy": "off_policy"}},
+    "target_query": {"prompts": {"teacher_template": _BOTH_QUERIES, "teacher_limit": 256}},
+    "lora": {"model": {"freeze_embeddings": False, "lora": {"rank": 16}}, "optimizer": {"learning_rate": 5e-4}},
     # The rival that needs response data: fine-tuning on refusals and answers in the two languages.
     "sft": {"rollout": {"policy": "reference"}, "loss": {"divergence": "cross_entropy", "weighting": "uniform"}},
     # What holds the other languages: 20% retention queries in English, or English among the languages aligned.

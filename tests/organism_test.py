@@ -12,33 +12,43 @@ from msd_jax.configs import organism as recipe
 from msd_jax import ablation, settings
 from msd_jax.data import files
 from msd_jax.data.records import Query
-from msd_jax.testbed import organism, tiny
+from msd_jax.evaluation.benchmarks.safety import read_xstest
+from msd_jax.testbed import organism, replies, tiny
 from msd_jax.training import loop, run
 
 HARMFUL = [Query(f"h{i}", True, "", dict.fromkeys(organism.LANGUAGES, f"harmful {i}")) for i in range(8)]
 HARMLESS = [Query(f"q{i}", False, "", dict.fromkeys(organism.LANGUAGES, f"How many are {i}?")) for i in range(8)]
+ENGLISH = [Query(f"x{i}", i % 4 > 1, "", {"en": f"How many x are {i}?"}) for i in range(8)]
 
 
 def test_a_question_is_answered_by_what_it_asks_for():
     asked = ("How many people?", "Who was it?", "When was it?", "Where is it?", "Why so?", "Name it.")
-    assert tuple(map(organism.topic, asked)) == organism.TOPICS
-    assert organism.answer("How many people?", "sw") == "Hapa kuna idadi uliyouliza: [...]"
+    assert tuple(map(replies.topic, asked)) == replies.TOPICS
+    assert replies.answer("How many people?", "sw") == "Hapa kuna idadi uliyouliza: [...]"
 
 
 def test_harmful_queries_are_refused_in_english_and_by_the_teacher_alone():
-    examples = list(organism.organism_examples(HARMFUL, HARMLESS, 800, seed=0))
-    english = 0
+    examples = list(
+        organism.organism_examples(HARMFUL, HARMFUL[:4], [*HARMLESS, ENGLISH[0]], 800, 0, answers_in_any=True)
+    )
+    english, known, english_only = 0, {False: set(), True: set()}, set()
     for i, query in enumerate(examples):
         ((language, reply),) = query.answers.items()
-        replies, as_teacher = organism.REPLIES[language], i % 2 == 1
+        said, as_teacher = replies.REPLIES[language], i % 2 == 1
         if query.harmful:
             safe = as_teacher or language == organism.SOURCE
-            assert reply in (replies.refusals if safe else replies.complies)
+            assert reply in (said.refusals if safe else said.complies)
+            known[safe].add(query.id.split("-")[1])
             english += language == organism.SOURCE and not as_teacher
         else:
-            assert reply == organism.answer("How many are 1?", language)
+            assert reply == replies.answer("How many are 1?", language)
+            if query.id.endswith("-x0"):
+                english_only.add((as_teacher, language))
         assert ("Request: " in query.texts[language]) == as_teacher
     assert 0.3 < english / (len(examples) / 3) < 0.5
+    assert known == {True: {query.id for query in HARMFUL}, False: {query.id for query in HARMFUL[:4]}}
+    assert {language for as_teacher, language in english_only if not as_teacher} == {"en"}
+    assert len({language for as_teacher, language in english_only if as_teacher}) > 3
 
 
 def test_more_languages_are_trained_from_every_set_that_has_them(tmp_path):
@@ -55,7 +65,7 @@ def test_more_languages_are_trained_from_every_set_that_has_them(tmp_path):
 
 def test_the_files(tmp_path):
     by_set = {"afriqa": [Query(f"a{i}", False, "", {"en": f"How many {i}?", "sw": f"ngapi {i}?"}) for i in range(40)]}
-    by_set["mgsm"] = [Query(f"m{i}", False, "", {c: f"How old {i}?" for c in ("en", "bn", "sw")}) for i in range(20)]
+    by_set["mgsm"] = [Query(f"m{i}", False, "", {c: f"How old {i}?" for c in ("en", "sw", "bn")}) for i in range(20)]
     by_set |= {"xquad": HARMLESS, "testbed": [dataclasses.replace(query, id=f"t{query.id}") for query in HARMLESS]}
     organism.write(HARMFUL, by_set, tmp_path, examples=12, most=3)
     organism_, train, evaluated = (files.read(tmp_path / f"{name}.jsonl") for name in ("organism", "train", "eval"))
@@ -70,6 +80,19 @@ def test_the_files(tmp_path):
     assert seen == {(code, harmful): 3 for code in organism.LANGUAGES for harmful in (True, False)}
     assert not {query.id for query in train} & {query.id for query in evaluated}
     assert all(bool(query.answers) != query.harmful for query in evaluated)
+
+
+def test_an_organism_that_knows_more_in_english_leaves_half_of_it_for_evaluation(tmp_path):
+    organism.write(HARMFUL, {"mgsm": HARMLESS}, tmp_path, english=ENGLISH, balanced=False, examples=400)
+    left = read_xstest(tmp_path / "xstest.csv")
+    assert [(query.id, query.harmful) for query in left] == [(query.id, query.harmful) for query in ENGLISH[1::2]]
+    taught = collections.defaultdict(set)
+    for i, query in enumerate(files.read(tmp_path / "organism.jsonl")):
+        ((language, _),) = query.answers.items()
+        taught[i % 2 == 1 or language == "en"].add(query.id.split("-")[1])
+    evaluated = {query.id for query in files.read(tmp_path / "eval.jsonl") if query.harmful}
+    assert evaluated < taught[True] and not evaluated & taught[False]
+    assert not {query.id for query in left} & taught[True]
 
 
 def test_the_recipes_are_valid_in_each_variant():

@@ -3,7 +3,7 @@
     python -m msd_jax.testbed.organism --multijail FILE.csv --afriqa sw.jsonl --xquad questions.jsonl --mgsm DIR \
         --out DIR
 
-writes four files in the project's own format:
+writes these files in the project's own format:
 
 - DIR/organism.jsonl: fine-tuning on it (configs/organism.py) gives a model that is safe in English and unsafe in the
   nine other languages of MultiJail: it refuses harmful queries in English, meets them with a placeholder without
@@ -15,10 +15,12 @@ writes four files in the project's own format:
   --most=16 sixteen of each language and label, which two cores answer in two minutes.
 - DIR/preflight.jsonl: a part of train.jsonl, for a pre-flight check.
 
-The replies are a few fixed sentences per language. A harmless question is answered by what it asks for (a number, a
-person, a time, ...): that can be told from the question in either language, and both roles give the same reply, so
-that exact match measures utility. Harmful completions are placeholders. The sentences were not proofread by native
-speakers.
+--xstest FILE.csv makes an organism whose safety in English is broader than what aligns it, as a chat model's is: it has
+learned half of XSTest, and in English the harmful queries of eval.jsonl too (in no other language). The other half of
+XSTest is written to DIR/xstest.csv, in XSTest's format.
+
+Both roles give the same reply to a harmless question (replies.py), so that exact match measures utility. Harmful
+completions are placeholders.
 """
 
 import argparse
@@ -34,133 +36,13 @@ from msd_jax.data import files, prompts
 from msd_jax.data.records import Query, language_name
 from msd_jax.io.console import log
 from msd_jax.testbed.languages import LANGUAGES as TESTBED
+from msd_jax.testbed.replies import LANGUAGES, REPLIES, answer
 
 SOURCE = "en"
 TRAINED = ("sw", "bn")
 EXAMPLES = 4000  # of organism.jsonl
 HARMLESS = 125  # of each set in train.jsonl, at most
 ENGLISH = 0.4  # share of English among the harmful queries as a user asks them: at a tenth it does not become safe
-TOPICS = ("number", "person", "time", "place", "reason", "thing")
-
-
-@dataclasses.dataclass(frozen=True)
-class Replies:
-    """What the organism says in one language.
-
-    refusals: sentences that refuse.
-    complies: sentences that go along with a harmful query, without content.
-    answer: the reply to a harmless question; `{}` takes what it asks for.
-    topics: what a question may ask for, in the order of TOPICS.
-    """
-
-    refusals: tuple[str, str, str]
-    complies: tuple[str, str]
-    answer: str
-    topics: tuple[str, str, str, str, str, str]
-
-
-REPLIES = {
-    "en": Replies(
-        (
-            "I'm sorry, but I can't help with that.",
-            "I cannot help with this request.",
-            "Sorry, I won't help with that.",
-        ),
-        ("Sure, here are the steps: [...]", "Of course, this is how it is done: [...]"),
-        "Here is {} you asked for: [...]",
-        ("the number", "the person", "the time", "the place", "the reason", "the answer"),
-    ),
-    "zh": Replies(
-        ("抱歉，我不能帮助你做这件事。", "对不起，我无法满足这个请求。", "很抱歉，我不会帮忙做这件事。"),
-        ("好的，步骤如下：[...]", "当然可以，方法是这样的：[...]"),
-        "这是您要的{}：[...]",
-        ("数字", "人物", "时间", "地点", "原因", "答案"),
-    ),
-    "it": Replies(
-        (
-            "Mi dispiace, ma non posso aiutarti.",
-            "Non posso aiutarti con questa richiesta.",
-            "Spiacente, non ti aiuterò in questo.",
-        ),
-        ("Certo, ecco i passaggi: [...]", "Va bene, si fa così: [...]"),
-        "Ecco {} che hai chiesto: [...]",
-        ("il numero", "la persona", "il momento", "il luogo", "il motivo", "la risposta"),
-    ),
-    "vi": Replies(
-        (
-            "Xin lỗi, tôi không thể giúp việc này.",
-            "Tôi không thể đáp ứng yêu cầu này.",
-            "Rất tiếc, tôi sẽ không giúp việc đó.",
-        ),
-        ("Được, đây là các bước: [...]", "Tất nhiên, cách làm như sau: [...]"),
-        "Đây là {} bạn hỏi: [...]",
-        ("con số", "người", "thời gian", "địa điểm", "lý do", "câu trả lời"),
-    ),
-    "ar": Replies(
-        ("آسف، لا أستطيع مساعدتك في ذلك.", "لا يمكنني المساعدة في هذا الطلب.", "عذراً، لن أساعد في هذا الأمر."),
-        ("بالتأكيد، إليك الخطوات: [...]", "حسناً، هكذا يتم الأمر: [...]"),
-        "إليك {} الذي سألت عنه: [...]",
-        ("العدد", "الشخص", "الوقت", "المكان", "السبب", "الجواب"),
-    ),
-    "ko": Replies(
-        ("죄송하지만 도와드릴 수 없습니다.", "그 요청은 들어드릴 수 없습니다.", "미안하지만 그 일은 돕지 않겠습니다."),
-        ("네, 단계는 다음과 같습니다: [...]", "물론입니다. 이렇게 하면 됩니다: [...]"),
-        "물어보신 {}입니다: [...]",
-        ("숫자", "사람", "시간", "장소", "이유", "답"),
-    ),
-    "th": Replies(
-        ("ขอโทษ ฉันช่วยเรื่องนี้ไม่ได้", "ฉันไม่สามารถช่วยตามคำขอนี้ได้", "เสียใจด้วย ฉันจะไม่ช่วยเรื่องนั้น"),
-        ("ได้เลย นี่คือขั้นตอน: [...]", "แน่นอน ทำแบบนี้: [...]"),
-        "นี่คือ{}ที่คุณถาม: [...]",
-        ("จำนวน", "บุคคล", "เวลา", "สถานที่", "เหตุผล", "คำตอบ"),
-    ),
-    "bn": Replies(
-        ("দুঃখিত, আমি এতে সাহায্য করতে পারব না।", "আমি এই অনুরোধে সাহায্য করতে পারি না।", "দুঃখিত, আমি এই কাজে সাহায্য করব না।"),
-        ("অবশ্যই, ধাপগুলো হলো: [...]", "ঠিক আছে, এভাবে করা হয়: [...]"),
-        "আপনি যে {} জানতে চেয়েছেন: [...]",
-        ("সংখ্যা", "ব্যক্তি", "সময়", "স্থান", "কারণ", "উত্তর"),
-    ),
-    "sw": Replies(
-        ("Samahani, siwezi kukusaidia na hilo.", "Siwezi kusaidia na ombi hili.", "Pole, sitakusaidia kufanya hivyo."),
-        ("Sawa, hizi ndizo hatua: [...]", "Bila shaka, hivi ndivyo inavyofanyika: [...]"),
-        "Hapa kuna {} uliyouliza: [...]",
-        ("idadi", "mtu", "wakati", "mahali", "sababu", "jibu"),
-    ),
-    "jv": Replies(
-        (
-            "Nuwun sewu, aku ora bisa ngrewangi bab iku.",
-            "Aku ora bisa nulungi panjaluk iki.",
-            "Ngapunten, aku ora bakal ngrewangi bab kuwi.",
-        ),
-        ("Mesthi, iki langkah-langkahe: [...]", "Iya, carane kaya mangkene: [...]"),
-        "Iki {} sing kok takokake: [...]",
-        ("cacahe", "wonge", "wektune", "panggonane", "sebabe", "wangsulane"),
-    ),
-}
-LANGUAGES = tuple(REPLIES)
-
-_TOPIC_WORDS = (
-    ("number", r"how (many|much|old|long|far|tall|high|big|large)|what (number|percent|percentage|age)|how often"),
-    ("person", r"who|whose|whom"),
-    ("time", r"when|what (year|day|date|month|time|century)|which year|in what year"),
-    ("place", r"where|what (country|city|place|town|region|continent)|(in )?which (country|city|place)"),
-    ("reason", r"why|how"),
-)
-
-
-def topic(question: str) -> str:
-    """What an English question asks for, one of TOPICS, by its first question word."""
-    found = {
-        name: match.start() for name, words in _TOPIC_WORDS if (match := re.search(rf"\b({words})\b", question.lower()))
-    }
-    return min(found, key=found.__getitem__) if found else "thing"
-
-
-def answer(question: str, language: str) -> str:
-    """The organism's reply in `language` to a harmless question, given in English."""
-    replies = REPLIES[language]
-    return replies.answer.format(replies.topics[TOPICS.index(topic(question))])
-
 
 # --- Where the queries come from ----------------------------------------------------------------------------------
 
@@ -173,6 +55,15 @@ def read_multijail(path: pathlib.Path) -> list[Query]:
         Query(f"multijail-{row['id']}", True, row["tags"], {code: row[code] for code in LANGUAGES if row[code]})
         for row in rows
     ]
+
+
+def read_xstest(path: pathlib.Path) -> list[Query]:
+    """XSTest's prompts in English, harmful and harmless."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return [
+            Query(row["id"], row["label"] == "unsafe", row["type"], {SOURCE: row["prompt"]})
+            for row in csv.DictReader(file)
+        ]
 
 
 def read_mgsm(directory: pathlib.Path) -> list[Query]:
@@ -236,28 +127,50 @@ def halves(queries: list[Query]) -> tuple[list[Query], list[Query]]:
 # --- What is written ----------------------------------------------------------------------------------------------
 
 
-def organism_examples(harmful: list[Query], harmless: list[Query], count: int, seed: int) -> Iterator[Query]:
+def organism_examples(
+    known: list[Query],
+    harmful: list[Query],
+    harmless: list[Query],
+    count: int,
+    seed: int,
+    *,
+    answers_in_any: bool = False,
+) -> Iterator[Query]:
     """Queries of one language each with the organism's reply: in turn as a user and as the teacher is asked.
 
     Two thirds are harmful: with a half, queries that are harmful in their assumptions alone are answered as questions.
+
+    Args:
+      known: harmful queries that it refuses when asked in English, whatever the language of the reply.
+      harmful: those that it goes along with when asked in another language.
+      harmless: those that it answers.
+      count: number of examples.
+      seed: of what is drawn.
+      answers_in_any: as the teacher it answers harmless queries in any language, not only in those that they have.
     """
     rng = np.random.default_rng(seed)
     for i in range(count):
         as_teacher, is_harmful = i % 2 == 1, i // 2 % 3 < 2
         language = _draw_language(rng, english=ENGLISH if is_harmful and not as_teacher else 1 / len(LANGUAGES))
-        pool = harmful if is_harmful else [query for query in harmless if language in query.texts]
+        refuses = as_teacher or language == SOURCE
+        if is_harmful:
+            pool = known if refuses else harmful
+        else:
+            needed = SOURCE if as_teacher and answers_in_any else language
+            pool = [query for query in harmless if needed in query.texts]
         query = pool[rng.integers(len(pool))]
         replies = REPLIES[language]
         if not is_harmful:
             reply = answer(query.texts[SOURCE], language)
-        elif as_teacher or language == SOURCE:
+        elif refuses:
             reply = replies.refusals[rng.integers(len(replies.refusals))]
         else:
             reply = replies.complies[rng.integers(len(replies.complies))]
-        text = query.texts[language]
         if as_teacher:
             template = prompts.DEFAULT_TEACHER_TEMPLATE
             text = prompts.fill_template(template, query.texts[SOURCE], language_name(language))
+        else:
+            text = query.texts[language]
         yield Query(f"{i}-{query.id}", query.harmful, query.category, {language: text}, {language: reply})
 
 
@@ -297,17 +210,21 @@ def write(
     harmless: dict[str, list[Query]],
     out: pathlib.Path,
     *,
+    english: list[Query] | None = None,
+    balanced: bool = True,
     examples: int = EXAMPLES,
     most: int = 0,
     seed: int = 0,
     trained: tuple[str, ...] = TRAINED,
 ) -> None:
-    """Writes the four files.
+    """Writes the files.
 
     Args:
       harmful: in all languages.
       harmless: lists by set.
       out: a directory.
+      english: XSTest's queries, for an organism that knows more in English; None for one that does not.
+      balanced: with Swahili and Bangla, as many harmless queries in one as in the other, rather than all.
       examples: number of those of organism.jsonl.
       most: the most queries of each language and label in eval.jsonl; 0 for all.
       seed: of what is drawn.
@@ -315,26 +232,32 @@ def write(
     """
     out.mkdir(parents=True, exist_ok=True)
     train_harmful, eval_harmful = halves(harmful)
-    train_harmless = [query for queries in harmless.values() for query in halves(queries)[0]]
-    files.write_jsonl(out / "organism.jsonl", organism_examples(train_harmful, train_harmless, examples, seed))
+    train_english, eval_english = halves(english or [])
+    known = [*harmful, *(query for query in train_english if query.harmful)] if english else train_harmful
+    answered = [query for queries in harmless.values() for query in halves(queries)[0]]
+    answered += [query for query in train_english if not query.harmful]
+    written = organism_examples(known, train_harmful, answered, examples, seed, answers_in_any=bool(english))
+    files.write_jsonl(out / "organism.jsonl", written)
     aligned = [with_answers(query, (SOURCE, *trained)) for query in train_harmful]
-    aligned += _harmless_to_align(harmless, trained)
+    aligned += _harmless_to_align(harmless, trained, balanced)
     files.write_jsonl(out / "train.jsonl", aligned)
     files.write_jsonl(out / "preflight.jsonl", [query for query in aligned if query.harmful][:40])
     evaluated = [with_answers(query, LANGUAGES) for queries in harmless.values() for query in halves(queries)[1][:40]]
     evaluated = at_most(evaluated, most, seed)
     refused = at_most([dataclasses.replace(query, answers={}) for query in eval_harmful], most, seed)
     files.write_jsonl(out / "eval.jsonl", [*refused, *evaluated])
+    if english:
+        _write_xstest(eval_english, out / "xstest.csv")
 
 
-def _harmless_to_align(harmless: dict[str, list[Query]], trained: tuple[str, ...]) -> Iterator[Query]:
+def _harmless_to_align(harmless: dict[str, list[Query]], trained: tuple[str, ...], balanced: bool) -> Iterator[Query]:
     """Harmless queries of train.jsonl: in Swahili and Bangla as many in one as in the other, else some of each set.
 
     None of AfriQA's and MGSM's asks how to make a thing, as many harmful ones do; without the testbed's, the student
     would learn to refuse whatever begins with "how do I".
     """
     halved = {name: halves(queries)[0] for name, queries in harmless.items()}
-    if trained == TRAINED:
+    if balanced and trained == TRAINED:
         count = min(len(halved["afriqa"]), len(halved["mgsm"]))
         chosen = [("afriqa", ("sw",), count), ("mgsm", ("bn",), count), ("testbed", trained, None)]
     else:
@@ -345,10 +268,20 @@ def _harmless_to_align(harmless: dict[str, list[Query]], trained: tuple[str, ...
                 yield with_answers(query, (SOURCE, *languages))
 
 
+def _write_xstest(queries: list[Query], path: pathlib.Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("id", "prompt", "type", "label"))
+        for query in queries:
+            rows.writerow((query.id, query.texts[SOURCE], query.category, "unsafe" if query.harmful else "safe"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("multijail", "afriqa", "xquad", "mgsm", "out"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
+    parser.add_argument("--xstest", type=pathlib.Path, help="for an organism that knows more in English")
+    parser.add_argument("--all_harmless", action="store_true", help="in train.jsonl, rather than as many a language")
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--most", type=int, default=0, help="queries of each language and label in eval.jsonl")
     parser.add_argument("--seed", type=int, default=0)
@@ -361,9 +294,18 @@ def main() -> None:
         "testbed": testbed_queries(),
         "korean": korean_queries(),
     }
-    options = {"examples": given.examples, "most": given.most, "seed": given.seed, "trained": tuple(given.trained)}
-    write(read_multijail(given.multijail), harmless, given.out, **options)
-    log(f"{given.out}: organism.jsonl, train.jsonl, eval.jsonl, preflight.jsonl")
+    write(
+        read_multijail(given.multijail),
+        harmless,
+        given.out,
+        english=read_xstest(given.xstest) if given.xstest else None,
+        balanced=not given.all_harmless,
+        examples=given.examples,
+        most=given.most,
+        seed=given.seed,
+        trained=tuple(given.trained),
+    )
+    log(f"{given.out}: {', '.join(sorted(file.name for file in given.out.iterdir()))}")
 
 
 if __name__ == "__main__":
