@@ -7,9 +7,9 @@ Runs the programs that training runs, with random weights made on the device: no
 - `1b train`: Llama-3.2-1B's shape, all weights trained in float32, products in bfloat16, AdamW, frozen teacher; once
   with each attention kernel.
 - `1b decode`: prompts to responses, weights and cache in bfloat16.
-- `1b unstacked`: the same with every layer's weights in arrays of their own, and products not merged: otherwise XLA's
-  GPU compiler copies the weights that a scan slices, and joins adapters to their matrices, for every token.
-- `7b train`, `7b decode`, `7b unstacked`: the same with Qwen2.5-7B's shape, a bfloat16 base and adapters of rank 16.
+- `1b stacked`: the same with a scan over stacked layers, as on TPUs: XLA's GPU compiler then copies the weights that it
+  slices, for every token.
+- `7b train`, `7b decode`, `7b stacked`: the same with Qwen2.5-7B's shape, a bfloat16 base and adapters of rank 16.
 
 Needs this package with its requirements, JAX for CUDA (pip install -e '.[cuda]') and a GPU with 80 GB; smaller ones
 take fewer rows. On a CPU, `--models tiny` tries all of it in seconds; shares are printed for the cards in
@@ -152,12 +152,12 @@ def measure_train(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
     return row
 
 
-def measure_decode(setting: Setting, rows: int, kernel: str, **options: str) -> dict[str, Any]:
+def measure_decode(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
     """Responses of a whole batch; its prefill alone, by the same program with no row active."""
     config = setting.config(rows, kernel)
     model, mesh, known = make(setting, config)
     program = known["rollout"]
-    compiled, row = compile_program(program, **options)
+    compiled, row = compile_program(program)
     weights = rollout.reshard(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
     rest = *random_ids(model, rows, setting.student), np.arange(rows, dtype=np.uint32)
     prompts = sharding.put_batch(mesh, rest)
@@ -178,19 +178,19 @@ def measure_decode(setting: Setting, rows: int, kernel: str, **options: str) -> 
     return row
 
 
-def measure_unstacked(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
-    """`measure_decode`, as rollouts decode on CPUs."""
-    before, rollout.UNSTACKED = rollout.UNSTACKED, (jax.devices()[0].platform,)
+def measure_stacked(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
+    """`measure_decode`, as rollouts decode on TPUs."""
+    before, rollout.UNSTACKED = rollout.UNSTACKED, ()
     try:
-        return measure_decode(setting, rows, kernel, xla_gpu_dot_merger_threshold_mb="0")
+        return measure_decode(setting, rows, kernel)
     finally:
         rollout.UNSTACKED = before
 
 
-def compile_program(program: programs.Program, **options: str) -> tuple[Any, dict[str, Any]]:
-    """The program compiled with XLA's `options`, and what compiling it took and gave."""
+def compile_program(program: programs.Program) -> tuple[Any, dict[str, Any]]:
+    """The program compiled, and what compiling it took and gave."""
     start = time.perf_counter()
-    compiled = program.trace().lower().compile(options)
+    compiled = program.trace().lower().compile()
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     return compiled, {"compile_seconds": seconds, "program_bytes": memory.peak_memory_in_bytes}
 
@@ -246,7 +246,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:500]
 
 
-MEASURES = {"train": measure_train, "decode": measure_decode, "unstacked": measure_unstacked}
+MEASURES = {"train": measure_train, "decode": measure_decode, "stacked": measure_stacked}
 
 
 class Results:
@@ -307,7 +307,7 @@ def measure_model(name: str, results: Results) -> None:
         faster = max(rates, key=rates.__getitem__, default=None)
         results.write({"model": name, "part": "attention", "faster": faster, "tokens_per_second_of": rates})
         kernels = (faster,) if faster else kernels
-    for what in ("decode", "unstacked"):
+    for what in ("decode", "stacked"):
         results.part(name, what, kernels, rows)
 
 

@@ -32,7 +32,7 @@ def test_a_tiny_model_is_measured_on_a_cpu_without_shares(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     device, train, attention, *decodes = lines(tmp_path / "out")
-    assert [row["part"] for row in decodes] == ["decode", "unstacked"]
+    assert [row["part"] for row in decodes] == ["decode", "stacked"]
     assert (device["part"], device["device"]) == ("device", "cpu")
     assert attention["faster"] == "xla"
     for row in (train, *decodes):

@@ -1,17 +1,11 @@
 """Eight fake devices for every test, quick compilation, and a tiny random model in Hugging Face's format."""
 
-import importlib.metadata
 import os
 
+from tests import quick
+
 os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        # Programs here run for milliseconds: six times less compilation is worth slower code.
-        "--xla_backend_optimization_level=0",
-        # JAX 0.12 does not know this one any more, and ends.
-        "--xla_cpu_use_fusion_emitters=false" * (importlib.metadata.version("jax") < "0.12"),
-    )
+    (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick.COMPILATION)
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"

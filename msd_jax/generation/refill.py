@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from msd_jax.generation import rollout
 from msd_jax.models import decoder, forward
-from msd_jax.parallel import padding, sharding
+from msd_jax.parallel import compiler_options, padding, sharding
 
 PARTS = 4  # rows are filled in quarters of the batch: fewer programs run, and a quarter is idle at most
 
@@ -65,7 +65,8 @@ class PoolGenerator:
         out = rollout.Rows(whole, by_row, by_row, by_row, by_row, None, rollout.Rollout(by_row, by_row, by_row))
         self._empty = jax.jit(self._no_rows, static_argnums=1, out_shardings=out)
         self._fill = jax.jit(self._prefill, donate_argnums=1, out_shardings=out)
-        self._decode = jax.jit(self._decoding, donate_argnums=2, out_shardings=out)
+        options = compiler_options.rollout_options(mesh)
+        self._decode = jax.jit(self._decoding, donate_argnums=2, out_shardings=out, compiler_options=options)
         self._unstack = jax.jit(self._layers)
 
     def __call__(

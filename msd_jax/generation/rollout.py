@@ -15,9 +15,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from msd_jax.models import decoder, forward
-from msd_jax.parallel import padding, sharding
+from msd_jax.parallel import compiler_options, padding, sharding
 
-UNSTACKED = ("cpu",)  # platforms where each token takes the layers' weights from arrays of their own
+# Where each token takes the layers' weights from arrays of their own: in a scan, XLA copies there what it slices.
+UNSTACKED = ("cpu", "gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +214,8 @@ class Generator:
             prompts = prompt_BxP, prompt_length_B, key_B, active_B
             return generate(graphdef, params, *prompts, sampling=sampling, stop_ids=stop_ids, pad_id=pad_id)
 
-        self._run = jax.jit(rollout, out_shardings=sharding.batch_sharding(mesh))
+        options = compiler_options.rollout_options(mesh)
+        self._run = jax.jit(rollout, out_shardings=sharding.batch_sharding(mesh), compiler_options=options)
 
     def __call__(
         self,

@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, list[KVCache]]:
         """`decode` as a loop over layers, whose weights and caches are `unstack`ed.
 
-        On CPU XLA copies what a scan slices, which here is all weights and the whole cache for each token.
+        On CPUs and GPUs XLA copies what a scan slices, which here is all weights and the whole cache for each token.
         """
         x_BxTxD = self._scale(self._look_up(tokens_BxT))
         new = []

@@ -142,10 +142,10 @@ def test_compiles_once_per_prompt_shape(model, mesh, rng):
 
 
 def test_unstacked_and_scanned_layers_generate_the_same(model, mesh, rng, monkeypatch):
-    """The loop on CPUs, which slices no layers, and that on other platforms, both run on a CPU."""
+    """The loop on CPUs and GPUs, which slices no layers, and that on TPUs, both run on a CPU."""
     prompt, length = prompts(rng)
     runs, scans = [], []
-    for platform in ("cpu", "gpu"):
+    for platform in ("cpu", "tpu"):
         monkeypatch.setattr(sharding, "platform", lambda mesh, platform=platform: platform)
         *run, generator = generate_and_record(*model, mesh, prompt, length, monkeypatch, stop=(-1,))
         runs.append(run)

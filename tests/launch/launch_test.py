@@ -18,10 +18,10 @@ import pytest
 import yaml
 
 from msd_jax.parallel import peers, preemption
+from tests import quick
 from tests.conftest import REPOSITORY
 
 SCRIPTS = sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("launch/*") if p.suffix in (".sh", ".sbatch"))
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 GCLOUD = r'''
 """gcloud's queued-resources, ssh and scp, over the folders of CLOUD."""
@@ -79,7 +79,9 @@ def script(path: str, *arguments: str, **variables: str) -> subprocess.Completed
     return subprocess.run(
         [REPOSITORY / path, *arguments],
         cwd=REPOSITORY,
-        env=environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "PYTHON": sys.executable} | variables,
+        env=environment
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.COMPILATION, "PYTHON": sys.executable}
+        | variables,
         capture_output=True,
         text=True,
         timeout=200,

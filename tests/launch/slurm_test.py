@@ -12,9 +12,8 @@ import time
 import pytest
 
 from msd_jax.io import jsonl
+from tests import quick
 from tests.conftest import REPOSITORY
-
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
         yield environment | {
             "SLURM_CONF": str(directory / "slurm.conf"),
             "PYTHON": sys.executable,
-            "XLA_FLAGS": QUICK,
+            "XLA_FLAGS": quick.COMPILATION,
         }
     finally:
         subprocess.run([cluster, "down", directory], env=environment, check=True, timeout=60)

@@ -1,13 +1,12 @@
 """The compilers know the options that they are given."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from msd_jax.parallel import compiler_options, sharding
 from msd_jax.planning import pod
+from tests.planning.conftest import needs_cuda, needs_libtpu, recipe
 
 
 def compile_with(options, mesh):
@@ -24,7 +23,7 @@ def test_the_cpus_compiler_knows_its_options():
         compile_with({"xla_no_such_option": "1"}, mesh)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@needs_libtpu
 def test_the_tpus_compiler_knows_its_options(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # which pod.compile_only_devices removes; restored afterwards
     mesh = sharding.make_mesh(devices=pod.compile_only_devices("v5e:2x2"))
@@ -33,3 +32,13 @@ def test_the_tpus_compiler_knows_its_options(monkeypatch):
     compile_with(options, mesh)
     with pytest.raises(jax.errors.JaxRuntimeError):
         compile_with({"xla_no_such_option": "1"}, mesh)
+
+
+@needs_cuda
+def test_the_gpus_compiler_knows_its_options():
+    _, planned = pod.make_pod(recipe("qwen2_5_7b"), "h100:1", "1,1,1")
+    options = compiler_options.rollout_options(planned.mesh)
+    assert set(options) == {"xla_gpu_dot_merger_threshold_mb"}
+    compile_with(options, planned.mesh)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compile_with({"xla_no_such_option": "1"}, planned.mesh)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from msd_jax.io import jsonl
 from msd_jax.parallel import distributed, preemption
+from tests import quick
 from tests.conftest import REPOSITORY, write_model_that_is_long_exported
 
 # Weights, moments and rollouts are split over both axes, and so over processes.
@@ -30,8 +31,7 @@ FLAGS = (
     "--config.eval.limit=6",
     "--config.eval.batch_size=64",
 )
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": quick.COMPILATION, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
 
 
 _launchers: list[subprocess.Popen] = []

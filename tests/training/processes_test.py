@@ -17,10 +17,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from msd_jax.io import jsonl
+from tests import quick
 from tests.conftest import REPOSITORY, write_model_that_is_long_exported
 
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": quick.COMPILATION, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 STEPS_ONLY = ("--config.eval.path=", "--config.train.export=False")
 ENDLESS = ("--config.train.steps=100000",)
 
