@@ -21,5 +21,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.path = "meta-llama/Llama-2-7b-chat-hf"
     config.prompts.student_limit = 1024
     config.prompts.teacher_limit = 1024
-    config.mesh.tensor = 4
+    config.mesh.tensor, config.mesh.rollout_tensor, config.mesh.rollout_ffw = 2, 4, 16
     return paper.variant(config, "llama2_7b", variant)

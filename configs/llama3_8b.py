@@ -22,5 +22,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
     for role in ("student", "teacher"):
         config.prompts[f"{role}_template_kwargs"] = ml_collections.ConfigDict({"date_string": "26 Jul 2024"})
-    config.mesh.tensor = 4
+    config.mesh.tensor, config.mesh.rollout_tensor, config.mesh.rollout_ffw = 2, 4, 16
     return paper.variant(config, "llama3_8b", variant)

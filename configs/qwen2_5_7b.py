@@ -17,5 +17,5 @@ from msd_jax.configs import paper
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = paper.shared()
     config.model.path = "Qwen/Qwen2.5-7B-Instruct"
-    config.mesh.tensor = 4
+    config.mesh.tensor, config.mesh.rollout_tensor, config.mesh.rollout_ffw = 2, 4, 16
     return paper.variant(config, "qwen2_5_7b", variant)

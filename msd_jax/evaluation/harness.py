@@ -89,10 +89,9 @@ class MsdJaxLM(TemplateLM):
         mesh = sharding.make_mesh(data, fsdp, tensor)
         step, settings = _run_settings(pretrained)
         model = pretrained_lib.load(**settings | ({"dtype": dtype} if dtype else {}), mesh=mesh)
-        params, self._mesh = trained.load_params(step, model, mesh), sharding.rollout_mesh(mesh)
-        self._model = model.on(self._mesh)
-        layout = self._model.shardings(self._mesh, sharding.ROLLOUT)
-        self._params = rollout.reshard(params, self._model.dtype, layout)
+        self._mesh = sharding.rollout_mesh(mesh)
+        self._model, layout = model.on(self._mesh), model.shardings(self._mesh, sharding.ROLLOUT)
+        self._params = rollout.reshard(trained.load_params(step, model, mesh), model.dtype, layout)
         self.tokenizer, self._add_bos, self._prefix = self._model.tokenizer, add_bos_token, prefix_token_id
         self._template = dict(chat_template_args or {})
         if enable_thinking is not None:

@@ -106,23 +106,36 @@ def rollout_mesh(mesh: Mesh, tensor: int = 0, ffw: int = 0) -> Mesh:
 
     Args:
       mesh: of training.
-      tensor: config.mesh.rollout_tensor, the size of `tensor` x `extra`; 0: of `tensor` in training.
-      ffw: config.mesh.rollout_ffw, the size of `tensor` x `extra` x `fsdp`; 0: as `tensor`.
+      tensor, ffw: config.mesh.rollout_tensor and rollout_ffw, see `rollout_sizes`.
 
     Raises:
-      UserError: a size is not a multiple of the one before, or does not divide the devices of an island.
+      UserError: as `rollout_sizes`.
     """
-    shared = mesh.shape["tensor"]
-    tensor = tensor or shared
-    ffw, islands = ffw or tensor, len({island(device) for device in mesh.devices.flat})
-    if tensor % shared or ffw % tensor or mesh.size // islands % ffw:
-        raise UserError(
-            f"config.mesh.rollout_tensor={tensor} and config.mesh.rollout_ffw={ffw}: the first must be a multiple of "
-            f"config.mesh.tensor={shared}, the second one of the first, and a divisor of the {mesh.size // islands} "
-            "devices of a slice or machine"
-        )
+    shared, islands = mesh.shape["tensor"], len({island(device) for device in mesh.devices.flat})
+    tensor, ffw = rollout_sizes(shared, tensor, ffw, mesh.size // islands)
     sizes = -1, ffw // tensor, tensor // shared, shared
     return Mesh(mesh.devices.reshape(sizes), ROLLOUT_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+
+
+def rollout_sizes(shared: int, tensor: int, ffw: int, devices: int) -> tuple[int, int]:
+    """How many devices share attention's heads in generation, and how many the largest weights.
+
+    Args:
+      shared: config.mesh.tensor.
+      tensor, ffw: what is asked for; 0: no more than shared, and than tensor. Less where an island has fewer devices.
+      devices: of an island.
+
+    Raises:
+      UserError: one is not a multiple of the one before.
+    """
+    heads = max(shared, math.gcd(tensor, devices)) if tensor else shared
+    widest = max(heads, math.gcd(ffw, devices)) if ffw else heads
+    if heads % shared or widest % heads:
+        raise UserError(
+            f"config.mesh: tensor={shared}, rollout_tensor={heads} and rollout_ffw={widest} must each be a multiple of "
+            f"the one before (of {devices} devices in a slice or machine)"
+        )
+    return heads, widest
 
 
 def island(device: jax.Device) -> int:

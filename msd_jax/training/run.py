@@ -358,6 +358,9 @@ def describe(run: Run) -> None:
         + (f", {trained:,} of them trained" if trained < count else "")
         + f"; mesh: {sharding.describe(run.mesh)} ({jax.devices()[0].device_kind})"
     )
+    heads, widest = (sharding.parts(run.rollout_mesh, axis) for axis in ("heads", "ffw"))
+    if widest > run.mesh.shape["tensor"]:
+        log(f"generation: attention over {heads} devices, feed-forward layers and vocabulary over {widest}")
     teacher = f"{config.teacher.kind} teacher" if prompts.shows_teacher(config) else "no teacher"
     log(
         f"{'MSD' if prompts.shows_teacher(config) else 'fine-tuning'}: {config.rollout.policy}, {teacher}, "

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from msd_jax import losses
-from msd_jax.losses import divergences, dpsw, fused, naming, settings, weights
+from msd_jax.losses import divergences, dpsw, fused, naming, numerics, settings, weights
 
 each_divergence = pytest.mark.parametrize("name", losses.DIVERGENCES)
 WEIGHTINGS = ["dpsw", "teacher", "student", "uniform"]
@@ -882,6 +882,16 @@ def test_vocabulary_sharded_by_the_compiler(rng):
     expected, expected_gradient = loss_and_gradient(batch, **options)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("V", "k"), [(16 * 33, 20), (16 * 32, 1), (16 * 21, 20), (16 * 20, 20), (333, 20)])
+@pytest.mark.parametrize("distinct", [3, 40, None])
+def test_the_top_k_in_two_stages_is_top_k(rng, V, k, distinct):
+    """Values and indices, also where most elements tie, within a block and across blocks."""
+    x = rng.normal(size=(2, 7, V)) if distinct is None else rng.integers(distinct, size=(2, 7, V)) - 1.0
+    x = jnp.asarray(np.where(rng.random(x.shape) < 0.1, -np.inf, x), jnp.float32)
+    for actual, expected in zip(jax.jit(numerics.blockwise_top_k, static_argnums=1)(x, k), jax.lax.top_k(x, k)):
+        np.testing.assert_array_equal(actual, expected)
 
 
 # --- Errors and examples ----------------------------------------------------------------------------------------
