@@ -3,7 +3,7 @@
 Command:  python -m msd_jax.main --config configs/llama2_7b.py --workdir DIR \
               --config.data.path=QUERIES.jsonl --config.eval.path=MULTIJAIL.csv --config.eval.harmful=true
           The variant configs/llama2_7b.py:lora trains adapters, configs/llama2_7b.py:smoke tries two steps anywhere.
-Hardware: a pod of chips with 16 GB or more; `tensor` below divides its 32 heads, each with its own keys and values.
+Hardware: a pod of chips with 16 GB or more; `rollout_tensor` divides its 32 heads, each with its own keys and values.
 Memory:   estimated: 134 GB over all chips for weights, teacher, gradients and AdamW in float32 (6.7 B parameters
           x 20 bytes), and 3.4 GB per chip for the weights in bfloat16 while it generates.
 Time:     not measured on hardware.
