@@ -298,7 +298,7 @@ class Decoder(nnx.Module):
 
         Left to itself, XLA widens the devices' summands first, and twice the bytes cross between them.
         """
-        split = self.mesh is not None and sharding.parts(self.mesh, "heads") > 1
+        split = self.mesh is not None and sharding.parts(self.mesh, "ffw") > 1
         return jax.lax.optimization_barrier(update_BxTxD) if split else update_BxTxD
 
     @property
