@@ -42,7 +42,7 @@ def plan_pod(name: str, recipe: str, rows: int) -> dict[str, Any]:
     config.data.batch_size = rows * len(devices)
     config.mesh.data, config.mesh.fsdp = slices, -1
     config = ml_collections.FrozenConfigDict(config)
-    pod = Pod(topology, slices, sharding.make_mesh(**config.mesh, devices=devices))
+    pod = Pod(topology, slices, sharding.train_mesh(config.mesh, devices=devices))
     sizes, source = read_sizes(config.model.path)
     model = abstract_model(config, sizes, pod.mesh)
     compiled = {program.name: compile_program(program, pod) for program in run_programs(config, model, pod.mesh)}

@@ -234,6 +234,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.data = 1  # replicas of the weights
     config.mesh.fsdp = -1  # devices that share the weights of a replica; -1 for all that are left
     config.mesh.tensor = 1  # devices that share each matrix product
+    # Generation reads every weight for every token: there so many of the devices share attention's heads and the cache,
+    # and so many each feed-forward layer and the vocabulary, or all of a slice or machine that has fewer. 0: as tensor,
+    # and as rollout_tensor.
+    config.mesh.rollout_tensor = 0
+    config.mesh.rollout_ffw = 0
 
     # The hardware that the run is planned for: read by the scripts in launch/ and by msd_jax.plan, not by the run.
     config.launch = ml_collections.ConfigDict()

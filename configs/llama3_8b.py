@@ -3,7 +3,7 @@
 Command:  python -m msd_jax.main --config configs/llama3_8b.py --workdir DIR \
               --config.data.path=QUERIES.jsonl --config.eval.path=MULTIJAIL.csv --config.eval.harmful=true
           The variant configs/llama3_8b.py:lora trains adapters, configs/llama3_8b.py:smoke tries two steps anywhere.
-Hardware: a pod of chips with 16 GB or more; `tensor` below divides its 32 query and 8 key/value heads.
+Hardware: a pod of chips with 16 GB or more; `rollout_tensor` below divides its 32 query and 8 key/value heads.
 Memory:   planned with XLA's TPU compiler (docs/plan.md): 12.8 of 15.75 GiB per chip of v5e-64 at 256 queries per step;
           160 GB over all chips are weights, teacher, gradients and AdamW in float32.
 Time:     not measured on hardware.
@@ -22,5 +22,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
     for role in ("student", "teacher"):
         config.prompts[f"{role}_template_kwargs"] = ml_collections.ConfigDict({"date_string": "26 Jul 2024"})
-    config.mesh.tensor = 4
+    config.mesh.tensor, config.mesh.rollout_tensor, config.mesh.rollout_ffw = 2, 4, 16
     return paper.variant(config, "llama3_8b", variant)

@@ -64,4 +64,5 @@ def smoke(config: ml_collections.ConfigDict, name: str) -> ml_collections.Config
     config.eval.languages = ("en", "sw", "yo")
     config.eval.limit = 8
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 1
+    config.mesh.rollout_tensor = config.mesh.rollout_ffw = 0
     return config

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--out={flags.out} holds results already ({result.name}); name another directory")
         if flags.server and (flags.checkpoint or flags.preflight):
             raise UserError("--server takes neither --checkpoint nor --preflight: the weights are the server's")
-        mesh = sharding.make_mesh(**config.mesh)
+        mesh = sharding.train_mesh(config.mesh)
         if flags.preflight:
             preflight.show(preflight.run(config, evaluator.load(config, mesh), mesh, out))
             log(f"responses of both roles: {stores.told(out)}")

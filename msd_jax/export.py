@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--out={flags.out} is there already; name a new directory")
         if flags.push_to_hub and distributed.is_first():
             uploads.claim(flags.push_to_hub, private=not flags.public)
-        mesh = sharding.make_mesh(**config.mesh)
+        mesh = sharding.train_mesh(config.mesh)
         model = pretrained.load(**config.model, chat_template=config.prompts.chat_template)
         step = cli.checkpoint()
         params = trained.load_params(step, model, mesh)

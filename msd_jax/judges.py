@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         config = cli.config()
         path = pathlib.Path(cli.FLAGS.agreement)
         labelled = agreement.read(path)
-        judge = judges.make(config.judge, sharding.make_mesh(**config.mesh))
+        judge = judges.make(config.judge, sharding.rollout_mesh(sharding.train_mesh(config.mesh)))
         judge = judges.cached(judge, path.with_name(path.name + ".judgements.jsonl"))
     measured = agreement.measure(labelled.responses, labelled.labels, judge.judge(labelled.responses))
     for question, by_language in measured.items():

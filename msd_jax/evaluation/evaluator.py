@@ -141,7 +141,7 @@ class Evaluator(Generic[Asked]):
 def of_model(
     config: ml_collections.ConfigDict, model: pretrained.Pretrained, mesh: Mesh, role: str = "student"
 ) -> Evaluator[EncodedPrompt]:
-    """The evaluation of a model on `mesh`, whose weights are given in the rollout layout.
+    """The evaluation of a model on `mesh`, that of generation, whose weights are given in the rollout layout.
 
     Args:
       config: the whole config.
@@ -174,8 +174,9 @@ def of_checkpoint(config: ml_collections.ConfigDict, checkpoint: str, mesh: Mesh
     """The evaluation, into a directory, of what trained.load_params reads. Raises UserError as `of_model`."""
     require_wanted(config)
     model = load(config, mesh)
-    evaluation = of_model(config, model, mesh)
-    params, layout = trained.load_params(checkpoint, model, mesh), model.shardings(mesh, sharding.ROLLOUT)
+    rollout_mesh = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor, config.mesh.rollout_ffw)
+    evaluation = of_model(config, model.on(rollout_mesh), rollout_mesh)
+    params, layout = trained.load_params(checkpoint, model, mesh), model.shardings(rollout_mesh, sharding.ROLLOUT)
     return functools.partial(evaluation.run, functools.partial(rollout.reshard, params, model.dtype, layout))
 
 

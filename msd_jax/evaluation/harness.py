@@ -86,12 +86,12 @@ class MsdJaxLM(TemplateLM):
         """
         super().__init__()
         del max_batch_size, device
-        self._mesh = sharding.make_mesh(data, fsdp, tensor)
+        mesh = sharding.make_mesh(data, fsdp, tensor)
         step, settings = _run_settings(pretrained)
-        self._model = pretrained_lib.load(**settings | ({"dtype": dtype} if dtype else {}), mesh=self._mesh)
-        params = trained.load_params(step, self._model, self._mesh)
-        layout = self._model.shardings(self._mesh, sharding.ROLLOUT)
-        self._params = rollout.reshard(params, self._model.dtype, layout)
+        model = pretrained_lib.load(**settings | ({"dtype": dtype} if dtype else {}), mesh=mesh)
+        self._mesh = sharding.rollout_mesh(mesh)
+        self._model, layout = model.on(self._mesh), model.shardings(self._mesh, sharding.ROLLOUT)
+        self._params = rollout.reshard(trained.load_params(step, model, mesh), model.dtype, layout)
         self.tokenizer, self._add_bos, self._prefix = self._model.tokenizer, add_bos_token, prefix_token_id
         self._template = dict(chat_template_args or {})
         if enable_thinking is not None:

@@ -100,9 +100,11 @@ def run(
             "for the pre-flight"
         )
     config = _judged_and_greedy(config)
+    params = model.params(mesh)
+    mesh = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor, config.mesh.rollout_ffw)
+    model = model.on(mesh)
     evaluators = {role: of_model(config, model, mesh, role) for role in ("student", "teacher")}
-    layout = model.shardings(mesh, sharding.ROLLOUT)
-    params = rollout.reshard(model.params(mesh), model.dtype, layout)
+    params = rollout.reshard(params, model.dtype, model.shardings(mesh, sharding.ROLLOUT))
     answered = {}
     for role, evaluator in evaluators.items():
         log(f"pre-flight: {len(evaluator.prompts)} prompts as the {role}")

@@ -131,7 +131,7 @@ class Writer:
         """The rows with the next token of those that are not done, which `hidden_Bx1xD` predicts."""
         (response_BxR, length_B, stopped_B), R = rows.written, self.sampling.max_new_tokens
         keys = jax.vmap(jax.random.fold_in)(rows.key_B, length_B)
-        token_B = sample(model.logits(hidden_Bx1xD)[:, 0], keys, self.sampling)
+        token_B = sample(model.logits(model.share(hidden_Bx1xD))[:, 0], keys, self.sampling)
         token_B = jnp.where(rows.done_B, self.pad_id, token_B)
         now_stopped_B = ~rows.done_B & jnp.isin(token_B, jnp.array(self.stop_ids, jnp.int32))
         here_BxR = (jnp.arange(R) == length_B[:, None]) & ~rows.done_B[:, None]
@@ -267,22 +267,29 @@ class Generator:
         return self._run.trace(params, *arrays, key_data.update(sharding=sharding.replicated(self.mesh)))
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "shardings"))
-def _reshard(params: decoder.Params, dtype: jnp.dtype, shardings: tuple[NamedSharding, ...]) -> decoder.Params:
+@functools.partial(jax.jit, static_argnames=("dtype", "steps"))
+def _reshard(params: decoder.Params, dtype: jnp.dtype, steps: tuple[tuple[NamedSharding, ...], ...]) -> decoder.Params:
     leaves, treedef = jax.tree.flatten(params)
-    return jax.tree.unflatten(
-        treedef, [jax.lax.with_sharding_constraint(p.astype(dtype), s) for p, s in zip(leaves, shardings)]
-    )
+    leaves = [leaf.astype(dtype) for leaf in leaves]
+    for shardings in steps:
+        leaves = [jax.lax.with_sharding_constraint(leaf, s) for leaf, s in zip(leaves, shardings)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _steps(params: decoder.Params, shardings: tuple[NamedSharding, ...]) -> tuple[tuple[NamedSharding, ...], ...]:
+    """The layouts of `reshard`."""
+    sources = (leaf.sharding for leaf in jax.tree.leaves(params))
+    return tuple(sharding.halfway(source, s) for source, s in zip(sources, shardings)), shardings
 
 
 def reshard(params: decoder.Params, dtype: jnp.dtype, shardings: decoder.Params) -> decoder.Params:
     """Params in the compute dtype and the rollout's layout: gathered once per rollout, not once per token."""
     flat = tuple(jax.tree.leaves(shardings))
     same = [p.dtype == dtype and p.sharding.is_equivalent_to(s, p.ndim) for p, s in zip(jax.tree.leaves(params), flat)]
-    return params if all(same) else _reshard(params, jnp.dtype(dtype), flat)
+    return params if all(same) else _reshard(params, jnp.dtype(dtype), _steps(params, flat))
 
 
 def trace_reshard(params: decoder.Params, resharded: decoder.Params) -> jax.stages.Traced:
     """The program of `reshard` for abstract params and abstract results, to be compiled for devices elsewhere."""
     leaves = jax.tree.leaves(resharded)
-    return _reshard.trace(params, leaves[0].dtype, tuple(leaf.sharding for leaf in leaves))
+    return _reshard.trace(params, leaves[0].dtype, _steps(params, tuple(leaf.sharding for leaf in leaves)))

@@ -242,8 +242,8 @@ def _local(
         if d_hidden is not None:
             d_hidden = d_hidden.at[i].set(_matmul(gradient, chunks.heads()[0].T))
         if d_head is not None:
-            of_chunk = (gradient.T, chunks.hidden_of(i)) if layout.tied else (chunks.hidden_of(i).T, gradient)
-            d_head += _matmul(*of_chunk)
+            hidden = chunks.hidden_of(i)
+            d_head += _outer(gradient, hidden) if layout.tied else _outer(hidden, gradient)
         return jax.tree.map(jnp.add, total, sums), d_hidden, d_head
 
     def zeros(x: jax.Array) -> jax.Array:
@@ -299,13 +299,30 @@ class _Chunks(NamedTuple):
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b in float32; where one is float32 and one is not, the former is split in two parts that add up to it."""
-    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
-    if a.dtype == b.dtype:
-        return matmul(a, b)
-    if a.dtype == jnp.float32:
-        return functools.reduce(jnp.add, (matmul(part, b) for part in _parts(a, b.dtype)))
-    return functools.reduce(jnp.add, (matmul(a, part) for part in _parts(b, a.dtype)))
+    """a @ b in float32. If only a is float32, it is split into two parts that add up to it.
+
+    Both parts are rows of one product, which reads b once.
+    """
+    if a.dtype == b.dtype or a.dtype != jnp.float32:
+        return _product(a, b)
+    high, low = jnp.split(_product(jnp.concatenate(_parts(a, b.dtype)), b), 2)
+    return high + low
+
+
+def _outer(a_NxI: jax.Array, b_NxJ: jax.Array) -> jax.Array:
+    """a.T @ b in float32, a sum over tokens. If only one is float32, it is split as in `_matmul`.
+
+    Both parts are tokens of one product, whose result, as large as a head, is written once.
+    """
+    if a_NxI.dtype == b_NxJ.dtype:
+        return _product(a_NxI.T, b_NxJ)
+    narrow = min(a_NxI.dtype, b_NxJ.dtype, key=lambda dtype: dtype.itemsize)
+    a_2NxI, b_2NxJ = (jnp.concatenate(_parts(x, narrow) if x.dtype != narrow else (x, x)) for x in (a_NxI, b_NxJ))
+    return _product(a_2NxI.T, b_2NxJ)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def _parts(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

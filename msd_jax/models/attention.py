@@ -177,9 +177,9 @@ def _splash(
     if mesh is None:
         return on_device(query, key, value, segment, window)
     # With fewer key/value heads than devices, each device takes the one that its queries attend to.
-    copies = max(1, mesh.shape["tensor"] // key.shape[1])
+    copies = max(1, sharding.parts(mesh, "heads") // key.shape[1])
     key, value = (jnp.repeat(x, copies, axis=1) for x in (key, value))
-    rows, heads = sharding.TRAIN["batch"], sharding.TRAIN["heads"]
+    rows, heads = (sharding.rules_of(mesh)[axis] for axis in ("batch", "heads"))
     queries, keys = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
     return jax.shard_map(
         on_device,

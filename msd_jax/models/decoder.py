@@ -170,9 +170,9 @@ class Decoder(nnx.Module):
         attend = self._self_attention(valid_BxP)
 
         def layer(x_BxPxD: jax.Array, inputs: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, KVCache]:
-            return self.block(x_BxPxD, *inputs, positions_BxP, attend)
+            return self.block(x_BxPxD, *inputs, positions_BxP, attend, share=True)
 
-        x_BxPxD = self._scale(self._look_up(tokens_BxP))
+        x_BxPxD = self._scale(self._look_up(self.share(tokens_BxP)))
         x_BxPxD, new = jax.lax.scan(layer, x_BxPxD, self._stacked_layers())
         return self._normalise(x_BxPxD), cache.write(new, 0)
 
@@ -197,9 +197,10 @@ class Decoder(nnx.Module):
 
         def layer(x_BxTxD: jax.Array, inputs: tuple[nnx.State, LayerKind, KVCache]) -> tuple[jax.Array, KVCache]:
             params, kind, cached = inputs
-            return self.block(x_BxTxD, params, kind, positions_BxT, self._cached_attention(cached, positions_BxT, slot))
+            attend = self._cached_attention(cached, positions_BxT, slot)
+            return self.block(x_BxTxD, params, kind, positions_BxT, attend, share=True)
 
-        x_BxTxD = self._scale(self._look_up(tokens_BxT))
+        x_BxTxD = self._scale(self._look_up(self.share(tokens_BxT)))
         x_BxTxD, new = jax.lax.scan(layer, x_BxTxD, (*self._stacked_layers(), cache))
         # Written once for all layers: a cache carried through the scan is copied by each.
         return self._normalise(x_BxTxD), cache.write(new, slot)
@@ -224,16 +225,22 @@ class Decoder(nnx.Module):
 
         On CPUs and GPUs XLA copies what a scan slices, which here is all weights and the whole cache for each token.
         """
-        x_BxTxD = self._scale(self._look_up(tokens_BxT))
+        x_BxTxD = self._scale(self._look_up(self.share(tokens_BxT)))
         new = []
         for params, kind, cached in zip(layers, layer_kinds(self.config), cache):
             attend = self._cached_attention(cached, positions_BxT, slot)
-            x_BxTxD, new_of_layer = self.block(x_BxTxD, params, kind, positions_BxT, attend)
+            x_BxTxD, new_of_layer = self.block(x_BxTxD, params, kind, positions_BxT, attend, share=True)
             new.append(new_of_layer)
         return self._normalise(x_BxTxD), [cached.write(n, slot) for cached, n in zip(cache, new)]
 
     def block(
-        self, x_BxTxD: jax.Array, params: nnx.State, kind: LayerKind, positions_BxT: jax.Array, attend: Attend
+        self,
+        x_BxTxD: jax.Array,
+        params: nnx.State,
+        kind: LayerKind,
+        positions_BxT: jax.Array,
+        attend: Attend,
+        share: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """One layer: attention, then feed-forward, each on a normalised input and added to the residual stream.
 
@@ -244,6 +251,7 @@ class Decoder(nnx.Module):
           params, kind: the layer's.
           positions_BxT: int32, for RoPE.
           attend: attention, to these tokens alone or to a cache as well.
+          share: whether the feed-forward's input is `share`d, as its weights are in generation.
 
         Returns:
           (x_BxTxD, the keys and values of the tokens).
@@ -255,10 +263,12 @@ class Decoder(nnx.Module):
         query, key, value = layer.qkv(inputs_BxTxD)
         query, key = (apply_rope(x, cos, sin, self.config.rope_interleaved) for x in (query, key))
         new = KVCache(key.swapaxes(1, 2), value.swapaxes(1, 2))
-        x_BxTxD += layer.attention_output(attend(query, new, kind.window))
+        x_BxTxD += self._summed(layer.attention_output(attend(query, new, kind.window)))
         if not self.config.parallel:
             inputs_BxTxD = layer.norm(x_BxTxD, layer.ffw_norm)
-        x_BxTxD += layer.feed_forward(inputs_BxTxD)
+        if share:
+            inputs_BxTxD = self.share(inputs_BxTxD)
+        x_BxTxD += self._summed(layer.feed_forward(inputs_BxTxD))
         return self.constrain(x_BxTxD), new
 
     @property
@@ -273,9 +283,23 @@ class Decoder(nnx.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
+    def share(self, x: jax.Array) -> jax.Array:
+        """Rows [B, ...] on all devices that share what parallel.sharding.rollout_mesh splits over `fsdp`."""
+        if self.mesh is None or self.mesh.shape["fsdp"] == 1:
+            return x
+        return sharding.constrain(x, self.mesh, "replica", *[None] * (x.ndim - 1))
+
     def constrain(self, x_BxTxD: jax.Array) -> jax.Array:
         """The residual stream, split by rows alone: left to itself, XLA may split D as the weights are."""
         return sharding.constrain(x_BxTxD, self.mesh, "batch", None, None)
+
+    def _summed(self, update_BxTxD: jax.Array) -> jax.Array:
+        """What a sublayer adds to the residual stream, summed over `tensor` in the compute dtype.
+
+        Left to itself, XLA widens the devices' summands first, and twice the bytes cross between them.
+        """
+        split = self.mesh is not None and sharding.parts(self.mesh, "ffw") > 1
+        return jax.lax.optimization_barrier(update_BxTxD) if split else update_BxTxD
 
     @property
     def residual_dtype(self) -> jnp.dtype:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,12 @@ class Architecture:
     def shardings(self, mesh: Mesh, rules: sharding.Rules) -> Any:
         """NamedSharding of each parameter under `rules`."""
         return sharding.param_shardings(mesh, self.abstract, self.axes, rules)
+
+    def on(self, mesh: Mesh) -> Self:
+        """The same with activations split over another mesh."""
+        model = nnx.merge(self.graphdef, self.abstract)
+        model.mesh = mesh
+        return dataclasses.replace(self, graphdef=nnx.graphdef(model))
 
     def target(self, mesh: Mesh) -> decoder.Params:
         """ShapeDtypeStructs of params in the training layout."""

@@ -2,13 +2,14 @@
 
 Parameters carry logical axes ("embed", "heads", ...) beside their shapes in models/decoder.py; the tables below say
 which mesh axes split them. Training is fully sharded: weights, gradients and optimizer state are split over `fsdp`
-and gathered one layer at a time. Generation reads every weight for every token, so its weights are split over `tensor`
-alone, gathered once before the first token.
+and gathered one layer at a time. Generation reads every weight for every token, so its weights are gathered once before
+the first token and stay where they are used, on a mesh of its own: see `rollout_mesh`.
 
 A size that its mesh axes do not divide is an error that names the parameter, with one exception: see REPLICABLE.
 """
 
 import collections
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from msd_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+ROLLOUT_AXES = ("data", "fsdp", "extra", "tensor")
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 TRAIN: Rules = {
@@ -36,7 +38,9 @@ TRAIN: Rules = {
     "norm": None,
     "rank": None,
 }
-ROLLOUT: Rules = {**TRAIN, "embed": None}
+# What training splits over `tensor` is split there again, in this order, so that each device's part is one of its part.
+_HEADS, _WIDEST = ("tensor", "extra"), ("tensor", "extra", "fsdp")
+ROLLOUT: Rules = {**TRAIN, "embed": None, "heads": _HEADS, "kv_heads": _HEADS, "ffw": _WIDEST, "vocab": _WIDEST}
 
 # Axes that every device holds whole where their mesh axes do not divide the size but number a multiple of it: a model
 # often has fewer key/value heads than `tensor` has devices. Their projections are small beside the other weights.
@@ -86,6 +90,52 @@ def make_mesh(
     for place, (_, members) in zip(np.ndindex(across), sorted(islands.items())):
         blocks[place] = mesh_utils.create_device_mesh(within, members, allow_split_physical_axes=True)
     return Mesh(np.block(blocks.tolist()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def train_mesh(sizes: Any, **options: Any) -> Mesh:
+    """The mesh of training: `make_mesh` of config.mesh."""
+    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, **options)
+
+
+def rollout_mesh(mesh: Mesh, tensor: int = 0, ffw: int = 0) -> Mesh:
+    """The mesh of generation: the devices of `mesh`, in its order, which may share weights otherwise.
+
+    Heads and the cache are split over `tensor` and `extra`; the largest weights, those of feed-forward layers and the
+    vocabulary, over `fsdp` as well. Rows are split over `data` and `fsdp`: they are gathered over `fsdp` before these
+    weights, and what comes of them is scattered after.
+
+    Args:
+      mesh: of training.
+      tensor, ffw: config.mesh.rollout_tensor and rollout_ffw, see `rollout_sizes`.
+
+    Raises:
+      UserError: as `rollout_sizes`.
+    """
+    shared, islands = mesh.shape["tensor"], len({island(device) for device in mesh.devices.flat})
+    tensor, ffw = rollout_sizes(shared, tensor, ffw, mesh.size // islands)
+    sizes = -1, ffw // tensor, tensor // shared, shared
+    return Mesh(mesh.devices.reshape(sizes), ROLLOUT_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+
+
+def rollout_sizes(shared: int, tensor: int, ffw: int, devices: int) -> tuple[int, int]:
+    """How many devices share attention's heads in generation, and how many the largest weights.
+
+    Args:
+      shared: config.mesh.tensor.
+      tensor, ffw: what is asked for; 0: no more than shared, and than tensor. Less where an island has fewer devices.
+      devices: of an island.
+
+    Raises:
+      UserError: one is not a multiple of the one before.
+    """
+    heads = max(shared, math.gcd(tensor, devices)) if tensor else shared
+    widest = max(heads, math.gcd(ffw, devices)) if ffw else heads
+    if heads % shared or widest % heads:
+        raise UserError(
+            f"config.mesh: tensor={shared}, rollout_tensor={heads} and rollout_ffw={widest} must each be a multiple of "
+            f"the one before (of {devices} devices in a slice or machine)"
+        )
+    return heads, widest
 
 
 def island(device: jax.Device) -> int:
@@ -164,7 +214,7 @@ def spec(rules: Rules, mesh: Mesh, shape: Sequence[int], axes: Sequence[str | No
         if used & set(mesh_axes):
             raise UserError(f"{name}: axis {axis!r} falls on mesh axis {rules[axis]!r}, already taken")
         used |= set(mesh_axes)
-        parts.append(rules[axis])
+        parts.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
     return PartitionSpec(*parts)
 
 
@@ -175,17 +225,28 @@ def is_replicated(rules: Rules, mesh: Mesh, axis: str, size: int) -> bool:
 
 
 def _mesh_axes(rules: Rules, mesh: Mesh, axis: str) -> tuple[tuple[str, ...], int]:
-    """The mesh axes that split a logical axis, and their number of devices."""
+    """The mesh axes that split a logical axis, of those that the mesh has, and their number of devices."""
     assigned = rules[axis]
-    names = (assigned,) if isinstance(assigned, str) else assigned or ()
+    names = tuple(name for name in ((assigned,) if isinstance(assigned, str) else assigned or ()) if name in mesh.shape)
     return names, math.prod(mesh.shape[name] for name in names)
 
 
+def rules_of(mesh: Mesh) -> Rules:
+    """The table for a mesh of training or of generation."""
+    return ROLLOUT if "extra" in mesh.shape else TRAIN
+
+
+def parts(mesh: Mesh, axis: str) -> int:
+    """Into how many parts the mesh splits a logical axis that it divides."""
+    return _mesh_axes(rules_of(mesh), mesh, axis)[1]
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """An activation with its logical axes split as TRAIN says; unchanged without a mesh."""
+    """An activation with its logical axes split as the mesh's table says; unchanged without a mesh."""
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(TRAIN, mesh, x.shape, axes, "activation")))
+    named = spec(rules_of(mesh), mesh, x.shape, axes, "activation")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, named))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -227,6 +288,25 @@ def param_shardings(mesh: Mesh, abstract: Any, axes: Any, rules: Rules) -> Any:
         return NamedSharding(mesh, spec(rules, mesh, leaf.shape, logical, name))
 
     return jax.tree.map_with_path(one, abstract, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def halfway(source: NamedSharding, target: NamedSharding) -> NamedSharding:
+    """A layout of weights between training's and generation's, from which the latter gathers and moves nothing else.
+
+    Devices exchange parts for what generation splits further; the parts stay split over the devices that it leaves
+    free. To go from one layout to the other at once, XLA would hold the whole model on each device.
+    """
+    sizes = target.mesh.shape
+    exchanged = sizes["fsdp"] * sizes["extra"] if "extra" in sizes else 1
+    if exchanged == 1:
+        return target
+    data, fsdp, tensor = (source.mesh.shape[axis] for axis in AXES)
+    shape = data, fsdp // exchanged, sizes["fsdp"], sizes["extra"], tensor
+    mesh = Mesh(source.mesh.devices.reshape(shape), ("data", "rest", *ROLLOUT_AXES[1:]))
+    taken = set(jax.tree.leaves(tuple(target.spec)))
+    free = tuple(axis for axis in ("rest", "fsdp", "extra") if axis not in taken)
+    axes = itertools.zip_longest(source.spec, target.spec)
+    return NamedSharding(mesh, PartitionSpec(*(free if old == "fsdp" and new is None else new for old, new in axes)))
 
 
 def put_batch(mesh: Mesh, arrays: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ def network_share(kind: str, groups: np.ndarray, node_of_device: Sequence[int]) 
 
 _IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _DEVICES = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # short for an _IOTA whose second shape is the number of devices
-_MESH = r"mesh\[([^\]]*)\](?:, device_ids=\((?:" + _IOTA + "|" + _DEVICES + r")\))? ?\{((?:'\w+',?)*)\}"
+_MESH = r"mesh\[([^\]]*)\](?:, device_ids=\((?:" + _IOTA + "|" + _DEVICES + r")\))? ?\{((?:'\w+'(?::\(\d+\)\d+)?,?)*)\}"
 
 
 def replica_groups(attributes: str) -> np.ndarray:
@@ -149,17 +150,24 @@ def replica_groups(attributes: str) -> np.ndarray:
 def _mesh_groups(axes: str, source: str | None, order: str | None, named: str) -> np.ndarray:
     """The groups over the axes `named` of a mesh ("'a'=2,'b'=3"), whose devices may be transposed.
 
-    Its devices are those of an array of the shape `source`, counted row by row, with the axes in `order`.
+    Its devices are those of an array of the shape `source`, counted row by row, with the axes in `order`. An axis
+    may be named in part: "'a':(2)4" is its middle factor 4, if 2 are before it.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     devices = np.arange(math.prod(sizes.values()))
     if source:
         devices = devices.reshape(_integers(source))
         devices = devices.transpose(_integers(order)) if order else devices
-    names, chosen = list(sizes), re.findall(r"'(\w+)'", named)
-    devices = devices.reshape(list(sizes.values()))
-    devices = np.moveaxis(devices, [names.index(name) for name in chosen], range(-len(chosen), 0))
-    return devices.reshape(-1, math.prod(sizes[name] for name in chosen))
+    found = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named)
+    chosen = [(name, int(before or 1), int(size or sizes[name])) for name, before, size in found]
+    factors = []  # as `chosen`, of all axes
+    for axis, whole in sizes.items():
+        cuts = {before * size for name, before, times in chosen if name == axis for size in (1, times)} | {1, whole}
+        factors += [(axis, low, high // low) for low, high in itertools.pairwise(sorted(cuts))]
+    chosen = [factor for factor in chosen if factor in factors]  # without those of size 1
+    devices = devices.reshape([size for _, _, size in factors])
+    devices = np.moveaxis(devices, [factors.index(factor) for factor in chosen], range(-len(chosen), 0))
+    return devices.reshape(-1, math.prod(size for _, _, size in chosen))
 
 
 def _integers(text: str | None) -> list[int]:

@@ -58,4 +58,7 @@ def _check_mesh(config: ml_collections.ConfigDict) -> None:
         )
     filled = [devices // fixed if size == -1 else size for size in sizes]
     tpu = config.launch.accelerator == "tpu"
-    sharding.across_islands(filled, config.launch.slices if tpu else config.launch.nodes, tpu=tpu)
+    islands = config.launch.slices if tpu else config.launch.nodes
+    sharding.across_islands(filled, islands, tpu=tpu)
+    asked = config.mesh.rollout_tensor, config.mesh.rollout_ffw
+    sharding.rollout_sizes(filled[-1], *asked, devices // islands)

@@ -95,10 +95,10 @@ def make_pod(config: ml_collections.ConfigDict, topology: str, mesh: str) -> tup
         nodes = gpus.parse_nodes(topology)
         devices = gpus.compile_only_devices(nodes)
         return config, Pod(
-            topology, nodes.count, sharding.make_mesh(**config.mesh, devices=devices, process_is_island=True)
+            topology, nodes.count, sharding.train_mesh(config.mesh, devices=devices, process_is_island=True)
         )
     devices = compile_only_devices(topology, launch.slices)
-    return config, Pod(topology, launch.slices, sharding.make_mesh(**config.mesh, devices=devices))
+    return config, Pod(topology, launch.slices, sharding.train_mesh(config.mesh, devices=devices))
 
 
 def with_values(config: ml_collections.ConfigDict, **values: Any) -> ml_collections.ConfigDict:

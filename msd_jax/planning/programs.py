@@ -42,8 +42,13 @@ def bytes_per_device(tree: Any) -> int:
     return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
+def rollout_mesh(config: ml_collections.ConfigDict, mesh: Mesh) -> Mesh:
+    """The mesh of generation where `mesh` is that of training."""
+    return sharding.rollout_mesh(mesh, config.mesh.rollout_tensor, config.mesh.rollout_ffw)
+
+
 def rollout_params(model: pretrained.Architecture, mesh: Mesh) -> decoder.Params:
-    """The abstract weights of generation: in the compute dtype and the rollout layout."""
+    """The abstract weights of generation, on its mesh: in the compute dtype and the rollout layout."""
     return jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=placed),
         model.abstract,
@@ -65,12 +70,13 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
     step = train_step.TrainStep(config, model, mesh, optimize, shape)
     state, frozen = step.state, step.frozen
     state_bytes = bytes_per_device((state, frozen))
-    weights, relaid = decoder.join(frozen, state.params), rollout_params(model, mesh)
+    generating = rollout_mesh(config, mesh)
+    weights, relaid = decoder.join(frozen, state.params), rollout_params(model, generating)
 
     def generation(name: str, rows: int, prompt: int, response: int) -> Program:
         sampling = {key: config.rollout[key] for key in ("temperature", "top_k", "top_p")}
         options = rollout.Sampling(response, **sampling)
-        generator = rollout.Generator(model.graphdef, mesh, options, stop_ids=(0,), pad_id=0)
+        generator = rollout.Generator(model.on(generating).graphdef, generating, options, stop_ids=(0,), pad_id=0)
         return Program(name, lambda: generator.trace(relaid, rows, prompt), state_bytes, response - 1)
 
     prompts, response = config.prompts, config.rollout.max_new_tokens
@@ -89,7 +95,7 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
     if config.rollout.policy in ("off_policy", "mixed"):
         yield generation("teacher rollout", config.data.batch_size, prompts.teacher_limit, response)
     if evaluator.wanted(config):
-        rows = sharding.batch_rows(mesh, config.eval.batch_size)
+        rows = sharding.batch_rows(generating, config.eval.batch_size)
         yield generation("evaluation", rows, encoding.prompt_limit(config)[0], config.eval.max_new_tokens)
 
 

@@ -1,4 +1,4 @@
-"""The fastest setting that fits, among meshes, micro-batches and what the backward pass keeps."""
+"""The fastest setting that fits, among meshes of training and generation, micro-batches and remat."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from msd_jax.planning import table
 from msd_jax.planning.architecture import abstract_model
 from msd_jax.planning.compiled import CompiledProgram, compile_program, step_seconds
 from msd_jax.planning.pod import Pod, with_values
-from msd_jax.planning.programs import bytes_per_device, rollout_params, run_programs
+from msd_jax.planning.programs import bytes_per_device, rollout_mesh, rollout_params, run_programs
 from msd_jax.training import train_step
 
 
@@ -44,12 +44,18 @@ class Candidate:
     @property
     def flags(self) -> str:
         mesh = ",".join(str(size) for size in self.pod.mesh.shape.values())
-        train, model = self.config.train, self.config.model
-        return f"--mesh {mesh} --config.train.micro_batches={train.micro_batches} --config.model.remat={model.remat}"
+        train, sizes = self.config.train, self.config.mesh
+        return (
+            f"--mesh {mesh} --config.train.micro_batches={train.micro_batches} "
+            f"--config.model.remat={self.config.model.remat} --config.mesh.rollout_tensor={sizes.rollout_tensor} "
+            f"--config.mesh.rollout_ffw={sizes.rollout_ffw}"
+        )
 
 
 def search(config: ml_collections.ConfigDict, sizes: Any, pod: Pod) -> Candidate | None:
     """The fastest setting that fits, or None: each mesh with the fewest micro-batches that fit, then less remat.
+
+    In all of them generation shares weights as config.mesh says. For the fastest, other ways are tried at the end.
 
     Args:
       config: of the run.
@@ -58,7 +64,8 @@ def search(config: ml_collections.ConfigDict, sizes: Any, pod: Pod) -> Candidate
     """
     tried = [candidate for mesh in candidate_meshes(pod) for candidate in _more_micro_batches(config, sizes, pod, mesh)]
     fastest = _fastest(tried)
-    return _fastest([fastest, *_less_remat(fastest, sizes)]) if fastest else None
+    fastest = _fastest([fastest, *_less_remat(fastest, sizes)]) if fastest else None
+    return _fastest([fastest, *_other_rollouts(fastest, sizes)]) if fastest else None
 
 
 def _fastest(candidates: list[Candidate]) -> Candidate | None:
@@ -85,7 +92,8 @@ def _more_micro_batches(
             other = pod.with_mesh(*mesh_sizes)
             train_step.check_batch(setting, other.mesh)
             model = abstract_model(setting, sizes, other.mesh)
-            weights = bytes_per_device(rollout_params(model, other.mesh)) + bytes_per_device(model.target(other.mesh))
+            generating = bytes_per_device(rollout_params(model, rollout_mesh(setting, other.mesh)))
+            weights = generating + bytes_per_device(model.target(other.mesh))
         except UserError:  # an axis does not divide over the mesh
             return
         if weights > pod.device.hbm_bytes:
@@ -105,6 +113,23 @@ def _less_remat(best: Candidate, sizes: Any) -> Iterator[Candidate]:
         yield candidate
         if candidate.fits:
             return
+
+
+def _other_rollouts(best: Candidate, sizes: Any) -> Iterator[Candidate]:
+    """`best` with generation's weights shared by more devices."""
+    known = {name: program for name, program in best.programs.items() if name in ("train", "update")}
+    tried = {rollout_mesh(best.config, best.pod.mesh)}
+    for tensor in (best.pod.mesh.shape["tensor"] * 2**i for i in range(4)):
+        for ffw in (tensor, 2 * tensor, 4 * tensor):
+            setting = with_values(best.config, **{"mesh.rollout_tensor": tensor, "mesh.rollout_ffw": ffw})
+            try:
+                mesh = rollout_mesh(setting, best.pod.mesh)
+                rollout_params(abstract_model(setting, sizes, best.pod.mesh), mesh)
+            except UserError:  # an axis does not divide over the mesh
+                continue
+            if mesh not in tried:
+                tried.add(mesh)
+                yield _compile(setting, sizes, best.pod, known)
 
 
 def _compile(config: ml_collections.ConfigDict, sizes: Any, pod: Pod, known: dict[str, CompiledProgram]) -> Candidate:

@@ -16,7 +16,7 @@ from msd_jax.parallel import sharding
 from msd_jax.planning import gpus
 from msd_jax.planning.compiled import GIB, CompiledProgram, step_seconds
 from msd_jax.planning.pod import Pod
-from msd_jax.planning.programs import bytes_per_device, rollout_params
+from msd_jax.planning.programs import bytes_per_device, rollout_mesh, rollout_params
 from msd_jax.training import optimizer, train_step
 
 
@@ -90,11 +90,14 @@ def describe(config: ml_collections.ConfigDict, model: pretrained.Architecture, 
         for params in (model.abstract, model.split(model.abstract)[0])
     )
     mesh = " x ".join(f"{name} {size}" for name, size in pod.mesh.shape.items())
+    heads, widest = (sharding.parts(rollout_mesh(config, pod.mesh), axis) for axis in ("heads", "ffw"))
     slices = f"{pod.slices} slices of " if pod.slices > 1 and not pod.is_gpu else ""
     what = "all trained" if trained == count else f"{trained:,} trained"
     return (
         f"{config.model.path}: {count:,} parameters, {what}; sizes from {source}\n"
-        f"{slices}{pod.topology}: {pod.device_count} devices, mesh {mesh}; {' '.join(compiler(pod))}\n"
+        f"{slices}{pod.topology}: {pod.device_count} devices, mesh {mesh}; "
+        f"generation: heads over {heads}, the largest weights over {widest}; "
+        f"{' '.join(compiler(pod))}\n"
         f"{config.rollout.policy}, batch {config.data.batch_size}, micro_batches={config.train.micro_batches}, "
         f"remat={config.model.remat}, prompts of {config.prompts.student_limit} (student) and "
         f"{config.prompts.teacher_limit} (teacher) tokens, responses of {config.rollout.max_new_tokens}"
@@ -135,12 +138,12 @@ def remedies(
         if mesh["data"] > pod.fewest_replicas:
             yield f"--mesh {pod.fewest_replicas},-1,{mesh['tensor']}: fsdp instead of data splits weights and optimizer"
     if set(too_big) - {"train"}:
-        weights = bytes_per_device(rollout_params(model, pod.mesh))
-        tensor = 2 * mesh["tensor"]
-        if not model.config.kv_heads % tensor:
+        generating = rollout_mesh(config, pod.mesh)
+        weights, widest = bytes_per_device(rollout_params(model, generating)), 2 * sharding.parts(generating, "ffw")
+        if not (model.config.ffw % widest or model.config.vocab_size % widest or pod.device_count % widest):
             yield (
-                f"--mesh {mesh['data']},-1,{tensor}: during generation each chip holds {gib(weights)} of weights, "
-                f"1/{mesh['tensor']} of them"
+                f"--config.mesh.rollout_ffw={widest}: during generation each chip holds {gib(weights)} of weights, its "
+                f"part of the largest being 1/{widest // 2}"
             )
     yield "--search tries these and prints the fastest that fits"
 
@@ -156,6 +159,7 @@ def as_json(
         "slices": pod.slices,
         "devices": pod.device_count,
         "mesh": dict(pod.mesh.shape),
+        "rollout_mesh": dict(rollout_mesh(config, pod.mesh).shape),
         "batch_size": config.data.batch_size,
         "micro_batches": config.train.micro_batches,
         "remat": config.model.remat,

@@ -150,6 +150,8 @@ RANGES = {
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
+    "mesh.rollout_tensor": _COUNT_OR_NONE,
+    "mesh.rollout_ffw": _COUNT_OR_NONE,
     "launch.slices": _COUNT,
     "launch.nodes": _COUNT,
     "launch.gpus_per_node": _COUNT_OR_NONE,

@@ -36,6 +36,8 @@ ADDED = {
     "loss.beta_ramp": 0.0,
     "loss.entropy_scale": "linear",
     "loss.token_cap": 0.0,
+    "mesh.rollout_ffw": 0,
+    "mesh.rollout_tensor": 0,
     "prompts.analysis_is_thinking": False,
     "prompts.chat_template": "",
     "prompts.require_same_ending": True,

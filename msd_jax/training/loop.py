@@ -149,7 +149,12 @@ def with_analyses(run: Run, frozen: decoder.Params, state: TrainState) -> grain.
     """The run's batches with the teacher's analyses, which it writes now unless they are stored."""
     store = teacher_store(run.config, run.model, run.workdir / "analyses.jsonl")
     written = analyses.write(
-        run.records, run.config, run.model, run.mesh, lambda: rollout_params(run, frozen, state.params), store
+        run.records,
+        run.config,
+        run.rollout_model,
+        run.rollout_mesh,
+        lambda: rollout_params(run, frozen, state.params),
+        store,
     )
     return make_batches(run.config, run.model, encode(run.config, run.model, run.records, written))
 

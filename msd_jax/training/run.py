@@ -42,6 +42,7 @@ class Inputs:
       config: the whole config.
       mesh: of all devices.
       model: everything but its weights.
+      rollout_mesh, rollout_model: both as responses are generated.
       evaluation: before and after training; None where the config asks for none.
       monitor: of the slice while training; None where the config asks for none.
       records: the queries to train on.
@@ -54,6 +55,8 @@ class Inputs:
     config: ml_collections.ConfigDict
     mesh: Mesh
     model: pretrained.Pretrained
+    rollout_mesh: Mesh
+    rollout_model: pretrained.Pretrained
     evaluation: evaluator.Evaluator | None
     monitor: Monitor | None
     records: tuple[Query, ...]
@@ -124,7 +127,8 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
     shape = pack_shape(config, model, mesh, examples)
     optimize, schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
     sampling = {key: config.rollout[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    generator = rollout.Generator(model.graphdef, mesh, rollout.Sampling(**sampling), model.stop_ids, model.pad_id)
+    where = inputs.rollout_model.graphdef, inputs.rollout_mesh
+    generator = rollout.Generator(*where, rollout.Sampling(**sampling), model.stop_ids, model.pad_id)
     store = None
     if config.rollout.policy in ("off_policy", "mixed") and config.rollout.reuse_teacher_responses:
         store = teacher_store(config, model, workdir / "teacher_responses.jsonl")
@@ -133,7 +137,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
         workdir=workdir,
         lock=held,
         clock=goodput.Clock(workdir, began),
-        utilisation=utilisation.Utilisation(model, mesh, peak),
+        utilisation=utilisation.Utilisation(model, inputs.rollout_mesh, peak),
         checkpoints=checkpoint.Checkpoints(
             workdir, config.train.checkpoints.kept, {"config": checkpoint.plain(config), "inputs": inputs.fingerprint}
         ),
@@ -143,7 +147,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
         beta=beta_schedule(config),
         pack_shape=shape,
         train_step=TrainStep(config, model, mesh, optimize, shape),
-        rollout_shardings=model.shardings(mesh, sharding.ROLLOUT),
+        rollout_shardings=model.shardings(inputs.rollout_mesh, sharding.ROLLOUT),
         generator=generator,
         respond=(
             responses.GivenResponder(generator)
@@ -157,13 +161,15 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
     """Reads and checks everything that a run needs; writes nothing. Raises UserError as `setup`."""
     distributed.require_same("config", lambda: checkpoint.without_paths(config))
     trackers.require_installed(config.train.trackers)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.train_mesh(config.mesh)
     check_batch(config, mesh)
     model = pretrained.load(**config.model, chat_template=config.prompts.chat_template, mesh=mesh)
+    rollout_mesh = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor, config.mesh.rollout_ffw)
+    rollout_model = model.on(rollout_mesh)
     _check_vocabulary(config.loss, model.config.vocab_size)
     _check_lengths(config, model)
     records = sources.load(config.data, log, teacher=prompts.shows_teacher(config))
-    evaluation = evaluator.of_model(config, model, mesh) if evaluator.wanted(config) else None
+    evaluation = evaluator.of_model(config, rollout_model, rollout_mesh) if evaluator.wanted(config) else None
     watch = Monitor(config, evaluation) if evaluation and config.eval.monitor.every else None
     records, duplicates = _look_for_duplicates(records, config.data, evaluation)
     encoded = encode(config, model, records)
@@ -173,6 +179,8 @@ def read(config: ml_collections.ConfigDict) -> Inputs:
         config=config,
         mesh=mesh,
         model=model,
+        rollout_mesh=rollout_mesh,
+        rollout_model=rollout_model,
         evaluation=evaluation,
         monitor=watch,
         records=records,
@@ -350,6 +358,9 @@ def describe(run: Run) -> None:
         + (f", {trained:,} of them trained" if trained < count else "")
         + f"; mesh: {sharding.describe(run.mesh)} ({jax.devices()[0].device_kind})"
     )
+    heads, widest = (sharding.parts(run.rollout_mesh, axis) for axis in ("heads", "ffw"))
+    if widest > run.mesh.shape["tensor"]:
+        log(f"generation: attention over {heads} devices, feed-forward layers and vocabulary over {widest}")
     teacher = f"{config.teacher.kind} teacher" if prompts.shows_teacher(config) else "no teacher"
     log(
         f"{'MSD' if prompts.shows_teacher(config) else 'fine-tuning'}: {config.rollout.policy}, {teacher}, "

@@ -43,7 +43,7 @@ class Utilisation:
     """
 
     def __init__(self, model: pretrained.Architecture, mesh: Mesh, peak: Peak | None):
-        """`peak`: of each device of `mesh`; None where it is not known, and there are no columns."""
+        """`mesh`: of generation; `peak`: of each device; None where it is not known, and there are no columns."""
         self._model, self._mesh, self._peak = model, mesh, peak
         self._weights = _weight_bytes(model, mesh)
 
@@ -119,7 +119,7 @@ def _cached_bytes(
     config, rules = model.config, sharding.ROLLOUT
     heads = config.kv_heads
     if not sharding.is_replicated(rules, mesh, "kv_heads", heads):
-        heads //= mesh.shape["tensor"]
+        heads //= sharding.parts(mesh, "kv_heads")
     whole_B = prompt_length_B + length_B
     tokens = sum(_pairs(whole_B, window) - _pairs(prompt_length_B, window) for window in config.windows)
     return tokens * 2 * heads * config.head_dim * model.dtype.itemsize / sharding.batch_shards(mesh)

@@ -12,6 +12,8 @@ from msd_jax.generation import rollout
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, forward
 from msd_jax.parallel import sharding
+from msd_jax.planning.collectives import find_collectives
+from msd_jax.planning.hlo import HloModule
 from tests.conftest import LLAMA
 
 STOP = (3, 7)
@@ -210,3 +212,30 @@ def test_reshard_casts_as_well():
         assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(source.astype(jnp.bfloat16)))
     assert rollout.reshard(laid, jnp.bfloat16, target) is laid
+
+
+@pytest.mark.parametrize(
+    ("sizes", "generating"), [((1, 4, 2), (4, 4)), ((1, 8, 1), (2, 4)), ((2, 2, 2), (2, 4)), ((1, 8, 1), (1, 8))]
+)
+def test_weights_go_to_the_mesh_of_generation_without_the_whole_model_on_a_device(sizes, generating):
+    config = model_config.from_dict(LLAMA)
+    _graphdef, params = decoder.init(config, jax.random.key(0))
+    _, abstract, axes = decoder.abstract(config)
+    mesh = sharding.make_mesh(*sizes)
+    trained = jax.device_put(params, sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN))
+    laid_out = sharding.rollout_mesh(mesh, *generating)
+    target = sharding.param_shardings(laid_out, abstract, axes, sharding.ROLLOUT)
+    laid = rollout.reshard(trained, jnp.float32, target)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (laid, params)))
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), laid, target)))
+
+    def shape(leaf, placed):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+    sources, results = (jax.tree.map(shape, abstract, s) for s in (jax.tree.map(lambda x: x.sharding, trained), target))
+    compiled = rollout.trace_reshard(sources, results).lower().compile()
+    largest = max(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(results))
+    gathered = [x for x in find_collectives(HloModule(compiled.as_text())) if x.kind == "all-gather"]
+    assert gathered
+    for gather in gathered:  # no device gathers more than its part of the result
+        assert gather.operand_bytes * gather.group_size <= 4 * largest, gather

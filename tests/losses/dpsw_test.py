@@ -12,8 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from msd_jax import losses
-from msd_jax.losses import divergences, dpsw, fused, naming, settings, weights
-from msd_jax.losses.numerics import blockwise_top_k
+from msd_jax.losses import divergences, dpsw, fused, naming, numerics, settings, weights
 
 each_divergence = pytest.mark.parametrize("name", losses.DIVERGENCES)
 WEIGHTINGS = ["dpsw", "teacher", "student", "uniform"]
@@ -419,17 +418,6 @@ def test_tied_teacher_logits_still_give_exactly_top_k_tokens(rng):
     options = {"top_k": 5, "temperature": 1.0}
     values, _ = value_and_gradient("reverse_kl", student, teacher, **options)
     np.testing.assert_allclose(values, reference_divergence("reverse_kl", student, teacher, **options), rtol=1e-5)
-
-
-@pytest.mark.parametrize("V, k", [(320, 20), (384, 3), (1024, 20), (331, 20), (50257, 20), (12, 12)])
-def test_top_k_by_blocks_is_that_of_jax(rng, V, k):
-    """With ties, which the lower index wins, rows of them alone, and excluded tokens."""
-    x = rng.integers(-4, 4, (3, 5, V)).astype(np.float32)
-    x[0] = rng.normal(size=(5, V))
-    x[1, 0] = 1.0
-    x[1, 1:, k // 2 :] = -np.inf
-    for mine, jaxs in zip(jax.jit(blockwise_top_k, static_argnums=1)(x, k), jax.lax.top_k(x, k)):
-        np.testing.assert_array_equal(mine, jaxs)
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
@@ -894,6 +882,16 @@ def test_vocabulary_sharded_by_the_compiler(rng):
     expected, expected_gradient = loss_and_gradient(batch, **options)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("V", "k"), [(16 * 33, 20), (16 * 640, 20), (16 * 32, 1), (16 * 20, 20), (333, 20), (12, 12)])
+@pytest.mark.parametrize("distinct", [3, 40, None])
+def test_the_top_k_by_blocks_is_top_k(rng, V, k, distinct):
+    """Values and indices, also where most elements tie, within a block and across blocks."""
+    x = rng.normal(size=(2, 7, V)) if distinct is None else rng.integers(distinct, size=(2, 7, V)) - 1.0
+    x = jnp.asarray(np.where(rng.random(x.shape) < 0.1, -np.inf, x), jnp.float32)
+    for actual, expected in zip(jax.jit(numerics.blockwise_top_k, static_argnums=1)(x, k), jax.lax.top_k(x, k)):
+        np.testing.assert_array_equal(actual, expected)
 
 
 # --- Errors and examples ----------------------------------------------------------------------------------------

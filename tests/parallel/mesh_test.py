@@ -42,8 +42,8 @@ MESHES = {name: [(1, 2, 4), (2, 2, 2)] for name in [*RECIPES, *OTHERS]} | {
 
 
 @functools.cache
-def computed(name, shape):
-    """(state after a step, its scalars, a rollout) as host arrays."""
+def computed(name, shape, generating=(0, 0)):
+    """(state after a step, its scalars, a rollout) as host arrays; `generating`: the sizes of sharding.rollout_mesh."""
     recipe = name if name in RECIPES else "llama3_8b"
     config = importlib.import_module(f"msd_jax.configs.{recipe}").get_config("smoke")
     config.model.dtype = "float32"
@@ -81,8 +81,11 @@ def computed(name, shape):
     prompt, teacher_prompt, response = (rng.integers(0, model.config.vocab_size, (B, size)) for size in (P, Q, R))
     arrays = (prompt, lengths[0], teacher_prompt, lengths[1], response, lengths[2])
     packs = packing.pack(packing.TrainBatch(*(x.astype(np.int32) for x in arrays)), shape)
-    layout = model.shardings(mesh, sharding.ROLLOUT)
-    greedy = rollout.Generator(model.graphdef, mesh, rollout.Sampling(R, temperature=0.0), (3,), 0)
+    rollout_mesh = sharding.rollout_mesh(mesh, *generating)
+    layout = model.shardings(rollout_mesh, sharding.ROLLOUT)
+    greedy = rollout.Generator(
+        model.on(rollout_mesh).graphdef, rollout_mesh, rollout.Sampling(R, temperature=0.0), (3,), 0
+    )
     hashes, active = np.arange(B, dtype=np.uint32), np.ones(B, bool)
     laid = rollout.reshard(state.teacher, model.dtype, layout)
     written = greedy(laid, prompt.astype(np.int32), lengths[0].astype(np.int32), hashes, active, jax.random.key(0))
@@ -93,6 +96,17 @@ def computed(name, shape):
 @pytest.mark.parametrize(("name", "shape"), [(name, shape) for name in MESHES for shape in MESHES[name]])
 def test_a_step_and_a_rollout_do_not_depend_on_the_devices(name, shape):
     same_as_alone(name, shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "generating"),
+    [
+        ("llama3_8b", (1, 4, 2), (4, 8)),  # each size of its own, and fewer key/value heads than devices
+        ("llama3_8b", (2, 4, 1), (2, 4)),  # every axis of the mesh of generation has devices
+    ],
+)
+def test_nor_on_how_they_share_weights_in_generation(name, shape, generating):
+    same_as_alone(name, shape, generating)
 
 
 def test_nor_on_the_slices_that_they_are_in(monkeypatch):
@@ -126,8 +140,11 @@ def test_nor_on_the_machines_that_they_are_in():
     assert done.stdout.splitlines() == ["between 4 machines: fsdp", "between 4 machines: data and fsdp"]
 
 
-def same_as_alone(name, shape):
-    (state, scalars, written), (alone, alone_scalars, alone_written) = computed(name, shape), computed(name, (1, 1, 1))
+def same_as_alone(name, shape, generating=(0, 0)):
+    (state, scalars, written), (alone, alone_scalars, alone_written) = (
+        computed(name, shape, generating),
+        computed(name, (1, 1, 1)),
+    )
     np.testing.assert_array_equal(written.response_BxR, alone_written.response_BxR)
     assert len(np.unique(alone_written.response_BxR)) > 5
     for key, value in alone_scalars.items():

@@ -33,6 +33,38 @@ def test_rules_split_every_matrix():
     assert rollout["layers"]["query"].spec == PartitionSpec(None, None, "tensor", None)
 
 
+def test_generation_shares_heads_and_the_largest_weights_apart():
+    mesh = sharding.make_mesh(1, 4, 2)
+    assert sharding.rollout_mesh(mesh).devices.shape == (4, 1, 1, 2)
+    apart = sharding.rollout_mesh(mesh, 4, 8)
+    assert dict(apart.shape) == {"data": 1, "fsdp": 2, "extra": 2, "tensor": 2}
+    assert list(apart.devices.flat) == list(mesh.devices.flat) and sharding.batch_shards(apart) == 2
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))
+    layers = sharding.param_shardings(apart, abstract, axes, sharding.ROLLOUT)["layers"]
+    assert layers["query"].spec == PartitionSpec(None, None, ("tensor", "extra"), None)
+    assert layers["down"].spec == PartitionSpec(None, ("tensor", "extra", "fsdp"), None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ((2, 0, 0, 8), (2, 2)),
+        ((2, 4, 16, 64), (4, 16)),
+        ((2, 4, 16, 8), (4, 8)),
+        ((1, 4, 16, 1), (1, 1)),
+        ((8, 4, 16, 16), (8, 16)),
+    ],
+)
+def test_generation_takes_no_more_devices_than_there_are(asked, sizes):
+    assert sharding.rollout_sizes(*asked) == sizes
+
+
+@pytest.mark.parametrize("asked", [(2, 3, 0, 6), (3, 4, 0, 12), (2, 4, 6, 12)])
+def test_sizes_of_generation_that_do_not_follow_each_other_are_refused(asked):
+    with pytest.raises(ValueError, match=r"config.mesh: tensor=.*, rollout_tensor=.* and rollout_ffw=.* a multiple"):
+        sharding.rollout_sizes(*asked)
+
+
 def test_a_size_that_does_not_divide_is_named():
     mesh = sharding.make_mesh(1, 1, 8)
     _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))

@@ -164,6 +164,15 @@ ENTRY %main (x: f32[2]) -> f32[8] {
         ("replica_groups=mesh['a'=2,'b'=3], device_ids=([6]<=[3,2]T(1,0)) {'b'}, x", [[0, 2, 4], [1, 3, 5]]),
         ("replica_groups=mesh['a'=2,'b'=3], device_ids=([3,2]T(1,0)) {'b'}, x", [[0, 2, 4], [1, 3, 5]]),
         ("replica_groups=mesh['a'=3,'b'=1,'c'=2], device_ids=([2,3]T(1,0)) {'a'}, x", [[0, 1, 2], [3, 4, 5]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}, x", [[0, 2], [1, 3]]),
+        (
+            "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,2,2]T(2,1,0)) {'a':(2)2}, x",
+            [[0, 2], [4, 6], [1, 3], [5, 7]],
+        ),
+        (
+            "replica_groups=mesh['a'=8,'b'=2] {'b','a':(2)2}, x",
+            [[0, 4, 1, 5], [2, 6, 3, 7], [8, 12, 9, 13], [10, 14, 11, 15]],
+        ),
         ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
         ("dimensions={0}", [[0]]),
     ],
@@ -172,7 +181,7 @@ def test_groups_in_each_notation_of_hlo(attributes, groups):
     np.testing.assert_array_equal(replica_groups(attributes), groups)
 
 
-@pytest.mark.parametrize("attributes", ["replica_groups=mesh['a'=4] {'a':(1)2}, x", "replica_groups={}, x"])
+@pytest.mark.parametrize("attributes", ["replica_groups=mesh['a'=4] {'a'%2}, x", "replica_groups={}, x"])
 def test_groups_in_an_unknown_notation_are_an_error(attributes):
     with pytest.raises(ValueError, match="groups of a collective are not understood: replica_groups="):
         replica_groups(attributes)

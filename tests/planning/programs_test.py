@@ -86,3 +86,6 @@ def test_the_decode_loop_for_tpus_gathers_no_weights(smoke, sizes, tpu_slice):
     smallest = min(leaf.size for leaf in jax.tree.leaves(model.abstract) if leaf.ndim > 2) // model.config.layers
     gathers = [x for x in find_collectives(module) if x.kind == "all-gather" and x.times > 1]
     assert all(x.operand_bytes * x.group_size < smallest for x in gathers), gathers
+    summed = [x for x in find_collectives(module) if x.kind == "all-reduce" and f",{model.config.width}]" in x.shape]
+    assert all(x.shape.startswith("bf16[") for x in summed), summed  # not widened to float32 before they cross chips
+    assert len(summed) >= (4 if sizes[2] > 1 else 0)  # of attention and feed-forward, of the prompts and of each token

@@ -27,12 +27,13 @@ def test_the_search_takes_the_fewest_micro_batches_that_fit_and_then_the_fastest
     original = search.run_programs
 
     def run_programs(config, model, mesh):
-        setting.update(micro_batches=config.train.micro_batches, remat=config.model.remat)
+        setting.update(micro_batches=config.train.micro_batches, remat=config.model.remat, **config.mesh)
         return original(config, model, mesh)
 
     def compile_program(program, pod):
         if program.name != "train":
-            return dataclasses.replace(COMPILED, peak_hbm_bytes=GIB, resident_hbm_bytes=0, seconds={"hbm": 1.0})
+            seconds = 0.5 if program.name == "rollout" and setting["rollout_tensor"] == 2 else 1.0
+            return dataclasses.replace(COMPILED, peak_hbm_bytes=GIB, resident_hbm_bytes=0, seconds={"hbm": seconds})
         rows = 64 // setting["micro_batches"] // sharding.batch_shards(pod.mesh)
         peak = (5 * rows + (20 if setting["remat"] == "none" else 0)) * GIB
         seconds = setting["micro_batches"] + pod.mesh.shape["tensor"] + (setting["remat"] == "full")
@@ -45,6 +46,10 @@ def test_the_search_takes_the_fewest_micro_batches_that_fit_and_then_the_fastest
     sizes, _ = read_sizes(config.model.path)
     best = search.search(config, sizes, Pod("v5e:2x4", 1, sharding.make_mesh(1, 8, 1)))
     # 64 rows over 8 chips: 8, then 4, then 2 rows at once, 10 GiB; remat none does not fit, dots is faster than full.
-    assert best.flags == "--mesh 1,8,1 --config.train.micro_batches=4 --config.model.remat=dots"
-    assert best.fits and best.seconds == 4 + 1 + 3
+    # Generation gains by two devices for each head, no more.
+    assert best.flags == (
+        "--mesh 1,8,1 --config.train.micro_batches=4 --config.model.remat=dots --config.mesh.rollout_tensor=2 "
+        "--config.mesh.rollout_ffw=2"
+    )
+    assert best.fits and best.seconds == 4 + 1 + 2.5
     assert "does not fit" in capsys.readouterr().out
