@@ -278,7 +278,7 @@ def test_a_step_holds_little_beside_the_state_and_one_gradient():
     added = step.accumulate.lower(*step.inputs, step.sums, step.pack).compile().memory_analysis()
     assert added.argument_size_in_bytes < 3.01 * weights  # they, the teacher and the gradient so far
     assert added.output_size_in_bytes - added.alias_size_in_bytes < 0.01 * weights
-    assert added.temp_size_in_bytes < 0.3 * weights  # and no gradient of the pack beside it
+    assert added.temp_size_in_bytes < 0.6 * weights  # of two or three layers, and no gradient of the pack
     updated = step.apply.lower(step.state, step.sums).compile().memory_analysis()
     assert updated.argument_size_in_bytes < 5.01 * weights  # with two moments
     assert updated.output_size_in_bytes - updated.alias_size_in_bytes < 0.01 * weights
