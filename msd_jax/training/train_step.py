@@ -111,14 +111,15 @@ def pack_sums(
         total, normaliser, aux = loss(*both, pack.response_SxN.ravel(), pack.mask_SxN.ravel(), beta=beta(step))
         return total, (normaliser, aux)
 
+    pullback: Any  # jax.vjp is annotated as giving a plain function
     total, pullback, (normaliser, aux) = jax.vjp(loss_sum, trained, has_aux=True)
     one = jnp.ones_like(total)
     if sums is None:
         return Sums(total, normaliser, aux, pullback(one)[0])
     gradient = jax.tree.map(jax.new_ref, sums.gradient)
     pullback.with_refs(gradient)(one)
-    added = jax.tree.map(jnp.add, (sums.loss, sums.normaliser, sums.aux), (total, normaliser, aux))
-    return Sums(*added, jax.tree.map(jax.freeze, gradient))
+    total, normaliser, aux = jax.tree.map(jnp.add, (sums.loss, sums.normaliser, sums.aux), (total, normaliser, aux))
+    return Sums(total, normaliser, aux, jax.tree.map(jax.freeze, gradient))
 
 
 def update(
