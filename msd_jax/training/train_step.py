@@ -80,18 +80,22 @@ def pack_sums(
     frozen: decoder.Params,
     step: jax.Array,
     pack: Pack,
+    sums: Sums | None = None,
     *,
     graphdef: nnx.GraphDef,
     loss: Callable,
     beta: optax.Schedule,
 ) -> Sums:
-    """Loss and gradient of one pack.
+    """Loss and gradient of one pack, added to `sums`.
+
+    The backward pass adds each layer's gradient in place: no gradient of the pack is held beside the sum.
 
     Args:
       trained, teacher: the part of the student's and the teacher's weights that is trained.
       frozen: the weights that are not trained, which student and teacher share; {} where all are trained.
       step: the number of finished steps.
       pack: on the devices.
+      sums: of the packs before; None where there are none.
       graphdef: static.
       loss: static; losses.fused_dpsw_loss with its options bound, but for beta.
       beta: static; the loss's, by the number of finished steps.
@@ -107,8 +111,15 @@ def pack_sums(
         total, normaliser, aux = loss(*both, pack.response_SxN.ravel(), pack.mask_SxN.ravel(), beta=beta(step))
         return total, (normaliser, aux)
 
-    (total, (normaliser, aux)), gradient = jax.value_and_grad(loss_sum, has_aux=True)(trained)
-    return Sums(total, normaliser, aux, gradient)
+    pullback: Any  # jax.vjp is annotated as giving a plain function
+    total, pullback, (normaliser, aux) = jax.vjp(loss_sum, trained, has_aux=True)
+    one = jnp.ones_like(total)
+    if sums is None:
+        return Sums(total, normaliser, aux, pullback(one)[0])
+    gradient = jax.tree.map(jax.new_ref, sums.gradient)
+    pullback.with_refs(gradient)(one)
+    total, normaliser, aux = jax.tree.map(jnp.add, (sums.loss, sums.normaliser, sums.aux), (total, normaliser, aux))
+    return Sums(total, normaliser, aux, jax.tree.map(jax.freeze, gradient))
 
 
 def update(
@@ -252,7 +263,7 @@ class TrainStep:
         one_pack = functools.partial(pack_sums, graphdef=model.graphdef, loss=loss, beta=beta)
 
         def gradient(trained: Any, teacher: Any, frozen: Any, step: Any, sums: Sums, pack: Pack) -> Sums:
-            return jax.tree.map(jnp.add, sums, one_pack(trained, teacher, frozen, step, pack))
+            return one_pack(trained, teacher, frozen, step, pack, sums)
 
         self.state, self.frozen = abstract_state(
             model, mesh, optimize, kept_teacher(config), config.train.skip_spikes > 0

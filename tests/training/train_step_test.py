@@ -67,8 +67,7 @@ def make_step(
         weights = state.params, state.teacher_params, {}, state.step
         sums = optax.tree.zeros_like(jax.eval_shape(sums_of, *weights, packing.empty(shape)))
         for pack in packing.pack(batch, shape):
-            of_pack = sums_of(*weights, sharding.put_batch(mesh, pack) if mesh else pack)
-            sums = jax.tree.map(jnp.add, sums, of_pack)
+            sums = sums_of(*weights, sharding.put_batch(mesh, pack) if mesh else pack, sums)
         return update(state, sums)
 
     return step
@@ -279,7 +278,7 @@ def test_a_step_holds_little_beside_the_state_and_one_gradient():
     added = step.accumulate.lower(*step.inputs, step.sums, step.pack).compile().memory_analysis()
     assert added.argument_size_in_bytes < 3.01 * weights  # they, the teacher and the gradient so far
     assert added.output_size_in_bytes - added.alias_size_in_bytes < 0.01 * weights
-    assert added.temp_size_in_bytes < 1.22 * weights
+    assert added.temp_size_in_bytes < 0.6 * weights  # of two or three layers, and no gradient of the pack
     updated = step.apply.lower(step.state, step.sums).compile().memory_analysis()
     assert updated.argument_size_in_bytes < 5.01 * weights  # with two moments
     assert updated.output_size_in_bytes - updated.alias_size_in_bytes < 0.01 * weights
