@@ -302,6 +302,60 @@ class PoolGenerator:
         return nnx.merge(self._graphdef, params).unstacked_weights()
 
 
+class Refilling:
+    """`rollout.Generator` for batches of more prompts than rows: rows that end early take what is left of the batch.
+
+    The responses are the same. `sampling`, `stop_ids`, `pad_id` and `compilations` are as there.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        mesh: Mesh,
+        sampling: rollout.Sampling,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+        *,
+        rows: int,
+        limit: int,
+    ):
+        """As `PoolGenerator`."""
+        self.sampling, self.stop_ids, self.pad_id = sampling, stop_ids, pad_id
+        self._pool = PoolGenerator(graphdef, mesh, sampling, stop_ids, pad_id, rows=rows, limit=limit)
+        self._decoded = 0
+
+    @property
+    def compilations(self) -> int:
+        return self._pool.compilations
+
+    def __call__(
+        self,
+        params: decoder.Params,
+        prompt_BxP: np.ndarray,
+        prompt_length_B: np.ndarray,
+        query_hash_B: np.ndarray,
+        active_B: np.ndarray,
+        key: jax.Array,
+    ) -> rollout.Rollout:
+        """As `rollout.Generator`, with results on the host."""
+        asked = np.flatnonzero(active_B)
+        asked = asked[np.argsort(prompt_length_B[asked], kind="stable")]
+        prompts_ids = [prompt_BxP[i, prompt_BxP.shape[1] - prompt_length_B[i] :] for i in asked]
+        B, before = len(prompt_BxP), self._pool.decoded
+        response_BxR = np.full((B, self.sampling.max_new_tokens), self.pad_id, np.int32)
+        length_B, stopped_B = np.zeros(B, np.int32), np.zeros(B, bool)
+        for response in self._pool(params, prompts_ids, query_hash_B[asked], key):
+            row, length = asked[response.index], len(response.tokens)
+            response_BxR[row, :length] = response.tokens
+            length_B[row], stopped_B[row] = length, response.stopped
+        self._decoded = self._pool.decoded - before
+        return rollout.Rollout(response_BxR, length_B, stopped_B)
+
+    def decoded(self, written: rollout.Rollout) -> int:
+        """How often the last call read all weights for one more token of each row."""
+        return self._decoded
+
+
 def _shared(prompts_ids: Sequence[np.ndarray]) -> int:
     """How many tokens all prompts begin with; each has at least one more."""
     first, end = prompts_ids[0], min(map(len, prompts_ids)) - 1
