@@ -28,10 +28,10 @@ from msd_jax.generation import rollout
 from msd_jax.models import decoder
 from msd_jax.parallel import sharding
 
-PARTS = 4  # rows are filled in quarters of the batch: fewer programs run, and a quarter is idle at most
-_TOKENS, _TOKENS_ON_CPU = 512, 128  # F x W of each device, which make its matrix products fast
+PARTS = 8  # rows are filled in eighths of the batch: few programs run, and few rows stand idle
+_TOKENS, _TOKENS_ON_CPU = 512, 64  # F x W of each device, which make its matrix products fast
 _COLUMNS = 16  # W at least
-_TOKENS, _TOKENS_ON_CPU = 512, 128  # F x W of each device, which make its matrix products fast
+_TOKENS, _TOKENS_ON_CPU = 512, 64  # F x W of each device, which make its matrix products fast
 _COLUMNS = 16  # W at least
 
 
@@ -105,8 +105,8 @@ class PoolGenerator:
         self._empty = jax.jit(self._no_rows, static_argnums=1, out_shardings=out)
         self._blank = jax.jit(self._no_prompts, static_argnums=1)
         self._enlarge = jax.jit(self._larger, static_argnums=1, out_shardings=out)
-        self._read = jax.jit(self._reading, out_shardings=(by_row, None))
-        self._take = jax.jit(self._taking, donate_argnums=1, out_shardings=out)
+        self._read = jax.jit(self._prefill, out_shardings=(by_row, None))
+        self._take = jax.jit(self._refill, donate_argnums=1, out_shardings=out)
         self._decode = jax.jit(self._decoding, donate_argnums=2, out_shardings=out)
         self._unstack = jax.jit(self._layers)
 
@@ -136,8 +136,8 @@ class PoolGenerator:
         waiting = collections.deque(range(len(prompts_ids)))
         free, held = list(range(self.rows)), dict[int, int]()  # row -> prompt
         while waiting or held:
-            while waiting and free:
-                taken = [waiting.popleft() for _ in range(min(len(waiting), len(free), self._part))]
+            while waiting and len(free) >= min(self._part, len(waiting)):
+                taken = [waiting.popleft() for _ in range(min(self._part, len(waiting)))]
                 into, free = free[: len(taken)], free[len(taken) :]
                 held |= dict(zip(into, taken))
                 needed = self._size(max(len(prompts_ids[i]) for i in taken))
@@ -145,7 +145,7 @@ class PoolGenerator:
                     size, slot = needed, 0
                     state, begun = self._with_room(pool, state, size)
                 state = self._fill(pool, state, begun, size, taken, into)
-            enough = self.rows - len(held) + min(self._part, len(held)) if waiting else self.rows
+            enough = min(self._part, len(waiting)) if waiting else self.rows
             state = self._decode(params, layers, state, self._number(enough))
             done_B, written, now = sharding.fetch((state.done_B, state.written, state.slot))
             self.decoded += int(now - slot) % (size + self._behind)
@@ -219,7 +219,7 @@ class PoolGenerator:
         model = nnx.merge(self._graphdef, params)
         return decoder.init_cache(model.config, self._part, slots, model.dtype, self._mesh)
 
-    def _reading(
+    def _prefill(
         self, params: decoder.Params, cache: decoder.KVCache, token_FxP: jax.Array, length_F: jax.Array, slot: jax.Array
     ) -> tuple[jax.Array, decoder.KVCache]:
         """(the hidden state of each row's last token [F, 1, D], the cache with these tokens from `slot` on).
@@ -246,7 +246,7 @@ class PoolGenerator:
             lambda x: sharding.constrain(x, self._mesh, None, "batch", "kv_heads", None, None), cache
         )
 
-    def _taking(
+    def _refill(
         self,
         params: decoder.Params,
         rows: rollout.Rows,

@@ -72,7 +72,22 @@ def test_what_all_prompts_begin_with_is_read_once(rng):
     given = {r.index: (r.tokens, r.stopped) for r in pool(params, ids, hashes, jax.random.key(5))}
     expected = plain(graphdef, params, mesh, sampling, STOP, ids, hashes)
     assert [given[i] for i in range(16)] == expected
-    assert read[0] == [20, 20] and sorted(itertools.chain(*read[1:])) == list(range(1, 17))
+    assert read[0] == [20] and sorted(itertools.chain(*read[1:])) == list(range(1, 17))
+
+
+def test_rows_and_heads_split_over_devices(rng):
+    options = model_config.from_dict(LLAMA | {"vocab_size": 64}), jax.random.key(1)
+    graphdef, params = decoder.init(*options)
+    ids, hashes = [rng.integers(0, 40, n).astype(np.int32) for n in range(2, 18)], np.arange(16)
+    sampling = rollout.Sampling(R)
+    expected = plain(graphdef, params, sharding.make_mesh(devices=jax.devices()[:1]), sampling, STOP, ids, hashes)
+    mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices()[:8])
+    graphdef, abstract, axes = decoder.abstract(options[0], mesh=mesh)
+    params = jax.device_put(params, sharding.param_shardings(mesh, abstract, axes, sharding.ROLLOUT))
+    pool = refill.PoolGenerator(graphdef, mesh, sampling, STOP, 0, rows=8, limit=LIMIT)
+    given = {r.index: (r.tokens, r.stopped) for r in pool(params, ids, hashes, jax.random.key(5))}
+    assert [given[i] for i in range(16)] == expected
+    assert pool.compilations == 3
 
 
 def test_three_programs_for_each_size_of_the_cache(rng):
