@@ -31,8 +31,6 @@ from msd_jax.parallel import sharding
 PARTS = 8  # rows are filled in eighths of the batch: few programs run, and few rows stand idle
 _TOKENS, _TOKENS_ON_CPU = 512, 64  # F x W of each device, which make its matrix products fast
 _COLUMNS = 16  # W at least
-_TOKENS, _TOKENS_ON_CPU = 512, 64  # F x W of each device, which make its matrix products fast
-_COLUMNS = 16  # W at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +40,6 @@ class Response:
     index: int
     tokens: list[int]
     stopped: bool
-
-
-class _Pool(NamedTuple):
-    """What is asked: prompts, of which the first `shared` tokens are the same, and what decides the draws."""
-
-    params: decoder.Params
-    prompts_ids: Sequence[np.ndarray]
-    shared: int
-    hash_of: np.ndarray
-    key_data: jax.Array
 
 
 class _Pool(NamedTuple):
@@ -132,7 +120,9 @@ class PoolGenerator:
         shared = _shared(prompts_ids) if len(prompts_ids) > self._part else 0
         pool = _Pool(params, prompts_ids, shared, hash_of, sharding.put_replicated(self._mesh, key_data))
         layers = self._unstack(params) if self._layer_by_layer else None
-        size, slot, state, begun = 0, 0, None, None
+        size, slot = 0, 0
+        state: Any = None  # rollout.Rows, once it is known how much room they need
+        begun: Any = None
         waiting = collections.deque(range(len(prompts_ids)))
         free, held = list(range(self.rows)), dict[int, int]()  # row -> prompt
         while waiting or held:
@@ -258,7 +248,7 @@ class PoolGenerator:
     ) -> rollout.Rows:
         """The rows with the prompts that were `read` in those of `row_F`, and the first token of each."""
         self.compilations += 1  # only while tracing
-        model, (last_Fx1xD, cache), F = nnx.merge(self._graphdef, params), read, self._part
+        model, (last_Fx1xD, prompts), F = nnx.merge(self._graphdef, params), read, self._part
         slots = jax.tree.leaves(rows.cache)[0].shape[-2]
 
         def at_slot(x: jax.Array, length: jax.Array) -> jax.Array:
@@ -266,7 +256,7 @@ class PoolGenerator:
             behind = [(0, 0)] * (x.ndim - 2) + [(0, slots - x.shape[-2]), (0, 0)]
             return jnp.roll(jnp.pad(x, behind), rows.slot - length, axis=-2)
 
-        cache: Any = jax.tree.map(lambda x: jax.vmap(at_slot, (1, 0), 1)(x, length_F), cache)
+        cache: Any = jax.tree.map(lambda x: jax.vmap(at_slot, (1, 0), 1)(x, length_F), prompts)
         key_F = rollout.row_keys(jax.random.wrap_key_data(key_data), hash_F)
         none_F, written = jnp.zeros(F, jnp.int32), self._writer.empty(F)
         begun = rollout.Rows(rows.slot, none_F, length_F - 1, row_F >= self.rows, key_F, cache, written)
@@ -342,9 +332,10 @@ class Refilling:
         asked = asked[np.argsort(prompt_length_B[asked], kind="stable")]
         prompts_ids = [prompt_BxP[i, prompt_BxP.shape[1] - prompt_length_B[i] :] for i in asked]
         B, before = len(prompt_BxP), self._pool.decoded
-        response_BxR = np.full((B, self.sampling.max_new_tokens), self.pad_id, np.int32)
-        length_B, stopped_B = np.zeros(B, np.int32), np.zeros(B, bool)
-        for response in self._pool(params, prompts_ids, query_hash_B[asked], key):
+        response_BxR: Any = np.full((B, self.sampling.max_new_tokens), self.pad_id, np.int32)
+        length_B: Any = np.zeros(B, np.int32)
+        stopped_B: Any = np.zeros(B, bool)
+        for response in self._pool(params, prompts_ids, query_hash_B[asked].tolist(), key):
             row, length = asked[response.index], len(response.tokens)
             response_BxR[row, :length] = response.tokens
             length_B[row], stopped_B[row] = length, response.stopped
