@@ -96,6 +96,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.rollout.temperature = 1.0  # 0 is greedy
     config.rollout.top_k = 0  # keep the k most probable tokens; 0 keeps all
     config.rollout.top_p = 1.0  # keep the smallest set of tokens with this probability
+    # Responses generated at a time; 0: the whole batch. With fewer, a row that ends takes the batch's next prompt, and
+    # the cache is smaller; the responses are the same.
+    config.rollout.rows = 0
     # off_policy, mixed: sample the teacher's response to a query once and keep it. Needs a frozen teacher.
     config.rollout.reuse_teacher_responses = True
 

@@ -1,16 +1,22 @@
 """Generation for many prompts: a row whose response has ended takes the next prompt, so that few rows stand idle.
 
 A batch of `rollout.generate` lasts as long as its longest response. Here a fixed number of rows draws on a pool of
-prompts: one program decodes until some rows have ended, and another one gives these rows new prompts. All rows write to
-the same slot of the cache at a time, and the slots are a ring: whichever slot a row begins at, its tokens follow in
+prompts: one program decodes until some rows have ended, and others give these rows new prompts. All rows write to the
+same slot of the cache at a time, and the slots are a ring: whichever slot a row begins at, its tokens follow in
 consecutive slots. Each response is the one that `rollout.generate` gives, for a draw depends on key and query alone.
+
+Prompts are read a few columns at a time, up to the end of the longest, so that one program reads prompts of any length
+with little padding. What all prompts of a pool begin with, as a chat template's system message or a teacher's
+instruction, is read once.
+
+Axis letters beside the project's: F rows that are filled at a time, W columns that are read at a time.
 """
 
 import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +25,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from msd_jax.generation import rollout
-from msd_jax.models import decoder, forward
-from msd_jax.parallel import compiler_options, padding, sharding
+from msd_jax.models import decoder
+from msd_jax.parallel import compiler_options, sharding
 
-PARTS = 4  # rows are filled in quarters of the batch: fewer programs run, and a quarter is idle at most
+PARTS = 8  # rows are filled in eighths of the batch: few programs run, and few rows stand idle
+_TOKENS, _TOKENS_ON_CPU = 512, 64  # F x W of each device, which make its matrix products fast
+_COLUMNS = 16  # W at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +42,25 @@ class Response:
     stopped: bool
 
 
+class _Pool(NamedTuple):
+    """What is asked: prompts, of which the first `shared` tokens are the same, and what decides the draws."""
+
+    params: decoder.Params
+    prompts_ids: Sequence[np.ndarray]
+    shared: int
+    hash_of: np.ndarray
+    key_data: jax.Array
+
+
 class PoolGenerator:
     """Responses to any number of prompts, each given once it has ended.
 
     Attributes:
       rows: B, how many are generated at a time.
-      compilations: how often a program was compiled: for pools whose longest prompts share a bucket, one that decodes
-        and one for each bucket of prompt lengths.
+      compilations: how often a program was compiled: one that reads prompts, one that gives them to rows and one that
+        decodes, for each of `sizes` that is needed.
+      sizes: the cache has room for prompts of so many tokens: at first for the shortest ones.
+      decoded: how often generation has read all weights for one more token of each row.
     """
 
     def __init__(
@@ -55,17 +75,27 @@ class PoolGenerator:
         limit: int,
     ):
         """`rows`: rounded up to what the mesh divides; `limit`: the most tokens of a prompt."""
-        self.rows, self.compilations = sharding.batch_rows(mesh, rows), 0
-        self._graphdef, self._mesh, self._limit = graphdef, mesh, limit
+        self.rows, self.compilations, self.decoded = sharding.batch_rows(mesh, rows), 0, 0
+        self._graphdef, self._mesh = graphdef, mesh
         self._writer = rollout.Writer(sampling, stop_ids, pad_id)
         self._part = sharding.batch_rows(mesh, -(-self.rows // PARTS))
-        self._layer_by_layer = sharding.platform(mesh) in rollout.UNSTACKED
+        platform, R = sharding.platform(mesh), sampling.max_new_tokens
+        self._layer_by_layer = platform in rollout.UNSTACKED
+        tokens = (_TOKENS_ON_CPU if platform == "cpu" else _TOKENS) * sharding.batch_shards(mesh)
+        self._columns = max(_COLUMNS, min(R, tokens // self._part))
+        self._behind = max(R, self._columns)  # slots of the cache beside those of prompts
+        self.sizes = [limit]
+        while self.sizes[0] // 2 >= max(R // 2, _COLUMNS):  # half of which would hardly make the cache smaller
+            self.sizes.insert(0, self.sizes[0] // 2)
         by_row: Any = sharding.batch_sharding(mesh)
         whole: Any = sharding.replicated(mesh)
         out = rollout.Rows(whole, by_row, by_row, by_row, by_row, None, rollout.Rollout(by_row, by_row, by_row))
         self._empty = jax.jit(self._no_rows, static_argnums=1, out_shardings=out)
-        self._fill = jax.jit(self._prefill, donate_argnums=1, out_shardings=out)
         options = compiler_options.rollout_options(mesh)
+        self._blank = jax.jit(self._no_prompts, static_argnums=1)
+        self._enlarge = jax.jit(self._larger, static_argnums=1, out_shardings=out)
+        self._read = jax.jit(self._prefill, out_shardings=(by_row, None))
+        self._take = jax.jit(self._refill, donate_argnums=1, out_shardings=out)
         self._decode = jax.jit(self._decoding, donate_argnums=2, out_shardings=out, compiler_options=options)
         self._unstack = jax.jit(self._layers)
 
@@ -87,36 +117,74 @@ class PoolGenerator:
         if not prompts_ids:
             return
         key_data = jax.device_get(jax.random.key_data(jax.random.key(0) if key is None else key))
-        key_data = sharding.put_replicated(self._mesh, key_data)
         hash_of = np.zeros(len(prompts_ids), np.uint32) if query_hash is None else np.asarray(query_hash, np.uint32)
+        shared = _shared(prompts_ids) if len(prompts_ids) > self._part else 0
+        pool = _Pool(params, prompts_ids, shared, hash_of, sharding.put_replicated(self._mesh, key_data))
         layers = self._unstack(params) if self._layer_by_layer else None
-        longest = padding.bucket(max(map(len, prompts_ids)), self._limit)
-        state = self._empty(params, longest + self._writer.sampling.max_new_tokens)
+        size, slot = 0, 0
+        state: Any = None  # rollout.Rows, once it is known how much room they need
+        begun: Any = None
         waiting = collections.deque(range(len(prompts_ids)))
         free, held = list(range(self.rows)), dict[int, int]()  # row -> prompt
         while waiting or held:
-            while waiting and free:
-                taken = [waiting.popleft() for _ in range(min(len(waiting), len(free), self._part))]
+            while waiting and len(free) >= min(self._part, len(waiting)):
+                taken = [waiting.popleft() for _ in range(min(self._part, len(waiting)))]
                 into, free = free[: len(taken)], free[len(taken) :]
                 held |= dict(zip(into, taken))
-                prompts = self._padded([prompts_ids[i] for i in taken], hash_of[taken], into)
-                state = self._fill(params, state, *prompts, key_data)
-            enough = self.rows - len(held) + min(self._part, len(held)) if waiting else self.rows
-            state = self._decode(params, layers, state, sharding.put_replicated(self._mesh, np.int32(enough)))
-            done_B, written = sharding.fetch((state.done_B, state.written))
+                needed = self._size(max(len(prompts_ids[i]) for i in taken))
+                if needed > size:
+                    size, slot = needed, 0
+                    state, begun = self._with_room(pool, state, size)
+                state = self._fill(pool, state, begun, size, taken, into)
+            enough = min(self._part, len(waiting)) if waiting else self.rows
+            state = self._decode(params, layers, state, self._number(enough))
+            done_B, written, now = sharding.fetch((state.done_B, state.written, state.slot))
+            self.decoded += int(now - slot) % (size + self._behind)
+            slot = int(now)
             for row in [row for row in held if done_B[row]]:
                 free.append(row)
                 yield Response(held.pop(row), *written.row(row))
 
-    def _padded(self, prompts_ids: Sequence[np.ndarray], hashes: np.ndarray, into: Sequence[int]) -> tuple:
-        """Arguments of `_prefill`: always as many prompts, so that few programs are compiled."""
-        missing = self._part - len(prompts_ids)
-        filled = [*prompts_ids, *[prompts_ids[0]] * missing]
-        prompt_FxP, length_F = padding.left_pad(filled, self._limit, self._writer.pad_id)
-        hash_F = np.concatenate([hashes, np.zeros(missing, np.uint32)])
+    def _size(self, length: int) -> int:
+        """The smallest of `sizes` that has room for a prompt."""
+        if length > self.sizes[-1]:
+            raise ValueError(f"a length of {length} exceeds its limit of {self.sizes[-1]}")
+        return next(size for size in self.sizes if size >= length)
+
+    def _number(self, value: int) -> jax.Array:
+        return sharding.put_replicated(self._mesh, np.int32(value))
+
+    def _with_room(self, pool: _Pool, state: rollout.Rows | None, size: int) -> tuple[rollout.Rows, Any]:
+        """The rows with room for prompts of `size` tokens, and a cache of what all prompts begin with."""
+        room: Any = self._empty if state is None else self._enlarge
+        state = room(pool.params if state is None else state, size + self._behind)
+        begun = self._blank(pool.params, size + self._columns)
+        if pool.shared:
+            tokens = self._padded([pool.prompts_ids[0][: pool.shared]] * self._part, size)  # for whatever rows follow
+            _, begun = self._read(pool.params, begun, *tokens, self._number(0))
+        return state, begun
+
+    def _fill(
+        self, pool: _Pool, state: rollout.Rows, begun: Any, size: int, taken: Sequence[int], into: Sequence[int]
+    ) -> rollout.Rows:
+        """The rows with the prompts `taken` in the rows `into`."""
+        tokens = self._padded([pool.prompts_ids[i][pool.shared :] for i in taken], size)
+        read = self._read(pool.params, begun, *tokens, self._number(pool.shared))
+        missing = self._part - len(taken)
+        length_F = np.array([len(pool.prompts_ids[i]) for i in taken] + [1] * missing, np.int32)
+        hash_F = np.concatenate([pool.hash_of[taken], np.zeros(missing, np.uint32)])
         row_F = np.array([*into, *[self.rows] * missing], np.int32)  # no row, which takes nothing
-        by_row = sharding.put_batch(self._mesh, (prompt_FxP, length_F, hash_F))
-        return *by_row, sharding.put_replicated(self._mesh, row_F)
+        by_row = sharding.put_batch(self._mesh, (length_F, hash_F))
+        return self._take(pool.params, state, read, *by_row, sharding.put_replicated(self._mesh, row_F), pool.key_data)
+
+    def _padded(self, rows: Sequence[np.ndarray], size: int) -> tuple[jax.Array, jax.Array]:
+        """(token ids [F, P], right-padded, their lengths [F]), always of as many rows and columns."""
+        P = -(-size // self._columns) * self._columns
+        token_FxP = np.full((self._part, P), self._writer.pad_id, np.int32)
+        length_F = np.ones(self._part, np.int32)
+        for i, ids in enumerate(rows):
+            token_FxP[i, : len(ids)], length_F[i] = ids, len(ids)
+        return sharding.put_batch(self._mesh, (token_FxP, length_F))
 
     # --- What is compiled -----------------------------------------------------------------------------------------
 
@@ -129,29 +197,71 @@ class PoolGenerator:
         zeros_B, keys = jnp.zeros(B, jnp.int32), jax.random.split(jax.random.key(0), B)
         return rollout.Rows(jnp.int32(0), zeros_B, zeros_B, jnp.ones(B, bool), keys, cache, self._writer.empty(B))
 
+    def _larger(self, rows: rollout.Rows, slots: int) -> rollout.Rows:
+        """The rows with a cache of so many slots, in which slot 0 is the next."""
+
+        def larger(x: jax.Array) -> jax.Array:
+            before = [(0, 0)] * (x.ndim - 2) + [(slots - x.shape[-2], 0), (0, 0)]
+            return jnp.pad(jnp.roll(x, -rows.slot, axis=-2), before)
+
+        return rows._replace(slot=jnp.int32(0), cache=jax.tree.map(larger, rows.cache))
+
+    def _no_prompts(self, params: decoder.Params, slots: int) -> decoder.KVCache:
+        model = nnx.merge(self._graphdef, params)
+        return decoder.init_cache(model.config, self._part, slots, model.dtype, self._mesh)
+
     def _prefill(
+        self, params: decoder.Params, cache: decoder.KVCache, token_FxP: jax.Array, length_F: jax.Array, slot: jax.Array
+    ) -> tuple[jax.Array, decoder.KVCache]:
+        """(the hidden state of each row's last token [F, 1, D], the cache with these tokens from `slot` on).
+
+        Padding is behind a row's tokens: what the cache holds of it is in slots that the row's next tokens will take.
+        """
+        self.compilations += 1  # only while tracing
+        model, W = nnx.merge(self._graphdef, params), self._columns
+
+        def some(carry: tuple) -> tuple:
+            first, last_Fx1xD, cache = carry
+            token_FxW = jax.lax.dynamic_slice_in_dim(token_FxP, first, W, axis=1)
+            position_FxW = jnp.broadcast_to(slot + first + jnp.arange(W), token_FxW.shape)
+            hidden_FxWxD, cache = model.decode(token_FxW, position_FxW, cache, slot + first)
+            column_Fx1x1 = (length_F - 1 - first)[:, None, None]
+            here_Fx1xD = jnp.take_along_axis(hidden_FxWxD, jnp.clip(column_Fx1x1, 0, W - 1), axis=1)
+            return first + W, jnp.where((column_Fx1x1 >= 0) & (column_Fx1x1 < W), here_Fx1xD, last_Fx1xD), cache
+
+        nothing_Fx1xD = jnp.zeros((self._part, 1, model.config.width), model.residual_dtype)
+        carry = jnp.int32(0), model.constrain(nothing_Fx1xD), cache
+        _, last_Fx1xD, cache = jax.lax.while_loop(lambda carry: carry[0] < jnp.max(length_F), some, carry)
+        # As `_no_prompts` has it, or the program would be compiled for either.
+        return last_Fx1xD, jax.tree.map(
+            lambda x: sharding.constrain(x, self._mesh, None, "batch", "kv_heads", None, None), cache
+        )
+
+    def _refill(
         self,
         params: decoder.Params,
         rows: rollout.Rows,
-        prompt_FxP: jax.Array,
+        read: tuple[jax.Array, decoder.KVCache],
         length_F: jax.Array,
         hash_F: jax.Array,
         row_F: jax.Array,
         key_data: jax.Array,
     ) -> rollout.Rows:
-        """The rows with prompts in those of `row_F`, and the first token of each."""
+        """The rows with the prompts that were `read` in those of `row_F`, and the first token of each."""
         self.compilations += 1  # only while tracing
-        model, (F, P) = nnx.merge(self._graphdef, params), prompt_FxP.shape
+        model, (last_Fx1xD, prompts), F = nnx.merge(self._graphdef, params), read, self._part
         slots = jax.tree.leaves(rows.cache)[0].shape[-2]
-        cache: Any = decoder.init_cache(model.config, F, slots, model.dtype, model.mesh)
-        hidden_FxPxD, cache = model.prefill(prompt_FxP, *forward.prompt_layout(length_F, P), cache)
-        # The slots before the next one, whichever that is, so that all rows write to the same.
-        cache = jax.tree.map(lambda x: jnp.roll(x, rows.slot - P, axis=-2), cache)
+
+        def at_slot(x: jax.Array, length: jax.Array) -> jax.Array:
+            """A row's tokens in the slots before the next one, whichever that is: all rows write to the same."""
+            behind = [(0, 0)] * (x.ndim - 2) + [(0, slots - x.shape[-2]), (0, 0)]
+            return jnp.roll(jnp.pad(x, behind), rows.slot - length, axis=-2)
+
+        cache: Any = jax.tree.map(lambda x: jax.vmap(at_slot, (1, 0), 1)(x, length_F), prompts)
         key_F = rollout.row_keys(jax.random.wrap_key_data(key_data), hash_F)
-        begun = rollout.Rows(
-            rows.slot, prompt_FxP[:, -1], length_F - 1, row_F >= self.rows, key_F, cache, self._writer.empty(F)
-        )
-        begun = self._writer.emit(model, hidden_FxPxD[:, -1:], begun)
+        none_F, written = jnp.zeros(F, jnp.int32), self._writer.empty(F)
+        begun = rollout.Rows(rows.slot, none_F, length_F - 1, row_F >= self.rows, key_F, cache, written)
+        begun = self._writer.emit(model, last_Fx1xD, begun)
         if self._layer_by_layer:
             cache = model.unstack(cache)
 
@@ -181,3 +291,64 @@ class PoolGenerator:
     def _layers(self, params: decoder.Params) -> list[nnx.State]:
         """Each layer's weights in arrays of their own: once for a pool, and not once for each part of it."""
         return nnx.merge(self._graphdef, params).unstacked_weights()
+
+
+class Refilling:
+    """`rollout.Generator` for batches of more prompts than rows: rows that end early take what is left of the batch.
+
+    The responses are the same. `sampling`, `stop_ids`, `pad_id` and `compilations` are as there.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        mesh: Mesh,
+        sampling: rollout.Sampling,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+        *,
+        rows: int,
+        limit: int,
+    ):
+        """As `PoolGenerator`."""
+        self.sampling, self.stop_ids, self.pad_id = sampling, stop_ids, pad_id
+        self._pool = PoolGenerator(graphdef, mesh, sampling, stop_ids, pad_id, rows=rows, limit=limit)
+        self._decoded = 0
+
+    @property
+    def compilations(self) -> int:
+        return self._pool.compilations
+
+    def __call__(
+        self,
+        params: decoder.Params,
+        prompt_BxP: np.ndarray,
+        prompt_length_B: np.ndarray,
+        query_hash_B: np.ndarray,
+        active_B: np.ndarray,
+        key: jax.Array,
+    ) -> rollout.Rollout:
+        """As `rollout.Generator`, with results on the host."""
+        asked = np.flatnonzero(active_B)
+        asked = asked[np.argsort(prompt_length_B[asked], kind="stable")]
+        prompts_ids = [prompt_BxP[i, prompt_BxP.shape[1] - prompt_length_B[i] :] for i in asked]
+        B, before = len(prompt_BxP), self._pool.decoded
+        response_BxR: Any = np.full((B, self.sampling.max_new_tokens), self.pad_id, np.int32)
+        length_B: Any = np.zeros(B, np.int32)
+        stopped_B: Any = np.zeros(B, bool)
+        for response in self._pool(params, prompts_ids, query_hash_B[asked].tolist(), key):
+            row, length = asked[response.index], len(response.tokens)
+            response_BxR[row, :length] = response.tokens
+            length_B[row], stopped_B[row] = length, response.stopped
+        self._decoded = self._pool.decoded - before
+        return rollout.Rollout(response_BxR, length_B, stopped_B)
+
+    def decoded(self, written: rollout.Rollout) -> int:
+        """How often the last call read all weights for one more token of each row."""
+        return self._decoded
+
+
+def _shared(prompts_ids: Sequence[np.ndarray]) -> int:
+    """How many tokens all prompts begin with; each has at least one more."""
+    first, end = prompts_ids[0], min(map(len, prompts_ids)) - 1
+    return min(int(np.argmin(np.append(ids[:end] == first[:end], False))) for ids in prompts_ids)

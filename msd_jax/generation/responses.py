@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from msd_jax.data import batches
-from msd_jax.generation import rollout
+from msd_jax.generation import refill, rollout
 from msd_jax.io import jsonl
-from msd_jax.models import decoder
+from msd_jax.models import decoder, pretrained
 from msd_jax.parallel import sharding
 
 # Streams of randomness under config.seed.
@@ -37,7 +38,8 @@ class Responses:
       on_policy_B: bool, whether the student wrote it.
       generated: number of tokens generated for this batch, those taken from the store left out.
       prompt_length_B: int32, tokens of the prompts that were answered; 0 where nothing was generated.
-      decoded: how many times generation read all weights: the length of the longest response, once for each role.
+      decoded: how many times generation read all weights: where the whole batch is generated at a time, the length of
+        the longest response, once for each role.
     """
 
     response_BxR: np.ndarray
@@ -81,14 +83,29 @@ class Store:
 def fingerprint(config: ml_collections.ConfigDict, directory: pathlib.Path) -> str:
     """A hash of everything that a stored response depends on: the teacher's weights, its prompts and the sampling."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(directory.glob("*.safetensors"))]
-    settings = [config.seed, *(config[key].to_json_best_effort() for key in ("model", "prompts", "rollout"))]
+    sections = [json.loads(config[key].to_json_best_effort()) for key in ("model", "prompts", "rollout")]
+    sections[-1].pop("rows", None)  # on which no response depends
+    settings = [config.seed, *map(json.dumps, sections)]
     return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
+
+
+Generator = rollout.Generator | refill.Refilling
+
+
+def make_generator(config: ml_collections.ConfigDict, model: pretrained.Pretrained, mesh: Mesh) -> Generator:
+    """What writes the responses of a batch, with config.rollout.rows of them at a time."""
+    sampling = {key: config.rollout[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    options = model.graphdef, mesh, rollout.Sampling(**sampling), model.stop_ids, model.pad_id
+    if not 0 < config.rollout.rows < config.data.batch_size:
+        return rollout.Generator(*options)
+    limit = max(config.prompts.student_limit, config.prompts.teacher_limit)
+    return refill.Refilling(*options, rows=config.rollout.rows, limit=limit)
 
 
 class GivenResponder:
     """Gives each batch the records' own answers, with config.rollout.policy = "reference"; nothing is generated."""
 
-    def __init__(self, generator: rollout.Generator):
+    def __init__(self, generator: Generator):
         """`generator`: whose limit, stop tokens and padding the responses have."""
         self._generator = generator
 
@@ -123,7 +140,7 @@ def _uniform(key: jax.Array, query_hash_B: jax.Array) -> jax.Array:
 class Responder:
     """Gives each batch its responses, as config.rollout.policy says."""
 
-    def __init__(self, config: ml_collections.ConfigDict, generator: rollout.Generator, store: Store | None):
+    def __init__(self, config: ml_collections.ConfigDict, generator: Generator, store: Store | None):
         """`store` keeps the teacher's responses, each drawn once; with None they are drawn anew at each step."""
         self._generator, self._store = generator, store
         self._root = jax.random.key(config.seed)
@@ -162,7 +179,7 @@ class Responder:
             response_BxR[rows_B] = written.response_BxR[rows_B]
             length_B[rows_B], stopped_B[rows_B] = written.length_B[rows_B], written.stopped_B[rows_B]
             answered_B[rows_B] = prompt_length_B[rows_B]
-            decoded += int(written.length_B[rows_B].max())
+            decoded += self._generator.decoded(written)
             return written
 
         if on_policy_B.any():

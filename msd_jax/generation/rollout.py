@@ -231,6 +231,10 @@ class Generator:
         key_data = jax.device_get(jax.random.key_data(key))
         return self._run(params, *arrays, sharding.put_replicated(self.mesh, key_data))
 
+    def decoded(self, written: Rollout) -> int:
+        """How often the weights were read for `written`, on the host: once for each token of the longest response."""
+        return int(written.length_B.max())
+
     def write(
         self,
         params: decoder.Params,

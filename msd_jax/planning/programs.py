@@ -73,11 +73,11 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
     generating = rollout_mesh(config, mesh)
     weights, relaid = decoder.join(frozen, state.params), rollout_params(model, generating)
 
-    def generation(name: str, rows: int, prompt: int, response: int) -> Program:
+    def generation(name: str, rows: int, prompt: int, response: int, runs: int = 1) -> Program:
         sampling = {key: config.rollout[key] for key in ("temperature", "top_k", "top_p")}
         options = rollout.Sampling(response, **sampling)
         generator = rollout.Generator(model.on(generating).graphdef, generating, options, stop_ids=(0,), pad_id=0)
-        return Program(name, lambda: generator.trace(relaid, rows, prompt), state_bytes, response - 1)
+        return Program(name, lambda: generator.trace(relaid, rows, prompt), state_bytes, response - 1, runs)
 
     prompts, response = config.prompts, config.rollout.max_new_tokens
     read = state.params, frozen, state.teacher if train_step.reads_teacher(config) else None
@@ -90,10 +90,13 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
     )
     yield Program("update", lambda: step.apply.trace(state, step.sums), bytes_per_device(frozen))
     yield Program("relayout", lambda: rollout.trace_reshard(weights, relaid), state_bytes - bytes_per_device(weights))
+    batch = config.data.batch_size
+    rows = sharding.batch_rows(generating, min(config.rollout.rows or batch, batch))
+    runs = -(-batch // rows)  # at full length no row takes a prompt before the others
     if config.rollout.policy in ("on_policy", "mixed"):
-        yield generation("rollout", config.data.batch_size, prompts.student_limit, response)
+        yield generation("rollout", rows, prompts.student_limit, response, runs)
     if config.rollout.policy in ("off_policy", "mixed"):
-        yield generation("teacher rollout", config.data.batch_size, prompts.teacher_limit, response)
+        yield generation("teacher rollout", rows, prompts.teacher_limit, response, runs)
     if evaluator.wanted(config):
         rows = sharding.batch_rows(generating, config.eval.batch_size)
         yield generation("evaluation", rows, encoding.prompt_limit(config)[0], config.eval.max_new_tokens)

@@ -97,6 +97,7 @@ RANGES = {
     "teacher.period": _COUNT,
     "rollout.on_policy_fraction": SHARE,
     "rollout.max_new_tokens": _COUNT,
+    "rollout.rows": _COUNT_OR_NONE,
     "rollout.temperature": _AMOUNT,
     "rollout.top_k": _COUNT_OR_NONE,
     "rollout.top_p": Range(0, 1, above=True),

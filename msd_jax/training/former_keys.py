@@ -41,6 +41,7 @@ ADDED = {
     "prompts.analysis_is_thinking": False,
     "prompts.chat_template": "",
     "prompts.require_same_ending": True,
+    "rollout.rows": 0,
     "train.response_tokens": 0,
     "train.skip_spikes": 0.0,
 }

@@ -99,7 +99,7 @@ class Run(Inputs):
     pack_shape: packing.Shape
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     rollout_shardings: Any
-    generator: rollout.Generator
+    generator: responses.Generator
     respond: responses.Responder | responses.GivenResponder
 
 
@@ -126,9 +126,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
     examples = None if config.prompts.cot == "generated" else inputs.examples
     shape = pack_shape(config, model, mesh, examples)
     optimize, schedule = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    sampling = {key: config.rollout[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    where = inputs.rollout_model.graphdef, inputs.rollout_mesh
-    generator = rollout.Generator(*where, rollout.Sampling(**sampling), model.stop_ids, model.pad_id)
+    generator = responses.make_generator(config, inputs.rollout_model, inputs.rollout_mesh)
     store = None
     if config.rollout.policy in ("off_policy", "mixed") and config.rollout.reuse_teacher_responses:
         store = teacher_store(config, model, workdir / "teacher_responses.jsonl")

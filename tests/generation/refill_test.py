@@ -1,5 +1,7 @@
 """Rows that take the next prompt: the responses of a plain batch, whatever the pool, the rows and the mesh."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -57,16 +59,56 @@ def test_rows_are_taken_again_before_others_have_ended(rng):
     assert any(order.index(i) > order.index(i + 4) for i in full)
 
 
-def test_one_program_decodes_and_one_fills_each_bucket(rng):
+def test_what_all_prompts_begin_with_is_read_once(rng):
+    """The same responses as where each prompt is read whole, and as many tokens less that are read."""
+    graphdef, params = decoder.init(model_config.from_dict(WINDOWS), jax.random.key(1))
+    mesh, sampling = sharding.make_mesh(devices=jax.devices()[:1]), rollout.Sampling(R)
+    begin = rng.integers(0, 40, 20).astype(np.int32)
+    ids = [np.append(begin, rng.integers(0, 40, 1 + i).astype(np.int32)) for i in range(16)]
+    hashes = rng.integers(0, 2**32, 16, dtype=np.uint32)
+    pool, read = refill.PoolGenerator(graphdef, mesh, sampling, STOP, 0, rows=8, limit=LIMIT), []
+    padded = pool._padded
+    pool._padded = lambda rows, size: read.append(list(map(len, rows))) or padded(rows, size)
+    given = {r.index: (r.tokens, r.stopped) for r in pool(params, ids, hashes, jax.random.key(5))}
+    expected = plain(graphdef, params, mesh, sampling, STOP, ids, hashes)
+    assert [given[i] for i in range(16)] == expected
+    assert read[0] == [20] and sorted(itertools.chain(*read[1:])) == list(range(1, 17))
+
+
+def test_rows_and_heads_split_over_devices(rng):
+    options = model_config.from_dict(LLAMA | {"vocab_size": 64}), jax.random.key(1)
+    graphdef, params = decoder.init(*options)
+    ids, hashes = [rng.integers(0, 40, n).astype(np.int32) for n in range(2, 18)], np.arange(16)
+    sampling = rollout.Sampling(R)
+    expected = plain(graphdef, params, sharding.make_mesh(devices=jax.devices()[:1]), sampling, STOP, ids, hashes)
+    mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices()[:8])
+    graphdef, abstract, axes = decoder.abstract(options[0], mesh=mesh)
+    params = jax.device_put(params, sharding.param_shardings(mesh, abstract, axes, sharding.ROLLOUT))
+    pool = refill.PoolGenerator(graphdef, mesh, sampling, STOP, 0, rows=8, limit=LIMIT)
+    given = {r.index: (r.tokens, r.stopped) for r in pool(params, ids, hashes, jax.random.key(5))}
+    assert [given[i] for i in range(16)] == expected
+    assert pool.compilations == 3
+
+
+def test_three_programs_for_each_size_of_the_cache(rng):
     graphdef, params = decoder.init(model_config.from_dict(LLAMA), jax.random.key(1))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     pool = refill.PoolGenerator(graphdef, mesh, rollout.Sampling(4), STOP, 0, rows=4, limit=LIMIT)
-    lengths = [3] * 9 + [20] * 9 + [LIMIT] * 9
-    ids = [np.ones(length, np.int32) for length in lengths]
-    assert len(list(pool(params, ids))) == 27
-    assert pool.compilations == 1 + 3  # of prompts up to 16, 24 and LIMIT tokens
-    assert len(list(pool(params, ids[::-1]))) == 27
-    assert pool.compilations == 1 + 3
+    assert pool.sizes == [20, LIMIT]
+    short, long = ([np.ones(n, np.int32) for n in range(first, first + 9)] for first in (3, LIMIT - 8))
+    assert len(list(pool(params, short))) == 9 and pool.compilations == 3
+    assert len(list(pool(params, short + long))) == 18 and pool.compilations == 6
+    assert len(list(pool(params, long + short))) == 18 and pool.compilations == 6
+
+
+def test_a_cache_takes_half_the_room_only_where_that_makes_it_smaller():
+    graphdef, _ = decoder.init(model_config.from_dict(LLAMA), jax.random.key(1))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+    def sizes(limit, R):
+        return refill.PoolGenerator(graphdef, mesh, rollout.Sampling(R), STOP, 0, rows=4, limit=limit).sizes
+
+    assert sizes(400, 128) == [100, 200, 400] and sizes(400, 512) == [400] and sizes(9, 1) == [9]
 
 
 def test_nothing_is_asked():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msd_jax.data import batches, prompts
-from msd_jax.generation import responses, rollout
+from msd_jax.generation import refill, responses, rollout
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder
 from msd_jax.parallel import sharding
@@ -15,9 +15,17 @@ from tests.conftest import LLAMA
 
 @pytest.fixture(scope="module")
 def generator():
+    return rollout.Generator(*model(), rollout.Sampling(6), stop_ids=(3,), pad_id=0)
+
+
+@pytest.fixture(scope="module")
+def refilling():
+    return refill.Refilling(*model(), rollout.Sampling(6), stop_ids=(3,), pad_id=0, rows=4, limit=7)
+
+
+def model():
     graphdef, _ = decoder.init(model_config.from_dict(LLAMA), jax.random.key(0))
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return rollout.Generator(graphdef, mesh, rollout.Sampling(6), stop_ids=(3,), pad_id=0)
+    return graphdef, sharding.make_mesh(devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +80,19 @@ def test_off_policy_draws_once_a_query_and_survives_a_restart(generator, teacher
         np.testing.assert_array_equal(later.length_B, first.length_B)
         np.testing.assert_array_equal(later.stopped_B, first.stopped_B)
         np.testing.assert_array_equal(later.response_BxR, first.response_BxR)
+
+
+@pytest.mark.parametrize("policy", ["on_policy", "off_policy", "mixed"])
+def test_fewer_rows_than_queries_give_the_same_responses(policy, generator, refilling, student, teacher, rng):
+    batch = make_batch(rng)
+    whole, refilled = (
+        responses.Responder(config(policy), writer, None)(2, batch, lambda: student, lambda: teacher)
+        for writer in (generator, refilling)
+    )
+    for name in ("response_BxR", "length_B", "stopped_B", "on_policy_B", "prompt_length_B"):
+        np.testing.assert_array_equal(getattr(refilled, name), getattr(whole, name), err_msg=name)
+    assert len(set(whole.length_B.tolist())) > 1
+    assert refilled.generated == whole.generated and refilled.decoded > whole.decoded
 
 
 def test_another_teacher_misses_the_store(generator, teacher, rng, tmp_path):

@@ -82,13 +82,13 @@ def test_every_so_many_steps_and_the_last_are_logged(config, tmp_path, log_every
     assert steps_on_disk(tmp_path / "run") == expected
 
 
-@pytest.mark.parametrize("policy", ["on_policy", "off_policy"])
-def test_responses_are_written_to_the_prompts_that_are_trained_on(config, tmp_path, policy):
-    config.rollout.policy = policy
+@pytest.mark.parametrize("policy, rows", [("on_policy", 0), ("off_policy", 2)])
+def test_responses_are_written_to_the_prompts_that_are_trained_on(config, tmp_path, policy, rows):
+    config.rollout.policy, config.rollout.rows = policy, rows
     ready, seen = set_up(config, tmp_path / "run"), {}
 
     class Recorder:
-        sampling, pad_id = ready.generator.sampling, ready.generator.pad_id
+        sampling, pad_id, decoded = ready.generator.sampling, ready.generator.pad_id, ready.generator.decoded
 
         def __call__(self, params, prompt_BxP, length_B, *rest):
             seen["rollout"] = (prompt_BxP, length_B)
