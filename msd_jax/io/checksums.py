@@ -48,9 +48,8 @@ def of_file(path: pathlib.Path, algorithm: str = "blake2b") -> str:
 
 def seal(directory: pathlib.Path, process: int = 0, processes: int = 1) -> None:
     """Writes the manifest of this process's share of the files in `directory`, which must be complete."""
-    sizes = {
-        path: path.stat().st_size for path in directory.rglob("*") if path.is_file() and not is_manifest(path.name)
-    }
+    files = retried(lambda: [path for path in directory.rglob("*") if path.is_file() and not is_manifest(path.name)])
+    sizes = {path: retried(path.stat).st_size for path in files}
     mine = _share([(size, path) for path, size in sizes.items()], process, processes)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(lambda entry: of_file(entry[1], "xxh3"), mine)

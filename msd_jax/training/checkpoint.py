@@ -1,8 +1,10 @@
 """Saves and restores all that changes in a run: weights, teacher, optimizer, step and data position (by Orbax).
 
-A checkpoint is sealed by checksums once it is written, and checked against them before it is restored.
+A checkpoint is sealed by checksums once it is written, and checked against them before it is restored. Where storage
+fails for a moment the state of a later step is saved instead: that of its own is gone by the time this is noticed.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -11,6 +13,7 @@ import pathlib
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,9 +24,9 @@ from flax import traverse_util
 
 from msd_jax import losses
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.io import checksums
+from msd_jax.io import checksums, retries
 from msd_jax.io.console import log
-from msd_jax.parallel import distributed, peers
+from msd_jax.parallel import distributed, joint, peers
 from msd_jax.training import former_keys
 
 # Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
@@ -78,19 +81,42 @@ def _not_of_a_closed_loop(unraisable: Any) -> None:
 
 sys.unraisablehook = _not_of_a_closed_loop
 
+PAUSES = (1.0, 10.0, 60.0)  # seconds before a save that failed for a moment is repeated; training goes on meanwhile
+_FOR_EVER = 365 * 24 * 3600  # seconds; Orbax wants a number
+
 
 class Checkpoints:
     """The checkpoints of one workdir, in WORKDIR/checkpoints/STEP."""
 
-    def __init__(self, workdir: pathlib.Path, kept: int = 2, record: Mapping[str, Any] | None = None):
-        """Keeps the last `kept` steps, and with each `record`: JSON objects by name, which `recorded` finds again."""
+    def __init__(
+        self, workdir: pathlib.Path, kept: int = 2, record: Mapping[str, Any] | None = None, patience: float = 0.0
+    ):
+        """Looks for what is there.
+
+        Args:
+          workdir: of the run.
+          kept: how many steps are kept, the last ones.
+          record: JSON objects by name, which are kept with each step, and which `recorded` finds again.
+          patience: seconds after which a save that is not complete has failed; 0: never.
+        """
         self._directory = workdir.resolve() / "checkpoints"
+        self._patience, self._joint = int(patience) or _FOR_EVER, joint.Saves()
         # What a save that was interrupted left behind takes room, and no other run writes here: see run.claim.
-        options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
-        self._manager = _Manager(self._directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=kept,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(
+                timeout_secs=self._patience,
+                barrier_sync_fn=self._joint.barrier if jax.process_count() > 1 else None,
+                create_directories_asynchronously=False,  # or threads would wait for minutes for one that fails
+            ),
+        )
+        self._manager = _Manager(self._directory, options=options, handler_registry=_handlers())
         self._record = {name: ocp.args.JsonSave(value) for name, value in (record or {}).items()}
         self._sealer = threading.Thread()
         self._error: UserFileError | None = None
+        self._failures, self._again_at = 0, 0.0  # in a row, for a moment each; when the save may be repeated
+        self._left_over = False  # by a save that failed
 
     @property
     def latest(self) -> int | None:
@@ -115,23 +141,74 @@ class Checkpoints:
         """
         peers.moved(f"saving step {step}")
         self._wait_for_seal()  # or Orbax could remove a step that is being hashed
+        self._clear_up()
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
+        self._joint.begin()
         try:
             self._directory.stat()  # where it was removed, Orbax would make it anew, and the workdir around it
-            self._manager.save(step, args=ocp.args.Composite(**items, **self._record), force=True)
+            if step not in self._manager.all_steps():  # else it is whole, and was not sealed
+                self._manager.save(step, args=ocp.args.Composite(**items, **self._record), force=True)
         except Exception as error:
-            raise _unwritten(step, error) or error from error
+            self._fail(step, error)
+            if jax.process_count() > 1 or not self.failing:  # the other processes wait for this one
+                raise _unwritten(step, error) or error from error
+            return
         self._sealer = threading.Thread(target=self._seal, args=(step,), name=f"seal step {step}", daemon=True)
         self._sealer.start()
 
     def _seal(self, step: int) -> None:
+        directory = self._directory / str(step)
         try:
-            self._manager.wait_until_finished()
-            checksums.seal(self._directory / str(step), jax.process_index(), jax.process_count())
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                if not directory.exists():
+                    raise
+                print(f"note: step {step} is saved, but an earlier one could not be removed: {error}", file=sys.stderr)
+            checksums.seal(directory, jax.process_index(), jax.process_count())
+            self._failures = 0
         except Exception as error:
-            self._error = _unwritten(step, error)
-            if not self._error:
+            self._fail(step, error)
+            if not (self.failing or self._error):
                 raise
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """Has the save of `step` repeated if it failed for a moment, or makes of storage's refusal the run's error."""
+        self._left_over = True
+        another = isinstance(error, joint.Failed)
+        # What the try before this one still had in hand may have met this one in the directory of the same step.
+        disturbed = self._failures > 0 and isinstance(error, FileNotFoundError)
+        transient = another or disturbed or (retries.is_transient(error) and not _is_overdue(error))
+        if transient and self._failures < len(PAUSES):
+            pause = PAUSES[self._failures]
+            if not another:
+                retries.announce(f"checkpoint {step} could not be written: {_words(error)}", pause)
+            self._failures, self._again_at = self._failures + 1, time.monotonic() + pause
+        elif not another:
+            self._error = _unwritten(step, error, self._failures + 1)
+
+    def _clear_up(self) -> None:
+        """Removes what a save that failed has left, and has Orbax forget it."""
+        if not self._left_over:
+            return
+        self._left_over = False
+        time.sleep(max(0.0, self._again_at - time.monotonic()))
+        with contextlib.suppress(Exception):  # each thread that asks Orbax is told of the failure once
+            self._manager.wait_until_finished()
+        if distributed.is_first():
+            for directory in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(directory, ignore_errors=True)
+        self._manager.reload()
+
+    @property
+    def failing(self) -> bool:
+        """Whether storage refused the last save for a moment, so that another is to take its place."""
+        return self._failures > 0 and not self._error
+
+    @property
+    def due_again(self) -> bool:
+        """Whether that other one is due; never waits."""
+        return self.failing and not self._sealer.is_alive() and time.monotonic() >= self._again_at
 
     def check(self) -> None:
         """Raises a UserFileError as soon as a checkpoint could not be written; never waits."""
@@ -206,17 +283,18 @@ class Checkpoints:
         distributed.from_first(rename)
         self._manager.reload()
 
-    def wait(self) -> None:
-        """Waits until every save is complete. Raises as `check`."""
+    def wait(self) -> bool:
+        """Waits until the last save is complete; False, on all processes, where it failed. Raises as `check`."""
         peers.moved("waiting for the last save")
         self._wait_for_seal()
-        self._manager.wait_until_finished()
+        return not any(distributed.from_all(lambda: self.failing))
 
     def close(self) -> None:
         """Waits until every save is complete, and lets go of the directory. Raises as `check`."""
         peers.moved("waiting for the last save")
         self._wait_for_seal()
-        self._manager.close()
+        if not self.failing:
+            self._manager.close()
 
     def _wait_for_seal(self) -> None:
         if self._sealer.ident:
@@ -225,22 +303,59 @@ class Checkpoints:
 
 
 # What a full, read-only or removed disk says; the libraries below Orbax hand on the words without the number.
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE)
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, *retries.TRANSIENT)
 
 
-def _unwritten(step: int, error: BaseException) -> UserFileError | None:
+def _unwritten(step: int, error: BaseException, tries: int = 1) -> UserFileError | None:
     """The error of a checkpoint that storage did not take; None where `error` has another cause."""
-    words = next((os.strerror(code) for code in _STORAGE if os.strerror(code) in str(error)), None)
-    if words is None and isinstance(error, OSError):
-        words = error.strerror or str(error)
-    if words is None:
+    if not (words := _words(error)):
         return None
     failed = UserFileError(
-        f"checkpoint {step} could not be written: {words}; earlier checkpoints are whole: once there is room, run the "
-        "same command again to resume"
+        f"checkpoint {step} could not be written{f' in {tries} tries' if tries > 1 else ''}: {words}; earlier "
+        "checkpoints are whole: once there is room, run the same command again to resume"
     )
     failed.__cause__ = error
     return failed
+
+
+def _words(error: BaseException) -> str:
+    """What storage says in `error`; "" where it is not the cause."""
+    if _is_overdue(error):
+        return "storage did not answer in time (config.train.stall_limit)"
+    said = next((os.strerror(code) for code in _STORAGE if os.strerror(code) in str(error)), "")
+    return said or (error.strerror or str(error) if isinstance(error, OSError) else "")
+
+
+def _is_overdue(error: BaseException) -> bool:
+    """Whether Orbax gave up waiting; a time-out that the operating system reports has a number."""
+    return isinstance(error, TimeoutError) and error.errno is None
+
+
+class _RetryingHandler(ocp.StandardCheckpointHandler):
+    """Reads again where storage fails for a moment: each process by itself, between Orbax's barriers."""
+
+    typestr = ocp.StandardCheckpointHandler.typestr  # which checkpoints record
+
+    def restore(self, *args: Any, **keywords: Any) -> Any:
+        return retries.retried(lambda: super(_RetryingHandler, self).restore(*args, **keywords))
+
+
+class _RetryingJsonHandler(ocp.JsonCheckpointHandler):
+    typestr = ocp.JsonCheckpointHandler.typestr
+
+    def restore(self, *args: Any, **keywords: Any) -> Any:
+        return retries.retried(lambda: super(_RetryingJsonHandler, self).restore(*args, **keywords))
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for handler, kinds in (
+        (_RetryingHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
+        (_RetryingJsonHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore)),
+    ):
+        for kind in kinds:
+            registry.add(None, kind, handler)
+    return registry
 
 
 def step_directories(checkpoints: pathlib.Path) -> list[int]:
