@@ -1,11 +1,13 @@
 """Saves in the background in which all processes take part: where one fails, all know, and none waits for it."""
 
+import itertools
 import threading
 from typing import Any
 
 import jax
 from jax._src import distributed as jax_distributed  # there is no other way to the processes' barriers
 
+_numbers = itertools.count(1)  # of all saves of this process, whichever run they are part of
 _STAGES = ("write_complete", "commit_complete")  # of a save by Orbax, as they are named in the keys of its barriers
 
 
@@ -25,7 +27,7 @@ class Saves:
 
     def begin(self) -> None:
         """This thread begins the next save."""
-        self._number, self._passed, self._beginner = self._number + 1, 0, threading.get_ident()
+        self._number, self._passed, self._beginner = next(_numbers), 0, threading.get_ident()
 
     def barrier(self, *, key: str, timeout_ms: int) -> None:
         """Waits for all processes where Orbax asks for it.

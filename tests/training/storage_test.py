@@ -150,3 +150,55 @@ def test_a_save_or_restore_that_fails_for_a_moment_is_repeated(programs):
         assert seen["names"] == sorted(str(step) for step, _ in seen["restored"])
     assert "note: checkpoint 4 could not be written: Input/output error; retrying in 0.1 s (retry 1 of" in printed
     assert "Traceback" not in printed
+
+
+def test_all_processes_save_again_where_one_cannot_write(programs):
+    faults = [
+        fault("fsync", "ocdbt.process_1", errno.EIO, process=1),  # one process alone cannot write its part
+        fault("rename", "4.orbax-checkpoint-tmp$", errno.ESTALE),  # the first cannot commit what all have written
+    ]
+    results = programs(FAULTS, 2, json.dumps(faults))
+    assert [code for code, *_ in results] == [0, 0], results
+    for injected, one, other in zip(faults, *(told for *_, told in results), strict=True):
+        assert one["saved"] == other["saved"] and len(one["saved"]) == 3, results  # at the same step, and once
+        _, again, last = one["saved"]
+        for seen in (one, other):
+            assert seen["restored"] == [[last, True], [again, True]], results
+        assert [one["retries"], other["retries"]] == ([0, 1] if injected["process"] else [1, 0]), results
+
+
+SLOW = """
+    checkpoints = checkpoint.Checkpoints(workdir)
+    inject("write", "checkpoints/4.orbax", 0, 1000, 100)  # each call takes a tenth of a second
+    begin = time.monotonic()
+    checkpoints.save(4, state(4), {"next_index": 4})
+    held, steps = time.monotonic() - begin, 0
+    while not (workdir / "checkpoints" / "4").exists():
+        time.sleep(0.01)
+        checkpoints.check()
+        steps += 1
+    assert checkpoints.wait()
+    took = time.monotonic() - begin
+    inject("fsync", "checkpoints/8.orbax", 0, 1000, 600_000)  # and now it does not answer any more
+    impatient = checkpoint.Checkpoints(workdir, patience=1)
+    tell(held=held, took=took, steps=steps, restored=list(restored(impatient)))
+    begin = time.monotonic()
+    impatient.save(8, state(8), {"next_index": 8})
+    try:
+        while time.monotonic() < begin + 60:
+            time.sleep(0.01)
+            impatient.check()
+    except UserError as error:
+        tell(bound=time.monotonic() - begin)
+        distributed.end_in_error(f"error: {error}")
+"""
+
+
+def test_slow_storage_holds_no_step_up_and_one_that_never_answers_is_an_error(programs):
+    ((code, printed, (slow, silent)),) = programs(SLOW, 1)
+    assert slow["took"] > 0.4 and slow["held"] < slow["took"] / 2 and slow["steps"] > 10, printed
+    assert slow["restored"] == [[4, True]]
+    assert code == 1 and 0.8 < silent["bound"] < 20, printed
+    *_, line = printed.splitlines()
+    assert line.startswith("error: checkpoint 8 could not be written: storage did not answer in time (config.train.sta")
+    assert "Traceback" not in printed and "retrying" not in printed
