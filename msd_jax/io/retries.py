@@ -43,20 +43,22 @@ def is_transient(error: BaseException) -> bool:
         metadata.get("HTTPStatusCode"),
         *(getattr(error, name, None) for name in ("status", "code", "status_code")),
     ]
-    for status in statuses:
-        if str(status).isdigit() and int(status) >= 400:
+    for status in map(str, statuses):
+        if status.isdigit() and int(status) >= 400:
             return int(status) in _STATUSES
     text = str(error)
     return _CLASSES.search(type(error).__name__) is not None or any(words in text for words in _WORDS)
 
 
-def announce(error: BaseException, pause: float) -> None:
-    """Counts and prints that what raised `error` is tried again after `pause` seconds."""
+def announce(reason: str, pause: float) -> None:
+    """Counts and prints that what failed for `reason` is tried again after `pause` seconds."""
     global _count
     with _lock:
         _count += 1
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    print(f"note: {reason}; retrying in {pause:g} s (retry {_count} of this process)", file=sys.stderr)
+    print(
+        f"note: {' '.join(reason.split())[:300]}; retrying in {pause:g} s (retry {_count} of this process)",
+        file=sys.stderr,
+    )
 
 
 def retried(act: Callable[[], Result]) -> Result:
@@ -74,6 +76,6 @@ def retried(act: Callable[[], Result]) -> Result:
         except Exception as error:
             if not is_transient(error):
                 raise
-            announce(error, pause)
+            announce(str(error) or type(error).__name__, pause)
         time.sleep(pause)
     return act()

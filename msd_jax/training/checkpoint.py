@@ -7,7 +7,6 @@ fails for a moment the state of a later step is saved instead: that of its own i
 import contextlib
 import errno
 import json
-import logging
 import os
 import pathlib
 import shutil
@@ -27,7 +26,7 @@ from msd_jax.errors import UserError, UserFileError
 from msd_jax.io import checksums, retries
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed, joint, peers
-from msd_jax.training import former_keys
+from msd_jax.training import former_keys, orbax
 
 # Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
 # shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
@@ -62,27 +61,7 @@ MAY_CHANGE = (
 )
 
 
-def _not_raised_too(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_not_raised_too)  # Orbax logs each exception several times before it raises it
-_unraisablehook = sys.unraisablehook
-
-
-def _not_of_a_closed_loop(unraisable: Any) -> None:
-    """Prints what could not be raised, but not what TensorStore's threads say once a write has failed.
-
-    Orbax raises the first failure and closes its event loop; each write that fails later would print a traceback.
-    """
-    if str(unraisable.exc_value) != "Event loop is closed":
-        _unraisablehook(unraisable)
-
-
-sys.unraisablehook = _not_of_a_closed_loop
-
 PAUSES = (1.0, 10.0, 60.0)  # seconds before a save that failed for a moment is repeated; training goes on meanwhile
-_FOR_EVER = 365 * 24 * 3600  # seconds; Orbax wants a number
 
 
 class Checkpoints:
@@ -100,18 +79,8 @@ class Checkpoints:
           patience: seconds after which a save that is not complete has failed; 0: never.
         """
         self._directory = workdir.resolve() / "checkpoints"
-        self._patience, self._joint = int(patience) or _FOR_EVER, joint.Saves()
-        # What a save that was interrupted left behind takes room, and no other run writes here: see run.claim.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=kept,
-            cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(
-                timeout_secs=self._patience,
-                barrier_sync_fn=self._joint.barrier if jax.process_count() > 1 else None,
-                create_directories_asynchronously=False,  # or threads would wait for minutes for one that fails
-            ),
-        )
-        self._manager = _Manager(self._directory, options=options, handler_registry=_handlers())
+        self._joint = joint.Saves()
+        self._manager = orbax.manager(self._directory, kept, patience, self._joint.barrier)
         self._record = {name: ocp.args.JsonSave(value) for name, value in (record or {}).items()}
         self._sealer = threading.Thread()
         self._error: UserFileError | None = None
@@ -157,15 +126,16 @@ class Checkpoints:
         self._sealer.start()
 
     def _seal(self, step: int) -> None:
-        directory = self._directory / str(step)
+        directory, early = self._directory / str(step), checksums.Early()
         try:
             try:
-                self._manager.wait_until_finished()
+                with early.of(lambda: self._directory.glob(f"{step}.*tmp*"), jax.process_index()):
+                    self._manager.wait_until_finished()
             except Exception as error:
                 if not directory.exists():
                     raise
                 print(f"note: step {step} is saved, but an earlier one could not be removed: {error}", file=sys.stderr)
-            checksums.seal(directory, jax.process_index(), jax.process_count())
+            checksums.seal(directory, jax.process_index(), jax.process_count(), early)
             self._failures = 0
         except Exception as error:
             self._fail(step, error)
@@ -331,33 +301,6 @@ def _is_overdue(error: BaseException) -> bool:
     return isinstance(error, TimeoutError) and error.errno is None
 
 
-class _RetryingHandler(ocp.StandardCheckpointHandler):
-    """Reads again where storage fails for a moment: each process by itself, between Orbax's barriers."""
-
-    typestr = ocp.StandardCheckpointHandler.typestr  # which checkpoints record
-
-    def restore(self, *args: Any, **keywords: Any) -> Any:
-        return retries.retried(lambda: super(_RetryingHandler, self).restore(*args, **keywords))
-
-
-class _RetryingJsonHandler(ocp.JsonCheckpointHandler):
-    typestr = ocp.JsonCheckpointHandler.typestr
-
-    def restore(self, *args: Any, **keywords: Any) -> Any:
-        return retries.retried(lambda: super(_RetryingJsonHandler, self).restore(*args, **keywords))
-
-
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for handler, kinds in (
-        (_RetryingHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
-        (_RetryingJsonHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore)),
-    ):
-        for kind in kinds:
-            registry.add(None, kind, handler)
-    return registry
-
-
 def step_directories(checkpoints: pathlib.Path) -> list[int]:
     """The steps of which there is a directory, complete or not."""
     return [int(path.name) for path in checkpoints.glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
@@ -378,13 +321,6 @@ def recorded(workdir: pathlib.Path, name: str) -> dict[str, Any]:
         except (OSError, ValueError, RecursionError):
             continue
     return {}
-
-
-class _Manager(ocp.CheckpointManager):
-    def reached_preemption(self, step: int) -> bool:
-        """False: whether the run is preempted the loop asks, by preemption.preempted."""
-        del step
-        return False
 
 
 def abstract(state: Any) -> Any:
