@@ -61,6 +61,7 @@ class Early:
 
     def __init__(self) -> None:
         self.known: dict[tuple[int, int, int], str] = {}
+        self._seen: set[tuple[int, int, int]] = set()
 
     @contextlib.contextmanager
     def of(self, find: Callable[[], Iterable[pathlib.Path]], process: int) -> Iterator[None]:
@@ -82,11 +83,12 @@ class Early:
             looking.join()
 
     def _hash(self, paths: Iterable[pathlib.Path]) -> None:
-        for path in paths:
-            # TensorStore writes to NAME.__lock, and renames it once it is whole.
-            if path.suffix != ".__lock" and path.stat().st_size >= _LARGE and _inode(path) not in self.known:
-                inode = _inode(path)
+        inodes = {_inode(path): path for path in paths}
+        for inode, path in inodes.items():
+            # What has not changed since the last look is whole, or else is hashed again.
+            if inode in self._seen and inode not in self.known and inode[1] >= _LARGE:
                 self.known[inode] = of_file(path, "xxh3")
+        self._seen = set(inodes)
 
 
 def _inode(path: pathlib.Path) -> tuple[int, int, int]:

@@ -85,7 +85,7 @@ class Checkpoints:
         self._sealer = threading.Thread()
         self._error: UserFileError | None = None
         self._failures, self._again_at = 0, 0.0  # in a row, for a moment each; when the save may be repeated
-        self._left_over = False  # by a save that failed
+        self._left_over: int | None = None  # the step that could not be saved, of which there may be parts
 
     @property
     def latest(self) -> int | None:
@@ -118,9 +118,12 @@ class Checkpoints:
             if step not in self._manager.all_steps():  # else it is whole, and was not sealed
                 self._manager.save(step, args=ocp.args.Composite(**items, **self._record), force=True)
         except Exception as error:
-            self._fail(step, error)
-            if jax.process_count() > 1 or not self.failing:  # the other processes wait for this one
+            if jax.process_count() > 1:  # which wait for this one
                 raise _unwritten(step, error) or error from error
+            self._left_over = step
+            if not self._fail(step, error):
+                raise
+            self.check()
             return
         self._sealer = threading.Thread(target=self._seal, args=(step,), name=f"seal step {step}", daemon=True)
         self._sealer.start()
@@ -133,18 +136,22 @@ class Checkpoints:
                     self._manager.wait_until_finished()
             except Exception as error:
                 if not directory.exists():
+                    self._left_over = step
+                    self._manager.settle()
                     raise
                 print(f"note: step {step} is saved, but an earlier one could not be removed: {error}", file=sys.stderr)
             checksums.seal(directory, jax.process_index(), jax.process_count(), early)
             self._failures = 0
         except Exception as error:
-            self._fail(step, error)
-            if not (self.failing or self._error):
+            if not self._fail(step, error):
                 raise
 
-    def _fail(self, step: int, error: Exception) -> None:
-        """Has the save of `step` repeated if it failed for a moment, or makes of storage's refusal the run's error."""
-        self._left_over = True
+    def _fail(self, step: int, error: Exception) -> bool:
+        """Has the save of `step` repeated if it failed for a moment, or makes of storage's refusal the run's error.
+
+        Returns:
+          Whether storage is the cause at all.
+        """
         another = isinstance(error, joint.Failed)
         # What the try before this one still had in hand may have met this one in the directory of the same step.
         disturbed = self._failures > 0 and isinstance(error, FileNotFoundError)
@@ -156,18 +163,22 @@ class Checkpoints:
             self._failures, self._again_at = self._failures + 1, time.monotonic() + pause
         elif not another:
             self._error = _unwritten(step, error, self._failures + 1)
+        return transient or self._error is not None
 
     def _clear_up(self) -> None:
-        """Removes what a save that failed has left, and has Orbax forget it."""
-        if not self._left_over:
+        """Before a save that takes the place of one that failed: removes what that left, and has Orbax forget it."""
+        if self.failing:
+            time.sleep(max(0.0, self._again_at - time.monotonic()))
+        if self._left_over is None or not self.failing:
             return
-        self._left_over = False
-        time.sleep(max(0.0, self._again_at - time.monotonic()))
         with contextlib.suppress(Exception):  # each thread that asks Orbax is told of the failure once
             self._manager.wait_until_finished()
         if distributed.is_first():
-            for directory in self._directory.glob("*.orbax-checkpoint-tmp*"):
+            # What of it was under way may have committed it in the end.
+            of_it = self._directory.glob(f"{self._left_over}.orbax-checkpoint-tmp*")
+            for directory in (self._directory / str(self._left_over), *of_it):
                 shutil.rmtree(directory, ignore_errors=True)
+        self._left_over = None
         self._manager.reload()
 
     @property

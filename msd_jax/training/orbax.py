@@ -1,5 +1,6 @@
 """Orbax as a run wants it: quiet where it raises, patient, and reading again where storage fails for a moment."""
 
+import contextlib
 import logging
 import pathlib
 import sys
@@ -34,7 +35,7 @@ def _not_of_a_closed_loop(unraisable: Any) -> None:
 sys.unraisablehook = _not_of_a_closed_loop
 
 
-def manager(directory: pathlib.Path, kept: int, patience: float, barrier: Callable[..., None]) -> ocp.CheckpointManager:
+def manager(directory: pathlib.Path, kept: int, patience: float, barrier: Callable[..., None]) -> "_Manager":
     """Of the checkpoints in `directory`.
 
     Args:
@@ -61,6 +62,11 @@ class _Manager(ocp.CheckpointManager):
         """False: whether the run is preempted the loop asks, by preemption.agreed."""
         del step
         return False
+
+    def settle(self) -> None:
+        """Waits for all of a save that is still under way, as some is when another part of it has failed."""
+        with contextlib.suppress(Exception):  # one failure is known
+            self._wait_for_checkpointers()
 
 
 class _RetryingHandler(ocp.StandardCheckpointHandler):
