@@ -23,7 +23,7 @@ from msd_jax.generation import rollout
 from msd_jax.io import jsonl
 from msd_jax.io.console import log
 from msd_jax.models import pretrained, trained
-from msd_jax.parallel import distributed, sharding
+from msd_jax.parallel import distributed, peers, sharding
 
 
 def wanted(config: ml_collections.ConfigDict) -> bool:
@@ -88,6 +88,7 @@ class Evaluator(Generic[Asked]):
         if earlier:
             return earlier
         given = self._evaluate_with(weights)
+        peers.at_end(lambda: self._keep_usage(directory))  # an interrupted evaluation has cost something too
         record_log = RecordLog(directory / "responses.jsonl")
         answered = [
             record
@@ -128,12 +129,13 @@ class Evaluator(Generic[Asked]):
         return judged(answered, self._judge)
 
     def _keep_usage(self, directory: pathlib.Path) -> None:
-        """Adds what servers were asked, and what that cost, to judge_usage.jsonl and server_usage.jsonl."""
-        if asked := distributed.from_first(self._respondent.spent):
-            jsonl.JsonLines(directory / "server_usage.jsonl").append([asked])
-        spent = distributed.from_first(lambda: [endpoint.spent() for endpoint in self._judge.endpoints])
-        if any(row["requests"] for row in spent):
-            jsonl.JsonLines(directory / "judge_usage.jsonl").append(spent)
+        """Adds what servers were asked since then, and what that cost, to judge_usage.jsonl and server_usage.jsonl."""
+        if distributed.is_first():
+            if asked := self._respondent.spent():
+                jsonl.JsonLines(directory / "server_usage.jsonl").append([asked])
+            spent = [endpoint.spent() for endpoint in self._judge.endpoints]
+            if any(row["requests"] for row in spent):
+                jsonl.JsonLines(directory / "judge_usage.jsonl").append(spent)
         for endpoint in self._judge.endpoints:  # a run evaluates more than once
             endpoint.usage = type(endpoint.usage)()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from msd_jax.errors import UserError
 from msd_jax.io.lock import Holder
+from msd_jax.io.retries import retried
 
 SECONDS_BETWEEN_BEATS = 5.0
 SECONDS_OF_SILENCE = 60.0  # a lease whose heartbeat stands still for so long is stale
@@ -36,8 +37,8 @@ class Lease:
 
     def _make(self) -> bool:
         """Whether there was none, and now there is this one."""
-        with contextlib.suppress(FileExistsError):
-            self._store.pipe_file(self._path, self._text(), mode="create")
+        with contextlib.suppress(FileExistsError):  # perhaps by a try of ours whose answer was lost
+            retried(lambda: self._store.pipe_file(self._path, self._text(), mode="create"))
         found = self._read()  # of two that found the same stale lease, the last one has it
         return found is not None and found.token == self._holder.token
 
@@ -46,7 +47,7 @@ class Lease:
 
     def _read(self) -> Holder | None:
         try:
-            return Holder(**json.loads(self._store.cat_file(self._path)))
+            return Holder(**json.loads(retried(lambda: self._store.cat_file(self._path))))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):

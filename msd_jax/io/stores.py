@@ -9,6 +9,7 @@ checkpoint is removed when the directory is opened again; then the store is the 
 import concurrent.futures
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -24,10 +25,12 @@ from typing import Any
 from msd_jax.errors import UserError, UserFileError
 from msd_jax.io import checksums, lock, places
 from msd_jax.io.lease import Lease
+from msd_jax.io.retries import retried
 from msd_jax.parallel import distributed, peers
 
 SCHEMES = ("gs", "s3", "az")
 _NEEDED = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # to be installed
+_SETTINGS = ("AWS_", "AZURE_", "FSSPEC_", "GOOGLE_", "STORAGE_EMULATOR_")  # beginnings of variables' names
 SECONDS_BETWEEN_WRITES, SECONDS_BETWEEN_LOOKS = 30.0, 1.0
 _THREADS = 8
 _STEP = re.compile(r"(?:.*/)?checkpoints/\d+(?=/)")
@@ -55,7 +58,7 @@ def own(flag: str, place: str) -> pathlib.Path:
     if "://" not in place:
         return pathlib.Path(place)
     _require_one_machine(flag, place)
-    local = _home() / hashlib.sha256(place.rstrip("/").encode()).hexdigest()[:16] / _last(place)
+    local = _home() / distributed.from_first(lambda: _identity_of_store(place)) / _last(place)
     if distributed.is_first():
         copy = Copy(flag, place, local)
         copy.take()
@@ -120,6 +123,15 @@ def _home() -> pathlib.Path:
     return home
 
 
+def _identity_of_store(place: str) -> str:
+    """A name for a directory of an object store, which two stores with buckets of one name do not share.
+
+    Where a store is, and whose, its library takes from the environment, in variables of several names.
+    """
+    settings = sorted((name, value) for name, value in os.environ.items() if name.startswith(_SETTINGS))
+    return hashlib.sha256(json.dumps([place.rstrip("/"), settings]).encode()).hexdigest()[:16]
+
+
 def _last(place: str) -> str:
     return re.sub(r"[^\w.-]", "_", place.rstrip("/").rpartition("/")[2]) or "bucket"
 
@@ -163,7 +175,7 @@ class Copy:
         shutil.rmtree(self._local, ignore_errors=True)
         self._local.mkdir(parents=True, mode=0o700)
         with self._reached():
-            found = self._store.find(self._root, withdirs=False)
+            found = retried(lambda: self._store.find(self._root, withdirs=False))
             names = [name for path in found if (name := path.removeprefix(self._root).strip("/"))]
             whole = {step for step in map(_step, names) if step and _is_whole(step, names)}
             partial = [name for name in names if (step := _step(name)) and step not in whole]
@@ -176,7 +188,7 @@ class Copy:
     def _fetch_one(self, name: str) -> None:
         target = self._local / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._store.get_file(self._object(name), str(target))
+        retried(lambda: self._store.get_file(self._object(name), str(target)))
         self._written[name] = _identity(target)
 
     def write(self) -> None:
@@ -199,13 +211,13 @@ class Copy:
     def _write_one(self, name: str, path: pathlib.Path) -> None:
         identity = _identity(path)
         if identity is not None:  # else it was removed meanwhile, as its manifests were
-            self._store.put_file(str(path), self._object(name))
+            retried(lambda: self._store.put_file(str(path), self._object(name)))
             self._written[name] = identity
 
     def _remove(self, name: str) -> None:
         self._written.pop(name, None)
         with contextlib.suppress(FileNotFoundError):
-            self._store.rm_file(self._object(name))
+            retried(lambda: self._store.rm_file(self._object(name)))
 
     def _each(self, act: Callable[[str], None], names: list[str]) -> None:
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:

@@ -1,6 +1,6 @@
 """SIGTERM: all processes of a run save the same step and end with exit code 143, or end at once between steps.
 
-SIGTERM may reach one process alone, at any moment. After each step every process asks `preempted`, and all must get the
+SIGTERM may reach one process alone, at any moment. After each step every process asks `agreed`, and all must get the
 same answer. The nth question starts a sum over the devices of all processes, of those that were told so far, and is
 answered by the sum that the question before it started. Then
 
@@ -9,7 +9,8 @@ answered by the sum that the question before it started. Then
   (processes on CPUs do wait);
 - whoever is told before question n ends all of them at question n + 1, one step later than it asked.
 
-No clock, store or order of messages takes part, and one process is the case of one summand.
+No clock, store or order of messages takes part, and one process is the case of one summand. A second sum answers in the
+same way whether a checkpoint is to be saved again, which one process alone may know too.
 """
 
 import contextlib
@@ -32,13 +33,13 @@ EXIT_PREEMPTED = 143  # as a shell reports SIGTERM
 
 _told = threading.Event()  # a process of the run was sent SIGTERM
 _ending = threading.Lock()  # taken once by what ends this process without waiting for a step
-_finishing = False  # SIGTERM waits for `preempted`
-_sum: jax.Array | None = None  # that the last question started
+_finishing = False  # SIGTERM waits for `agreed`
+_sums: jax.Array | None = None  # that the last question started
 
 
 @contextlib.contextmanager
 def finishing_steps() -> Iterator[None]:
-    """Around steps: SIGTERM waits until `preempted` is asked. Elsewhere it ends the run within seconds."""
+    """Around steps: SIGTERM waits until `agreed` is asked. Elsewhere it ends the run within seconds."""
     global _finishing
     _finishing = True
     try:
@@ -51,27 +52,36 @@ def finishing_steps() -> Iterator[None]:
         end_at_once()
 
 
-def preempted() -> bool:
-    """Whether all processes are to save and end now, for one was sent SIGTERM. To be asked by all, after each step."""
-    global _sum
-    answer = _sum is not None and int(sharding.fetch(_sum)) > 0
-    if answer:
+def agreed(save_again: bool = False) -> tuple[bool, bool]:
+    """What all processes are to do now, since one or more want it. To be asked by all, after each step.
+
+    Args:
+      save_again: whether this process wants a checkpoint to be saved again.
+
+    Returns:
+      Whether to save and end, for one was sent SIGTERM; and whether some process wanted to save again when the question
+      before this one was asked.
+    """
+    global _sums
+    told, wanting = (0, 0) if _sums is None else map(int, sharding.fetch(_sums))
+    if told:
         _told.set()  # this process ends by its main thread
-        return True
+        return True, wanting > 0
     mesh, add = _summation()
-    one_each_D = np.full(mesh.size, _told.is_set(), np.int32)
-    _sum = add(jax.make_array_from_callback((mesh.size,), _over(mesh), lambda index: one_each_D[index]))
+    one_each_Dx2 = np.full((mesh.size, 2), (_told.is_set(), save_again), np.int32)
+    _sums = add(jax.make_array_from_callback((mesh.size, 2), _over(mesh), lambda index: one_each_Dx2[index]))
     if sharding.platform(mesh) == "cpu":
         # A CPU has no queue: the sum could run beside those of the next program, and meet the wrong partner.
-        jax.block_until_ready(_sum)
-    return False
+        jax.block_until_ready(_sums)
+    return False, wanting > 0
 
 
 @functools.cache
 def _summation() -> tuple[Mesh, Any]:
-    """(mesh of all devices in a row, the program that adds one number of each)."""
+    """(mesh of all devices in a row, the program that adds the two numbers of each)."""
     mesh = Mesh(np.array(jax.devices()), ("device",))
-    return mesh, jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    add = functools.partial(jnp.sum, axis=0)
+    return mesh, jax.jit(add, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _over(mesh: Mesh) -> NamedSharding:

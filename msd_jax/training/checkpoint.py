@@ -1,16 +1,18 @@
 """Saves and restores all that changes in a run: weights, teacher, optimizer, step and data position (by Orbax).
 
-A checkpoint is sealed by checksums once it is written, and checked against them before it is restored.
+A checkpoint is sealed by checksums once it is written, and checked against them before it is restored. Where storage
+fails for a moment the state of a later step is saved instead: that of its own is gone by the time this is noticed.
 """
 
+import contextlib
 import errno
 import json
-import logging
 import os
 import pathlib
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,10 +23,10 @@ from flax import traverse_util
 
 from msd_jax import losses
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.io import checksums
+from msd_jax.io import checksums, retries
 from msd_jax.io.console import log
-from msd_jax.parallel import distributed, peers
-from msd_jax.training import former_keys
+from msd_jax.parallel import distributed, joint, peers
+from msd_jax.training import former_keys, orbax
 
 # Keys, or beginnings of keys, that a resumed run may change. They decide how long a run goes on, what it keeps and
 # shows, and how its work is laid out; every other key decides the numbers of its steps or of its stored evaluations.
@@ -59,38 +61,31 @@ MAY_CHANGE = (
 )
 
 
-def _not_raised_too(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_not_raised_too)  # Orbax logs each exception several times before it raises it
-_unraisablehook = sys.unraisablehook
-
-
-def _not_of_a_closed_loop(unraisable: Any) -> None:
-    """Prints what could not be raised, but not what TensorStore's threads say once a write has failed.
-
-    Orbax raises the first failure and closes its event loop; each write that fails later would print a traceback.
-    """
-    if str(unraisable.exc_value) != "Event loop is closed":
-        _unraisablehook(unraisable)
-
-
-sys.unraisablehook = _not_of_a_closed_loop
+PAUSES = (1.0, 10.0, 60.0)  # seconds before a save that failed for a moment is repeated; training goes on meanwhile
 
 
 class Checkpoints:
     """The checkpoints of one workdir, in WORKDIR/checkpoints/STEP."""
 
-    def __init__(self, workdir: pathlib.Path, kept: int = 2, record: Mapping[str, Any] | None = None):
-        """Keeps the last `kept` steps, and with each `record`: JSON objects by name, which `recorded` finds again."""
+    def __init__(
+        self, workdir: pathlib.Path, kept: int = 2, record: Mapping[str, Any] | None = None, patience: float = 0.0
+    ):
+        """Looks for what is there.
+
+        Args:
+          workdir: of the run.
+          kept: how many steps are kept, the last ones.
+          record: JSON objects by name, which are kept with each step, and which `recorded` finds again.
+          patience: seconds after which a save that is not complete has failed; 0: never.
+        """
         self._directory = workdir.resolve() / "checkpoints"
-        # What a save that was interrupted left behind takes room, and no other run writes here: see run.claim.
-        options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
-        self._manager = _Manager(self._directory, options=options)
+        self._joint = joint.Saves()
+        self._manager = orbax.manager(self._directory, kept, patience, self._joint.barrier)
         self._record = {name: ocp.args.JsonSave(value) for name, value in (record or {}).items()}
         self._sealer = threading.Thread()
         self._error: UserFileError | None = None
+        self._failures, self._again_at = 0, 0.0  # in a row, for a moment each; when the save may be repeated
+        self._left_over: int | None = None  # the step that could not be saved, of which there may be parts
 
     @property
     def latest(self) -> int | None:
@@ -115,23 +110,86 @@ class Checkpoints:
         """
         peers.moved(f"saving step {step}")
         self._wait_for_seal()  # or Orbax could remove a step that is being hashed
+        self._clear_up()
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
+        self._joint.begin()
         try:
             self._directory.stat()  # where it was removed, Orbax would make it anew, and the workdir around it
-            self._manager.save(step, args=ocp.args.Composite(**items, **self._record), force=True)
+            if step not in self._manager.all_steps():  # else it is whole, and was not sealed
+                self._manager.save(step, args=ocp.args.Composite(**items, **self._record), force=True)
         except Exception as error:
-            raise _unwritten(step, error) or error from error
+            if jax.process_count() > 1:  # which wait for this one
+                raise _unwritten(step, error) or error from error
+            self._left_over = step
+            if not self._fail(step, error):
+                raise
+            self.check()
+            return
         self._sealer = threading.Thread(target=self._seal, args=(step,), name=f"seal step {step}", daemon=True)
         self._sealer.start()
 
     def _seal(self, step: int) -> None:
+        directory, early = self._directory / str(step), checksums.Early()
         try:
-            self._manager.wait_until_finished()
-            checksums.seal(self._directory / str(step), jax.process_index(), jax.process_count())
+            try:
+                with early.of(lambda: self._directory.glob(f"{step}.*tmp*"), jax.process_index()):
+                    self._manager.wait_until_finished()
+            except Exception as error:
+                if not directory.exists():
+                    self._left_over = step
+                    self._manager.settle()
+                    raise
+                print(f"note: step {step} is saved, but an earlier one could not be removed: {error}", file=sys.stderr)
+            checksums.seal(directory, jax.process_index(), jax.process_count(), early)
+            self._failures = 0
         except Exception as error:
-            self._error = _unwritten(step, error)
-            if not self._error:
+            if not self._fail(step, error):
                 raise
+
+    def _fail(self, step: int, error: Exception) -> bool:
+        """Has the save of `step` repeated if it failed for a moment, or makes of storage's refusal the run's error.
+
+        Returns:
+          Whether storage is the cause at all.
+        """
+        another = isinstance(error, joint.Failed)
+        # What the try before this one still had in hand may have met this one in the directory of the same step.
+        disturbed = self._failures > 0 and isinstance(error, FileNotFoundError)
+        transient = another or disturbed or (retries.is_transient(error) and not _is_overdue(error))
+        if transient and self._failures < len(PAUSES):
+            pause = PAUSES[self._failures]
+            if not another:
+                retries.announce(f"checkpoint {step} could not be written: {_words(error)}", pause)
+            self._failures, self._again_at = self._failures + 1, time.monotonic() + pause
+        elif not another:
+            self._error = _unwritten(step, error, self._failures + 1)
+        return transient or self._error is not None
+
+    def _clear_up(self) -> None:
+        """Before a save that takes the place of one that failed: removes what that left, and has Orbax forget it."""
+        if self.failing:
+            time.sleep(max(0.0, self._again_at - time.monotonic()))
+        if self._left_over is None or not self.failing:
+            return
+        with contextlib.suppress(Exception):  # each thread that asks Orbax is told of the failure once
+            self._manager.wait_until_finished()
+        if distributed.is_first():
+            # What of it was under way may have committed it in the end.
+            of_it = self._directory.glob(f"{self._left_over}.orbax-checkpoint-tmp*")
+            for directory in (self._directory / str(self._left_over), *of_it):
+                shutil.rmtree(directory, ignore_errors=True)
+        self._left_over = None
+        self._manager.reload()
+
+    @property
+    def failing(self) -> bool:
+        """Whether storage refused the last save for a moment, so that another is to take its place."""
+        return self._failures > 0 and not self._error
+
+    @property
+    def due_again(self) -> bool:
+        """Whether that other one is due; never waits."""
+        return self.failing and not self._sealer.is_alive() and time.monotonic() >= self._again_at
 
     def check(self) -> None:
         """Raises a UserFileError as soon as a checkpoint could not be written; never waits."""
@@ -206,17 +264,18 @@ class Checkpoints:
         distributed.from_first(rename)
         self._manager.reload()
 
-    def wait(self) -> None:
-        """Waits until every save is complete. Raises as `check`."""
+    def wait(self) -> bool:
+        """Waits until the last save is complete; False, on all processes, where it failed. Raises as `check`."""
         peers.moved("waiting for the last save")
         self._wait_for_seal()
-        self._manager.wait_until_finished()
+        return not any(distributed.from_all(lambda: self.failing))
 
     def close(self) -> None:
         """Waits until every save is complete, and lets go of the directory. Raises as `check`."""
         peers.moved("waiting for the last save")
         self._wait_for_seal()
-        self._manager.close()
+        if not self.failing:
+            self._manager.close()
 
     def _wait_for_seal(self) -> None:
         if self._sealer.ident:
@@ -225,22 +284,32 @@ class Checkpoints:
 
 
 # What a full, read-only or removed disk says; the libraries below Orbax hand on the words without the number.
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE)
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, *retries.TRANSIENT)
 
 
-def _unwritten(step: int, error: BaseException) -> UserFileError | None:
+def _unwritten(step: int, error: BaseException, tries: int = 1) -> UserFileError | None:
     """The error of a checkpoint that storage did not take; None where `error` has another cause."""
-    words = next((os.strerror(code) for code in _STORAGE if os.strerror(code) in str(error)), None)
-    if words is None and isinstance(error, OSError):
-        words = error.strerror or str(error)
-    if words is None:
+    if not (words := _words(error)):
         return None
     failed = UserFileError(
-        f"checkpoint {step} could not be written: {words}; earlier checkpoints are whole: once there is room, run the "
-        "same command again to resume"
+        f"checkpoint {step} could not be written{f' in {tries} tries' if tries > 1 else ''}: {words}; earlier "
+        "checkpoints are whole: once there is room, run the same command again to resume"
     )
     failed.__cause__ = error
     return failed
+
+
+def _words(error: BaseException) -> str:
+    """What storage says in `error`; "" where it is not the cause."""
+    if _is_overdue(error):
+        return "storage did not answer in time (config.train.stall_limit)"
+    said = next((os.strerror(code) for code in _STORAGE if os.strerror(code) in str(error)), "")
+    return said or (error.strerror or str(error) if isinstance(error, OSError) else "")
+
+
+def _is_overdue(error: BaseException) -> bool:
+    """Whether Orbax gave up waiting; a time-out that the operating system reports has a number."""
+    return isinstance(error, TimeoutError) and error.errno is None
 
 
 def step_directories(checkpoints: pathlib.Path) -> list[int]:
@@ -263,13 +332,6 @@ def recorded(workdir: pathlib.Path, name: str) -> dict[str, Any]:
         except (OSError, ValueError, RecursionError):
             continue
     return {}
-
-
-class _Manager(ocp.CheckpointManager):
-    def reached_preemption(self, step: int) -> bool:
-        """False: whether the run is preempted the loop asks, by preemption.preempted."""
-        del step
-        return False
 
 
 def abstract(state: Any) -> Any:

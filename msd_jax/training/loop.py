@@ -65,7 +65,7 @@ def take_steps(
     While the devices are at a step, the host writes the row of the one before. Only where a state is measured or saved
     the host waits for its step, so that the rows up to a checkpoint are on disk before it is.
     """
-    config, low = run.config.train, ""
+    config, low, saved = run.config.train, "", step
     files = Metrics(run.workdir, step, trackers.of(run.config, run.workdir, step))
     watched = watch.Watch(config, run.workdir, run.model, step)
     window = profile.Window(run.workdir / "profile", config.profile_steps, step, config.steps)
@@ -94,14 +94,17 @@ def take_steps(
                 if fault := run.monitor.fault(row):
                     low = f"the slice's {fault}"
                     break
-            preempted = preemption.preempted()
-            if preempted or step % config.checkpoints.every == 0 or step == config.steps:
+            preempted, again = preemption.agreed(run.checkpoints.due_again)
+            ends = preempted or step == config.steps
+            # Whoever asked for a save before the last one, at the step before, has got it.
+            if ends or step % config.checkpoints.every == 0 or (again and saved < step - 1):
                 rows.flush()
-                if not watched.skipping or preempted or step == config.steps:  # else good ones would make room for it
+                if not watched.skipping or ends:  # else good ones would make room for it
                     save(run, step, state, queries)
+                    saved = step
+            if ends:
+                finish_saving(run, step, state, queries)
             if preempted and step < config.steps:
-                with run.clock.phase("checkpoints"):
-                    run.checkpoints.close()
                 run.clock.keep(step)
                 stores.close(run.workdir)
                 preemption.end_preempted(f"preempted: step {step} is saved; run the same command again to resume")
@@ -114,6 +117,13 @@ def save(run: Run, step: int, state: TrainState, queries: grain.DatasetIterator[
     with run.clock.phase("checkpoints"):
         run.checkpoints.save(step, state, queries.get_state())
     run.clock.keep(step)
+
+
+def finish_saving(run: Run, step: int, state: TrainState, queries: grain.DatasetIterator[Batch]) -> None:
+    """Waits until the last checkpoint is complete; saves it again where storage fails for a moment."""
+    with run.clock.phase("checkpoints"):
+        while not run.checkpoints.wait():
+            run.checkpoints.save(step, state, queries.get_state())
 
 
 def go_back(run: Run, frozen: decoder.Params, state: TrainState, step: int, fault: str) -> tuple[int, TrainState]:

@@ -137,7 +137,10 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
         clock=goodput.Clock(workdir, began),
         utilisation=utilisation.Utilisation(model, inputs.rollout_mesh, peak),
         checkpoints=checkpoint.Checkpoints(
-            workdir, config.train.checkpoints.kept, {"config": checkpoint.plain(config), "inputs": inputs.fingerprint}
+            workdir,
+            config.train.checkpoints.kept,
+            {"config": checkpoint.plain(config), "inputs": inputs.fingerprint},
+            config.train.stall_limit,
         ),
         optimize=optimize,
         learning_rates=np.asarray(jax.jit(jax.vmap(schedule))(np.arange(config.train.steps))),

@@ -78,7 +78,11 @@ class TensorBoard:
     def __init__(self, origin: Origin):
         import tensorboardX  # which imports PyTorch, seconds of every command's start, where that is installed
 
-        self._writer = tensorboardX.SummaryWriter(str(origin.workdir / "tensorboard"), purge_step=origin.step + 1)
+        self._writer = tensorboardX.SummaryWriter(
+            str(origin.workdir / "tensorboard"),
+            purge_step=origin.step + 1,
+            filename_suffix=f".{time.time_ns()}",  # names of one second would be the same
+        )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -13,6 +13,7 @@ from msd_jax.configs import default
 from msd_jax.errors import UserError
 from msd_jax.evaluation import endpoint, records, served
 from msd_jax.io import jsonl
+from msd_jax.parallel import peers
 from tests.evaluation.judges.server import completion, send
 
 KEY = "sk-secret-0123456789"
@@ -203,8 +204,14 @@ def test_an_interruption_ends_the_requests_and_is_resumed(config, serve, tmp_pat
     time.sleep(0.2)
     before = len(server.requests)
     assert before < 12
+    peers.do_last_acts()  # as the process does when it ends, by a signal too
+    [spent] = jsonl.read(tmp_path / "out" / "server_usage.jsonl")
+    assert spent["requests"] == before
     summary = evaluation(config, server.url)(tmp_path / "out")["queries"]["languages"]
     assert summary["en"]["n"] == 6 and len(server.requests) - before == 1 + 12 - 4
+    peers.do_last_acts()
+    spent = [row["requests"] for row in jsonl.read(tmp_path / "out" / "server_usage.jsonl")]
+    assert spent == [before, len(server.requests) - before]  # what is kept already is not kept twice
 
 
 @pytest.mark.parametrize(

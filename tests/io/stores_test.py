@@ -14,12 +14,13 @@ import pytest
 from huggingface_hub import constants
 
 from msd_jax.errors import UserError
-from msd_jax.io import checksums, jsonl, lease, stores
+from msd_jax.io import checksums, jsonl, lease, retries, stores
 from msd_jax.models import location, tokenizer
 from msd_jax.testbed import tiny
 from tests.conftest import REPOSITORY
 
 try:
+    import botocore.exceptions
     import s3fs  # noqa: F401
     from moto.server import ThreadedMotoServer
 except ImportError as error:
@@ -88,6 +89,48 @@ def test_what_changes_is_written_back_and_fetched_again(bucket, tmp_path):
     assert bucket.objects() == {"metrics.jsonl": b'{"step": 1}\n{"step": 2}\n'}
     made(bucket, tmp_path, "again")
     assert jsonl.read(tmp_path / "again" / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_stores_whose_buckets_have_one_name_have_copies_of_their_own(monkeypatch):
+    of_one = stores._identity_of_store("s3://bucket/runs/one")
+    assert of_one == stores._identity_of_store("s3://bucket/runs/one/") != stores._identity_of_store("s3://bucket/runs")
+    for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AZURE_STORAGE_ACCOUNT_NAME", "STORAGE_EMULATOR_HOST"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "another")
+            assert stores._identity_of_store("s3://bucket/runs/one") != of_one
+
+
+def test_a_store_that_fails_for_a_moment_is_asked_again(bucket, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(retries, "PAUSES", (0.0, 0.0, 0.0))
+    copy, workdir, failures = made(bucket, tmp_path), tmp_path / "copy", []
+    put_file = copy._store.put_file
+
+    def fails(error: Exception, times: int):
+        def put(*arguments):
+            failures.append(error)
+            if len(failures) <= times:
+                raise error
+            put_file(*arguments)
+
+        failures.clear()
+        monkeypatch.setattr(copy._store, "put_file", put)
+
+    slow_down = botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 503}}, "PutObject")
+    for error in (slow_down, TimeoutError(), botocore.exceptions.ReadTimeoutError(endpoint_url="x")):
+        (workdir / "a").write_text(repr(error))
+        fails(error, times=2)
+        copy.write()
+        assert len(failures) == 3 and bucket.objects() == {"a": repr(error).encode()}
+        assert "retrying in 0 s" in capsys.readouterr().err
+    (workdir / "a").write_text("kept here")
+    fails(slow_down, times=99)
+    with pytest.raises(UserError, match="cannot be reached"):
+        copy.write()
+    assert len(failures) == 4
+    fails(botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 403}}, "PutObject"), times=99)
+    with pytest.raises(UserError, match="cannot be reached"):
+        copy.write()
+    assert len(failures) == 1  # no pause mends what is forbidden
 
 
 def test_only_what_has_changed_is_written(bucket, tmp_path, monkeypatch):
