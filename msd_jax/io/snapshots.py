@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 
 from msd_jax.errors import UserFileError
-from msd_jax.io import stores
+from msd_jax.io import objects
 from msd_jax.parallel import peers
 
 LONGEST_WAIT = 6 * 3600  # seconds; a lock that is held for longer belongs to a process that hangs
@@ -50,8 +50,8 @@ def fetch_stored(name: str, place: str, patterns: Iterable[str]) -> pathlib.Path
     """
     from huggingface_hub import constants
 
-    with stores.reached(name, place):
-        store, root = stores.file_system(place)
+    with objects.reached(name, place):
+        store, root = objects.file_system(place)
         files = store.find(root, maxdepth=1, detail=True)
         files = {path.rpartition("/")[2]: facts for path, facts in files.items()}
         files = {file: facts for file, facts in files.items() if any(fnmatch.fnmatch(file, p) for p in patterns)}

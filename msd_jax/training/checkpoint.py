@@ -1,6 +1,7 @@
 """Saves and restores all that changes in a run: weights, teacher, optimizer, step and data position (by Orbax).
 
-A checkpoint is sealed by checksums once it is written, and checked against them before it is restored.
+A checkpoint is sealed by checksums once it is written, and checked against them before it is restored. It may have no
+copy on a disk: see io/stores.py.
 """
 
 import errno
@@ -8,7 +9,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 
 from msd_jax import losses
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.io import checksums
+from msd_jax.io import seals, stores
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed, peers
 from msd_jax.training import former_keys
@@ -84,7 +85,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, kept: int = 2, record: Mapping[str, Any] | None = None):
         """Keeps the last `kept` steps, and with each `record`: JSON objects by name, which `recorded` finds again."""
-        self._directory = workdir.resolve() / "checkpoints"
+        self._workdir, self._directory = workdir, stores.checkpoints(workdir)
         # What a save that was interrupted left behind takes room, and no other run writes here: see run.claim.
         options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
         self._manager = _Manager(self._directory, options=options)
@@ -117,7 +118,8 @@ class Checkpoints:
         self._wait_for_seal()  # or Orbax could remove a step that is being hashed
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
         try:
-            self._directory.stat()  # where it was removed, Orbax would make it anew, and the workdir around it
+            if stores.is_shared(self._workdir):
+                self._directory.stat()  # where it was removed, Orbax would make it anew, and the workdir around it
             self._manager.save(step, args=ocp.args.Composite(**items, **self._record), force=True)
         except Exception as error:
             raise _unwritten(step, error) or error from error
@@ -127,7 +129,9 @@ class Checkpoints:
     def _seal(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
-            checksums.seal(self._directory / str(step), jax.process_index(), jax.process_count())
+            seals.seal(self._directory / str(step), jax.process_index(), jax.process_count())
+        except UserFileError as error:
+            self._error = error
         except Exception as error:
             self._error = _unwritten(step, error)
             if not self._error:
@@ -180,7 +184,7 @@ class Checkpoints:
         peers.moved(f"restoring step {step}")
         if damage := damage_of(directory):
             return None, damage
-        sealed = distributed.from_first(lambda: checksums.sealed(directory))
+        sealed = distributed.from_first(lambda: seals.sealed(directory))
         if not sealed:
             log(f"note: step {step} has no checksums, since the run ended before they were written; it is not checked")
         restored, failure = None, None
@@ -199,9 +203,10 @@ class Checkpoints:
 
         def rename() -> None:
             for step in steps:
-                aside = self._directory / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self._directory / str(step)).rename(aside)
+                aside = epath.Path(self._directory) / f"{step}.damaged"
+                if aside.exists():
+                    aside.rmtree()
+                epath.Path(self._directory / str(step)).rename(aside)
 
         distributed.from_first(rename)
         self._manager.reload()
@@ -250,13 +255,13 @@ def step_directories(checkpoints: pathlib.Path) -> list[int]:
 
 def damage_of(directory: pathlib.Path) -> str | None:
     """What is wrong with a step's directory by its checksums, the same on all processes; each checks a share."""
-    found = distributed.from_all(lambda: checksums.damage(directory, jax.process_index(), jax.process_count()))
+    found = distributed.from_all(lambda: seals.damage(directory, jax.process_index(), jax.process_count()))
     return next(filter(None, found), None)
 
 
 def recorded(workdir: pathlib.Path, name: str) -> dict[str, Any]:
     """The object `name` of the last checkpoint whose record is legible; {} if there is none."""
-    directory = workdir / "checkpoints"
+    directory = stores.checkpoints(workdir)
     for step in sorted(step_directories(directory), reverse=True):
         try:
             return json.loads((directory / str(step) / name / "metadata").read_bytes())

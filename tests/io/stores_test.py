@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from msd_jax.errors import UserError
-from msd_jax.io import checksums, jsonl, lease, stores
+from msd_jax.io import checksums, jsonl, lease, objects, stores
 from msd_jax.models import location, tokenizer
 from msd_jax.testbed import tiny
 from tests.conftest import REPOSITORY
@@ -49,7 +49,7 @@ def bucket(environment, request) -> "Bucket":
 
 class Bucket:
     def __init__(self, name: str):
-        self.store, _ = stores.file_system("s3://x")
+        self.store, _ = objects.file_system("s3://x")
         self.store.mkdir(name)
         self.name, self.place = name, f"s3://{name}/runs/one"
 
