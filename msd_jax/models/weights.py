@@ -1,6 +1,7 @@
 """safetensors of a Hugging Face directory <-> params, by the one table of models/layout.py for both directions."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -23,6 +24,7 @@ from msd_jax.models.config import DecoderConfig
 from msd_jax.parallel import distributed
 
 DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # as safetensors names them
+_TENSORS_AHEAD = 4  # that are read from an object store while the devices take one
 _COMPARED = 1 << 12  # rows that are compared at a time
 
 
@@ -59,7 +61,9 @@ def has_own_head(directory: pathlib.Path) -> bool:
 def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params) -> decoder.Params:
     """Parameters from DIRECTORY's safetensors.
 
-    Tensors are read one at a time, and of each only the slices that this process holds.
+    Tensors are read one at a time, and of each only the slices that this process holds. From an object store each
+    process reads some rows of the files, as many as any other, and the devices exchange them: rows alone are one range
+    of bytes.
 
     Args:
       directory: holds model.safetensors, or several files with model.safetensors.index.json.
@@ -77,21 +81,26 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
     # Of each tensor of the files, by the parts that this process holds.
     finite: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
-    def load_tensor(name: str, stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        array = _read_tensor(files[name], stored, leaf)
-        finite[name] += [_all_finite(shard.data) for shard in array.addressable_shards]
-        return array
+    def load_tensors(names: list[str], stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> Iterator[jax.Array]:
+        far = files[names[0]].far is not None
+        read_as = leaf.update(sharding=_by_rows(stored, leaf)) if far else leaf
+        acts = [functools.partial(_read_parts, files[name], stored, read_as) for name in names]
+        for name, parts in zip(names, _ahead(acts, _TENSORS_AHEAD if far else 0)):
+            array = _laid_out(leaf, _array(read_as, parts))
+            finite[name] += [_all_finite(shard.data) for shard in array.addressable_shards]
+            yield array
 
     def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         stored = table[decoder.name_of(path)]
         leaf = leaf.update(sharding=leaf.sharding or anywhere)
         if "{}" not in stored.tensor:
-            return load_tensor(stored.tensor, stored, leaf)
+            return next(load_tensors([stored.tensor], stored, leaf))
         # Stacked on the devices, so that the host never holds more than one layer of a parameter.
         stack = _making_zeros(leaf.shape, leaf.dtype, leaf.sharding)()
         one = leaf.update(shape=leaf.shape[1:], sharding=_without_layers(leaf.sharding))
-        for layer in range(config.layers):
-            stack = _write_layer(stack, load_tensor(stored.tensor.format(layer), stored, one), layer)
+        names = [stored.tensor.format(layer) for layer in range(config.layers)]
+        for layer, array in enumerate(load_tensors(names, stored, one)):
+            stack = _write_layer(stack, array, layer)
         return stack
 
     params = jax.tree.map_with_path(load, target)
@@ -116,17 +125,65 @@ def _require_finite(directory: pathlib.Path, finite: Mapping[str, list[jax.Array
         raise UserError(f"{directory}: {tensor} holds NaN or infinity: the weights are damaged")
 
 
-def _read_tensor(file: tensor_files.Tensor, stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """A tensor as the parameter `leaf`, or as the layer of a parameter."""
-    slices: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one read
+def _read_parts(file: tensor_files.Tensor, stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> dict[Any, np.ndarray]:
+    """What this process's devices hold of a tensor, by its bounds; devices that hold the same share one read."""
+    indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    each = dict.fromkeys(_bounds(index, leaf.shape) for index in indices)
+    return {bounds: _read_slice(file, stored, leaf.shape, bounds).astype(leaf.dtype) for bounds in each}
 
-    def read_slice(index: Any) -> np.ndarray:
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape))
-        if bounds not in slices:
-            slices[bounds] = _read_slice(file, stored, leaf.shape, bounds).astype(leaf.dtype)
-        return slices[bounds]
 
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read_slice)
+def _array(leaf: jax.ShapeDtypeStruct, parts: Mapping[Any, np.ndarray]) -> jax.Array:
+    """A tensor as the parameter `leaf`, or as the layer of a parameter, from what `_read_parts` gives."""
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_bounds(index, leaf.shape)])
+
+
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+
+
+def _by_rows(stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    """The sharding by which the rows of a tensor's file are spread over as many devices as divide them."""
+    if not isinstance(leaf.sharding, jax.sharding.NamedSharding):
+        return leaf.sharding
+    left, right = stored.pattern.split("->")
+    group, single = layout.GROUPS.findall(left)[0]
+    axis = right.split().index((group or single).split()[0])
+    sizes = leaf.sharding.mesh.shape
+    choices = itertools.chain(*(itertools.combinations(sizes, count) for count in range(len(sizes) + 1)))
+    products = {axes: math.prod(sizes[name] for name in axes) for axes in choices}
+    axes = max((axes for axes in products if leaf.shape[axis] % products[axes] == 0), key=lambda axes: products[axes])
+    return jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec(*[None] * axis, axes))
+
+
+def _laid_out(leaf: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
+    """`array` in the sharding of `leaf`."""
+    if array.sharding.is_equivalent_to(leaf.sharding, array.ndim):
+        return array
+    # Waited for: on CPUs nothing orders the exchanges of one program and of the next.
+    return jax.block_until_ready(_laying_out(leaf.sharding)(array))
+
+
+@functools.cache
+def _laying_out(sharding: jax.sharding.Sharding) -> Any:
+    def same(array: jax.Array) -> jax.Array:
+        return array
+
+    return jax.jit(same, out_shardings=sharding)
+
+
+def _ahead(acts: Iterable[Callable[[], Any]], count: int) -> Iterator[Any]:
+    """The results of `acts` in their order; threads work on the next `count` of them meanwhile, if any."""
+    if not count:
+        yield from (act() for act in acts)
+        return
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        for act in acts:
+            waiting.append(pool.submit(act))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @functools.cache
