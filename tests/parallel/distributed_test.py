@@ -364,6 +364,7 @@ def test_where_a_barrier_timed_out_the_others_show_what_they_do(monkeypatch, rea
     one.names, one._me, lost, dumps = ["process 0", "process 1"], 0, [], []
     monkeypatch.setattr(peers.faulthandler, "dump_traceback", dumps.append)
     monkeypatch.setattr(one, "_lose", lambda message, code: lost.append((message, code)))
+    one._end_at_once = one._terminate = None
     one._obey({0: peers.Sign(), 1: peers.Sign(failed=reason)})
     assert lost == [(f"process 1 ended: {reason}", 1)]
     assert len(dumps) == shown
