@@ -32,6 +32,7 @@ from msd_jax.io.lease import Lease
 from msd_jax.parallel import distributed, peers
 
 SCHEMES = objects.SCHEMES
+OF_SEVERAL_MACHINES = ("gs",)  # of them, where a run may be on several
 _NATIVE = "gs"  # whose checkpoints have no copy
 SECONDS_BETWEEN_WRITES, SECONDS_BETWEEN_LOOKS = 30.0, 1.0
 _THREADS = 8
