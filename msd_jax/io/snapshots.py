@@ -81,7 +81,8 @@ def fetch_stored(name: str, place: str, patterns: Iterable[str]) -> pathlib.Path
                 with concurrent.futures.ThreadPoolExecutor(8) as pool:
                     list(pool.map(take, files))
                 weights = {file: f"{size}:{tag}" for file, size, tag in versions if file.endswith(_WEIGHTS)}
-                ranges.keep_origin(unfinished, place, weights)
+                if weights:
+                    ranges.keep_origin(unfinished, place, weights)
                 unfinished.rename(directory)
     return directory
 
