@@ -1,12 +1,10 @@
 """safetensors of a Hugging Face directory <-> params, by the one table of models/layout.py for both directions."""
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,12 +17,11 @@ import safetensors.numpy
 
 from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, layout, lora, tensor_files
+from msd_jax.models import decoder, layout, lora, slices, tensor_files
 from msd_jax.models.config import DecoderConfig
 from msd_jax.parallel import distributed
 
 DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}  # as safetensors names them
-_TENSORS_AHEAD = 4  # that are read from an object store while the devices take one
 _COMPARED = 1 << 12  # rows that are compared at a time
 
 
@@ -82,11 +79,7 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
     finite: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
     def load_tensors(names: list[str], stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> Iterator[jax.Array]:
-        far = files[names[0]].far is not None
-        read_as = leaf.update(sharding=_by_rows(stored, leaf)) if far else leaf
-        acts = [functools.partial(_read_parts, files[name], stored, read_as) for name in names]
-        for name, parts in zip(names, _ahead(acts, _TENSORS_AHEAD if far else 0)):
-            array = _laid_out(leaf, _array(read_as, parts))
+        for name, array in zip(names, slices.arrays([files[name] for name in names], stored, leaf)):
             finite[name] += [_all_finite(shard.data) for shard in array.addressable_shards]
             yield array
 
@@ -125,67 +118,6 @@ def _require_finite(directory: pathlib.Path, finite: Mapping[str, list[jax.Array
         raise UserError(f"{directory}: {tensor} holds NaN or infinity: the weights are damaged")
 
 
-def _read_parts(file: tensor_files.Tensor, stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> dict[Any, np.ndarray]:
-    """What this process's devices hold of a tensor, by its bounds; devices that hold the same share one read."""
-    indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-    each = dict.fromkeys(_bounds(index, leaf.shape) for index in indices)
-    return {bounds: _read_slice(file, stored, leaf.shape, bounds).astype(leaf.dtype) for bounds in each}
-
-
-def _array(leaf: jax.ShapeDtypeStruct, parts: Mapping[Any, np.ndarray]) -> jax.Array:
-    """A tensor as the parameter `leaf`, or as the layer of a parameter, from what `_read_parts` gives."""
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_bounds(index, leaf.shape)])
-
-
-def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape))
-
-
-def _by_rows(stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-    """The sharding by which the rows of a tensor's file are spread over as many devices as divide them."""
-    if not isinstance(leaf.sharding, jax.sharding.NamedSharding):
-        return leaf.sharding
-    left, right = stored.pattern.split("->")
-    group, single = layout.GROUPS.findall(left)[0]
-    axis = right.split().index((group or single).split()[0])
-    sizes = leaf.sharding.mesh.shape
-    choices = itertools.chain(*(itertools.combinations(sizes, count) for count in range(len(sizes) + 1)))
-    products = {axes: math.prod(sizes[name] for name in axes) for axes in choices}
-    axes = max((axes for axes in products if leaf.shape[axis] % products[axes] == 0), key=lambda axes: products[axes])
-    return jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec(*[None] * axis, axes))
-
-
-def _laid_out(leaf: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
-    """`array` in the sharding of `leaf`."""
-    if array.sharding.is_equivalent_to(leaf.sharding, array.ndim):
-        return array
-    # Waited for: on CPUs nothing orders the exchanges of one program and of the next.
-    return jax.block_until_ready(_laying_out(leaf.sharding)(array))
-
-
-@functools.cache
-def _laying_out(sharding: jax.sharding.Sharding) -> Any:
-    def same(array: jax.Array) -> jax.Array:
-        return array
-
-    return jax.jit(same, out_shardings=sharding)
-
-
-def _ahead(acts: Iterable[Callable[[], Any]], count: int) -> Iterator[Any]:
-    """The results of `acts` in their order; threads work on the next `count` of them meanwhile, if any."""
-    if not count:
-        yield from (act() for act in acts)
-        return
-    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        for act in acts:
-            waiting.append(pool.submit(act))
-            if len(waiting) > count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 @functools.cache
 def _making_zeros(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
@@ -201,22 +133,6 @@ def _without_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
     return sharding
-
-
-def _read_slice(file: tensor_files.Tensor, stored: layout.Stored, shape: tuple[int, ...], bounds: tuple) -> np.ndarray:
-    """The part of a parameter of `shape` between `bounds`, (start, stop) of each axis; reads nothing else."""
-    left, right = stored.pattern.split("->")
-    axes = right.split()
-    size, bound = dict(zip(axes, shape)), dict(zip(axes, bounds))
-    part: list[slice] = []
-    inner_sizes: dict[str, int] = {}
-    for group, single in layout.GROUPS.findall(left):
-        outer, *inner = (group or single).split()
-        step = math.prod(size[axis] for axis in inner)  # inner axes (a head's) are never split
-        first = 0 if part else stored.row
-        part.append(slice(first + bound[outer][0] * step, first + bound[outer][1] * step))
-        inner_sizes |= {axis: size[axis] for axis in inner}
-    return einops.rearrange(file.slice()[tuple(part)], stored.pattern, **inner_sizes)
 
 
 def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, tensor_files.Tensor]:
