@@ -92,6 +92,7 @@ class Checkpoints:
         self._record = {name: ocp.args.JsonSave(value) for name, value in (record or {}).items()}
         self._sealer = threading.Thread()
         self._error: UserFileError | None = None
+        self._saving = 0
 
     @property
     def latest(self) -> int | None:
@@ -116,6 +117,7 @@ class Checkpoints:
         """
         peers.moved(f"saving step {step}")
         self._wait_for_seal()  # or Orbax could remove a step that is being hashed
+        self._saving = step
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
         try:
             if stores.is_shared(self._workdir):
@@ -141,6 +143,8 @@ class Checkpoints:
         """Raises a UserFileError as soon as a checkpoint could not be written; never waits."""
         if self._error:
             raise self._error
+        if failure := self._manager.failure:
+            raise _unwritten(self._saving, failure) or failure from failure
 
     def restorable(self, abstract_state: Any) -> Iterator[tuple[int, Any, dict[str, Any]]]:
         """(step, state, data) of every checkpoint that is whole, the last first, each restored when it is asked for.
@@ -224,11 +228,13 @@ class Checkpoints:
         self._manager.close()
 
     def _wait_for_seal(self) -> None:
-        if self._sealer.ident:
-            self._sealer.join()
+        while self._sealer.is_alive():
+            self._sealer.join(_SECONDS_BETWEEN_LOOKS)
+            self.check()
         self.check()
 
 
+_SECONDS_BETWEEN_LOOKS = 0.5
 # What a full, read-only or removed disk says; the libraries below Orbax hand on the words without the number.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE)
 
@@ -271,6 +277,21 @@ def recorded(workdir: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 class _Manager(ocp.CheckpointManager):
+    """
+    Attributes:
+      failure: why this process could not write its part. Orbax raises it only after a barrier at which the others, who
+        wait at another one for that part, do not come before it times out.
+    """
+
+    failure: Exception | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failure = error
+            raise
+
     def reached_preemption(self, step: int) -> bool:
         """False: whether the run is preempted the loop asks, by preemption.preempted."""
         del step

@@ -3,9 +3,11 @@
 python -m tests.io.gcs PORT BUCKET      serves until it is killed
 """
 
+import contextlib
 import functools
 import http.server
 import logging
+import re
 import sys
 import threading
 import urllib.parse
@@ -50,6 +52,15 @@ class _Handler(server.RequestHandler):
                 self._end(http.HTTPStatus.PRECONDITION_FAILED)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the client was killed
+
+    def end_headers(self) -> None:
+        """With an object's generation, by which TensorStore replaces what it has read: the emulator leaves it out."""
+        found = re.search(r"/b/([^/]+)/o/([^/?]+)\?(?:.*&)?alt=media", self.path)
+        if self.command == "GET" and found:
+            with contextlib.suppress(storage.NotFound):
+                read = self.storage.get_file_obj(found[1], urllib.parse.unquote(found[2]))
+                self.send_header("x-goog-generation", read["generation"])
+        super().end_headers()
 
     def _end(self, status: http.HTTPStatus) -> None:
         self.send_response(status)

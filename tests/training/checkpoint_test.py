@@ -1,5 +1,7 @@
 """What a resumed run may change, and what it must not."""
 
+import threading
+
 import ml_collections
 import numpy as np
 import pytest
@@ -110,3 +112,22 @@ def test_steps_are_saved_whole_and_the_last_are_kept(tmp_path):
     state, data = again.restore(4, {"x": np.zeros(3, int)})
     assert state["x"].tolist() == [4, 4, 4] and data == {"next_index": 40}
     assert checkpoint.recorded(tmp_path, "config") == {"seed": 1} and checkpoint.recorded(tmp_path, "inputs") == {}
+
+
+def test_a_part_that_cannot_be_written_ends_the_wait_for_the_others(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    # As Orbax leaves it: the thread waits at a barrier that the other processes do not come to.
+    checkpoints._sealer, checkpoints._saving = threading.Thread(target=threading.Event().wait, daemon=True), 4
+    checkpoints._sealer.start()
+    checkpoints._manager.failure = ValueError("RESOURCE_EXHAUSTED: No space left on device")
+    with pytest.raises(UserError, match=r"^checkpoint 4 could not be written: No space left on device; "):
+        checkpoints.wait()
+
+
+def test_what_orbax_could_not_write_is_kept(tmp_path, monkeypatch):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "_wait_for_checkpointers", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpoints._manager._wait_for_checkpointers()
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.check()
