@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from msd_jax.configs import default
 
+from msd_jax.errors import UserError
 from msd_jax.training import checkpoint
 
 
