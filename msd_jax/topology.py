@@ -11,7 +11,7 @@ import jax
 
 from msd_jax import cli
 from msd_jax.errors import UserError
-from msd_jax.io import places
+from msd_jax.io import places, stores
 from msd_jax.planning import launch
 
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
             )
         facts = launch.facts(config)
         if launch.machines(config.launch) > 1:
-            places.require_directory("--workdir", cli.FLAGS.workdir)  # which then all of them must see
+            places.require_directory("--workdir", cli.FLAGS.workdir, stores.OF_SEVERAL_MACHINES)
         if below := cli.FLAGS.below:
             _require_below(pathlib.PurePosixPath(below), cli.FLAGS.workdir)
         lines = [f"{name}={shlex.quote(str(value))}" for name, value in facts.items()]

@@ -35,6 +35,7 @@ Sums = dict[str, tuple[int, str]]  # file name, relative to the directory -> (by
 
 _HASHES: dict[str, Callable[[], Any]] = {
     "blake2b": functools.partial(hashlib.blake2b, digest_size=16),  # tells any two inputs apart
+    "md5": functools.partial(hashlib.md5, usedforsecurity=False),  # what object stores keep of each object
     "xxh3": xxhash.xxh3_128,  # finds any accident, as fast as memory is read
 }
 
@@ -110,7 +111,12 @@ def seal(directory: pathlib.Path, process: int = 0, processes: int = 1, early: E
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(lambda entry: known.get(_inode(entry[1])) or of_file(entry[1], "xxh3"), mine)
         sums: Sums = {names[path]: (size, f"xxh3:{digest}") for (size, path), digest in zip(mine, digests)}
-    jsonl.replace_text(directory / f"{_PREFIX}{process}-of-{processes}.json", json.dumps(sums, indent=0) + "\n")
+    jsonl.replace_text(directory / manifest(process, processes), json.dumps(sums, indent=0) + "\n")
+
+
+def manifest(process: int, processes: int) -> str:
+    """The name of a process's manifest."""
+    return f"{_PREFIX}{process}-of-{processes}.json"
 
 
 def sealed(directory: pathlib.Path) -> bool:
@@ -122,7 +128,7 @@ def complete(names: Iterable[str]) -> bool:
     """Whether a directory with files of these names has all of its manifests."""
     names = {name for name in names if is_manifest(name)}
     counts = {name.removesuffix(".json").rpartition("-")[2] for name in names}
-    return len(counts) == 1 and all(f"{_PREFIX}{k}-of-{n}.json" in names for n in counts for k in range(int(n)))
+    return len(counts) == 1 and all(manifest(k, int(n)) in names for n in counts for k in range(int(n)))
 
 
 def damage(directory: pathlib.Path, process: int = 0, processes: int = 1) -> str | None:

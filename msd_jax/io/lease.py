@@ -30,7 +30,7 @@ class Lease:
           UserError: another process holds it; it is named.
         """
         self._store, self._path, self._place, self._holder = store, path, place, Holder.this_process()
-        self._lost, self._released = "", threading.Event()
+        self._lost, self._released, self._mutex = "", threading.Event(), threading.Lock()
         while not self._make():
             self._remove_if_stale()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -73,7 +73,11 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._released.wait(SECONDS_BETWEEN_BEATS):
-            with contextlib.suppress(Exception):  # the store cannot be reached for a moment, or for long
+            # The mutex: or a beat that is on its way when it is released would make it anew.
+            # What is suppressed: the store cannot be reached for a moment, or for long.
+            with self._mutex, contextlib.suppress(Exception):
+                if self._released.is_set():
+                    return
                 found = self._read()
                 if found is None or found.token != self._holder.token:
                     self._lost = str(found) if found else "nobody: the lock was removed"
@@ -89,7 +93,7 @@ class Lease:
     def release(self) -> None:
         """Lets others take it."""
         self._released.set()
-        with contextlib.suppress(Exception):  # then it is stale soon
+        with self._mutex, contextlib.suppress(Exception):  # then it is stale soon
             found = self._read()
             if found and found.token == self._holder.token:
                 self._store.rm_file(self._path)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from msd_jax.errors import UserFileError
+
 Result = TypeVar("Result")
 
 PAUSES = (0.1, 0.5, 2.0)  # seconds before the second, third and fourth try
@@ -35,6 +37,8 @@ def count() -> int:
 
 def is_transient(error: BaseException) -> bool:
     """Whether storage that raised `error` may work a moment later."""
+    if isinstance(error, UserFileError) and error.__cause__:
+        return is_transient(error.__cause__)
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in TRANSIENT
     response = getattr(error, "response", None)  # of botocore: a mapping

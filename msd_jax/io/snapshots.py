@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 
 from msd_jax.errors import UserFileError
-from msd_jax.io import stores
+from msd_jax.io import objects, ranges
 from msd_jax.parallel import peers
 
+_WEIGHTS = ".safetensors"
 LONGEST_WAIT = 6 * 3600  # seconds; a lock that is held for longer belongs to a process that hangs
 
 
@@ -40,6 +41,8 @@ def fetch(name: str, patterns: Iterable[str], kind: str = "model", revision: str
 def fetch_stored(name: str, place: str, patterns: Iterable[str]) -> pathlib.Path:
     """A local copy of a directory of an object store, below HF_HOME; what has changed there is fetched anew.
 
+    Of weights (*.safetensors) it has outlines, see ranges.py.
+
     Args:
       name: of the key or flag that `place` is the value of.
       place: SCHEME://BUCKET/PATH.
@@ -50,15 +53,16 @@ def fetch_stored(name: str, place: str, patterns: Iterable[str]) -> pathlib.Path
     """
     from huggingface_hub import constants
 
-    with stores.reached(name, place):
-        store, root = stores.file_system(place)
+    with objects.reached(name, place):
+        store, root = objects.file_system(place)
         files = store.find(root, maxdepth=1, detail=True)
         files = {path.rpartition("/")[2]: facts for path, facts in files.items()}
         files = {file: facts for file, facts in files.items() if any(fnmatch.fnmatch(file, p) for p in patterns)}
         if not files:
             raise UserFileError(f"{name}={place} holds none of {', '.join(patterns)}")
         versions = sorted(
-            (file, facts["size"], facts.get("ETag") or facts.get("etag")) for file, facts in files.items()
+            (file, facts["size"], facts.get("md5Hash") or facts.get("ETag") or facts.get("etag"))
+            for file, facts in files.items()
         )
         content = hashlib.sha256(json.dumps([place.rstrip("/"), versions]).encode()).hexdigest()[:16]
         directory = pathlib.Path(constants.HF_HOME, "stores", content, root.rpartition("/")[2])
@@ -67,8 +71,18 @@ def fetch_stored(name: str, place: str, patterns: Iterable[str]) -> pathlib.Path
                 unfinished = directory.with_name("unfinished")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
+
+                def take(file: str) -> None:
+                    if file.endswith(_WEIGHTS):
+                        ranges.outline(store, f"{root}/{file}", files[file]["size"], unfinished / file)
+                    else:
+                        store.get_file(f"{root}/{file}", str(unfinished / file))
+
                 with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                    list(pool.map(lambda file: store.get_file(f"{root}/{file}", str(unfinished / file)), files))
+                    list(pool.map(take, files))
+                weights = {file: f"{size}:{tag}" for file, size, tag in versions if file.endswith(_WEIGHTS)}
+                if weights:
+                    ranges.keep_origin(unfinished, place, weights)
                 unfinished.rename(directory)
     return directory
 

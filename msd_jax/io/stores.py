@@ -4,6 +4,9 @@ Object stores neither append nor rename, and every request takes a while. So a r
 directory, and a thread writes back the files that have changed, each as one object. A checkpoint is there once its
 manifests are, which are written last, and after the rows of the steps up to it. What else an interrupted run left of a
 checkpoint is removed when the directory is opened again; then the store is the truth, and not a copy of an earlier run.
+
+In Google Cloud Storage checkpoints have no copy: every process writes its part there and reads it from there, by Orbax.
+Process 0 alone writes everything else, so that such a run may be on any number of machines.
 """
 
 import concurrent.futures
@@ -19,20 +22,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from etils import epath
+
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.io import checksums, lock, places
+from msd_jax.io import checksums, lock, objects, places
 from msd_jax.io.lease import Lease
 from msd_jax.io.retries import retried
 from msd_jax.parallel import distributed, peers
 
-SCHEMES = ("gs", "s3", "az")
-_NEEDED = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # to be installed
+SCHEMES = objects.SCHEMES
+OF_SEVERAL_MACHINES = ("gs",)  # of them, where a run may be on several
+_NATIVE = "gs"  # whose checkpoints have no copy
 _SETTINGS = ("AWS_", "AZURE_", "FSSPEC_", "GOOGLE_", "STORAGE_EMULATOR_")  # beginnings of variables' names
 SECONDS_BETWEEN_WRITES, SECONDS_BETWEEN_LOOKS = 30.0, 1.0
 _THREADS = 8
+_CHECKPOINTS = re.compile(r"(.*/)?checkpoints/.*")
+_NATIVE_STEP = re.compile(rf"{_NATIVE}://.+/checkpoints/\d+/?")
 _STEP = re.compile(r"(?:.*/)?checkpoints/\d+(?=/)")
 # Locks, marks and what is being written.
 _OF_THIS_MACHINE = re.compile(
@@ -40,25 +48,32 @@ _OF_THIS_MACHINE = re.compile(
 )
 _LARGE = re.compile(r"(.*/)?(checkpoints/.*|tensorboard/.*|profile/.*|.*\.safetensors)")  # what no report needs
 
+_COMMITTED = "commit_success.txt"  # Orbax takes no directory of Google Cloud Storage for a checkpoint without it
+
 _opened: dict[pathlib.Path, "Copy"] = {}
+_native: dict[pathlib.Path, str] = {}  # the copies on this machine of directories of which checkpoints have none
 
 
 def own(flag: str, place: str) -> pathlib.Path:
     """The directory to work in: `place` itself or, of an object store, a copy that this run alone writes back.
 
-    All processes of the run call this, and get the same.
+    All processes of the run call this. Those of one machine get the same.
 
     Args:
       flag: that `place` is the value of.
       place: a directory of this machine, or SCHEME://BUCKET/PATH with one of SCHEMES.
 
     Raises:
-      UserError: the store cannot be reached, another run writes there, or the processes are on several machines.
+      UserError: the store cannot be reached, another run writes there, or the processes are on several machines and
+        the store is not one for that.
     """
     if "://" not in place:
         return pathlib.Path(place)
-    _require_one_machine(flag, place)
     local = _home() / distributed.from_first(lambda: _identity_of_store(place)) / _last(place)
+    if place.startswith(f"{_NATIVE}://"):
+        _native[local] = place.rstrip("/")
+    else:
+        _require_one_machine(flag, place)
     if distributed.is_first():
         copy = Copy(flag, place, local)
         copy.take()
@@ -67,7 +82,51 @@ def own(flag: str, place: str) -> pathlib.Path:
         _opened[local] = copy
         peers.at_end(copy.close_quietly)
     distributed.from_first(lambda: None)  # nobody looks before it is there
+    if not local.exists():  # process 0 is on another machine
+        local.mkdir(parents=True, exist_ok=True, mode=0o700)
+        peers.at_end(lambda: shutil.rmtree(local.parent, ignore_errors=True))
     return local
+
+
+def checkpoints(workdir: pathlib.Path) -> pathlib.Path:
+    """The directory of a run's checkpoints: WORKDIR/checkpoints, or an address for epath where they have no copy."""
+    for local, place in _native.items():
+        if workdir.is_relative_to(local):
+            objects.file_system(place)  # sets up the library, for epath too
+            return epath.Path(place) / workdir.relative_to(local) / "checkpoints"
+    return workdir.resolve() / "checkpoints"
+
+
+def is_shared(workdir: pathlib.Path) -> bool:
+    """Whether every process of the run is to see in `workdir` what process 0 writes there."""
+    return not any(workdir.is_relative_to(local) for local in _native)
+
+
+def write(address: pathlib.Path) -> None:
+    """Writes back now what has changed in the copy of the directory that `address` is in, if this process has it.
+
+    Raises:
+      UserFileError: it cannot be written.
+    """
+    for copy in _opened.values():
+        if os.fspath(address).startswith(f"{copy.place}/"):
+            copy.write()
+
+
+def add(directory: pathlib.Path) -> None:
+    """Writes the files of a directory that this process made in its copy to the store, if process 0 does not see them.
+
+    Raises:
+      UserFileError: they cannot be written.
+    """
+    if distributed.is_first():
+        return
+    for local, place in _native.items():
+        if directory.is_relative_to(local):
+            address = f"{place}/{directory.relative_to(local).as_posix()}"
+            with objects.reached("directory", address):
+                store, root = objects.file_system(address)
+                store.put(f"{directory}/", f"{root}/", recursive=True)
 
 
 def guest(flag: str, place: str, everything: bool = False) -> pathlib.Path:
@@ -86,6 +145,15 @@ def guest(flag: str, place: str, everything: bool = False) -> pathlib.Path:
         return str(local)
 
     return pathlib.Path(distributed.from_first(fetch))
+
+
+def checkpoint(flag: str, place: str) -> str:
+    """What `place` names, on this machine, or the address of a checkpoint that is read without a copy."""
+    if _NATIVE_STEP.fullmatch(place):
+        with objects.reached(flag, place):
+            objects.file_system(place)  # sets up the library, for epath too
+        return place.rstrip("/")
+    return str(guest(flag, place, everything=True))
 
 
 def close(directory: pathlib.Path) -> None:
@@ -156,14 +224,15 @@ class Copy:
     def __init__(self, flag: str, place: str, local: pathlib.Path):
         """Raises a UserError where the store cannot be reached."""
         self.place, self._flag, self._local = place.rstrip("/"), flag, local
+        self._native = place.startswith(f"{_NATIVE}://")
         with self._reached():
-            self._store, self._root = file_system(self.place)
+            self._store, self._root = objects.file_system(self.place)
         self._lease: Lease | None = None
         self._written: dict[str, tuple[int, int] | None] = {}  # name -> size and time of change of what the store has
         self._mutex, self._stop = threading.RLock(), threading.Event()
 
     def _reached(self) -> contextlib.AbstractContextManager[None]:
-        return reached(self._flag, self.place)
+        return objects.reached(self._flag, self.place)
 
     def take(self) -> None:
         """Makes the directory this run's own. Raises UserError where it is another's."""
@@ -179,11 +248,17 @@ class Copy:
             names = [name for path in found if (name := path.removeprefix(self._root).strip("/"))]
             whole = {step for step in map(_step, names) if step and _is_whole(step, names)}
             partial = [name for name in names if (step := _step(name)) and step not in whole]
-            taken = [name for name in names if name not in partial and not _OF_THIS_MACHINE.fullmatch(name)]
+            taken = [name for name in names if name not in partial and not self._stays(name)]
             taken = [name for name in taken if not (left_out and left_out(name))]
             if self._lease:  # else it may belong to a run that is writing it
                 self._each(self._remove, partial)
+                if self._native:
+                    self._each(self._commit, list(_uncommitted(whole, names)))
             self._each(self._fetch_one, taken)
+
+    def _commit(self, directory: str) -> None:
+        """Marks a part of a sealed checkpoint that was copied here from a disk as Orbax marks what it writes here."""
+        self._store.pipe_file(self._object(f"{directory}/{_COMMITTED}"), b"copied")
 
     def _fetch_one(self, name: str) -> None:
         target = self._local / name
@@ -231,7 +306,12 @@ class Copy:
     def _name(self, path: pathlib.Path) -> str:
         """The name of its object below the root; "" for what stays on this machine."""
         name = path.relative_to(self._local).as_posix()
-        return "" if _OF_THIS_MACHINE.fullmatch(name) else name
+        return "" if self._stays(name) else name
+
+    def _stays(self, name: str) -> bool:
+        """Whether a file is neither fetched nor written back."""
+        apart = self._native and self._lease and _CHECKPOINTS.fullmatch(name)  # a guest reads them as files
+        return bool(_OF_THIS_MACHINE.fullmatch(name) or apart)
 
     def _object(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -280,29 +360,6 @@ class Copy:
             shutil.rmtree(self._local.parent, ignore_errors=True)  # which holds it alone
 
 
-@contextlib.contextmanager
-def reached(flag: str, place: str) -> Iterator[None]:
-    """Around work with a store: whatever its library raises is a UserError that names `place` and its flag or key."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:
-        needed = _NEEDED[place.partition(":")[0]]
-        raise UserError(f"{flag}={place} needs {needed}: pip install {needed}") from error
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserFileError(f"{flag}={place} cannot be reached: {text[:300]}") from error
-
-
-def file_system(place: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it."""
-    import fsspec  # and by it the library of the store
-
-    scheme, _, path = place.partition("://")
-    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True), path.rstrip("/")
-
-
 def _step(name: str) -> str | None:
     """The directory of the checkpoint that a file belongs to."""
     found = _STEP.match(name)
@@ -311,6 +368,17 @@ def _step(name: str) -> str | None:
 
 def _is_whole(step: str, names: list[str]) -> bool:
     return checksums.complete({name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == step})
+
+
+def _uncommitted(steps: Iterable[str], names: Iterable[str]) -> Iterator[str]:
+    """Of the directories that Orbax makes for a checkpoint, a step's and its items', those without its mark."""
+    present, directories = set(names), set(steps)
+    for name in present:
+        step = _step(name)
+        if step in directories:
+            item, inside, _ = name.removeprefix(f"{step}/").partition("/")
+            directories |= {f"{step}/{item}"} if inside else set()
+    return (directory for directory in sorted(directories) if f"{directory}/{_COMMITTED}" not in present)
 
 
 def _rank(name: str) -> int:

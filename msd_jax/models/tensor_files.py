@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 
 from msd_jax.errors import UserError, UserFileError
+from msd_jax.io import ranges
 from msd_jax.models import layout
 
 INDEX = "model.safetensors.index.json"
@@ -18,18 +19,19 @@ WHOLE = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of an open file, under the name that it has there."""
+    """A tensor of an open file, under the name that it has there; read by `far` where the file is an outline."""
 
     path: pathlib.Path
     name: str
     file: Any
+    far: ranges.Ranges | None = None
 
     def slice(self) -> Any:
         """Its shape, dtype and parts, without reading the whole."""
-        return self.file.get_slice(self.name)
+        return self.far.slice(self.path, self.name) if self.far else self.file.get_slice(self.name)
 
     def whole(self) -> np.ndarray:
-        return self.file.get_tensor(self.name)
+        return self.far.slice(self.path, self.name)[:] if self.far else self.file.get_tensor(self.name)
 
 
 def open_all(directory: pathlib.Path) -> dict[str, Tensor]:
@@ -45,7 +47,7 @@ def open_all(directory: pathlib.Path) -> dict[str, Tensor]:
         tensor = layout.in_file(name)
         if tensor in tensors:
             raise UserError(f"{path}: {name} and {tensors[tensor].name} are the same tensor of the decoder")
-        tensors[tensor] = Tensor(path, name, files[path])
+        tensors[tensor] = Tensor(path, name, files[path], ranges.of(directory))
     return tensors
 
 

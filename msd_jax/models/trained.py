@@ -4,10 +4,11 @@ import pathlib
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.io import checksums
+from msd_jax.io import seals
 from msd_jax.models import decoder, pretrained, weights
 from msd_jax.parallel import distributed
 
@@ -16,14 +17,15 @@ def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> decoder.
     """The student's weights, in the training layout.
 
     Args:
-      path: a Hugging Face directory, a step of a run (WORKDIR/checkpoints/STEP), or "": the model's own directory.
+      path: a Hugging Face directory, a step of a run (WORKDIR/checkpoints/STEP, also as an address that epath reads),
+        or "": the model's own directory.
       model: the model that the weights belong to.
       mesh: from sharding.make_mesh.
 
     Raises:
       UserError: `path` is none of these, or does not fit the model.
     """
-    directory = pathlib.Path(path).resolve() if path else model.directory
+    directory = epath.Path(path) if "://" in path else pathlib.Path(path).resolve() if path else model.directory
     if any(directory.glob("*.safetensors")):  # config.json would not tell: a run's workdir has one too
         weights.check(directory, model.config)
         if model.config.tied_embeddings and weights.has_own_head(directory):
@@ -35,7 +37,7 @@ def load_params(path: str, model: pretrained.Pretrained, mesh: Mesh) -> decoder.
     saved = directory / "state"
     if not saved.is_dir():
         raise UserFileError(f"--checkpoint={path} is neither a Hugging Face directory nor WORKDIR/checkpoints/STEP")
-    damaged = distributed.from_all(lambda: checksums.damage(directory, jax.process_index(), jax.process_count()))
+    damaged = distributed.from_all(lambda: seals.damage(directory, jax.process_index(), jax.process_count()))
     if any(damaged):
         raise UserError(f"--checkpoint={path} is damaged: {next(filter(None, damaged))}; take another step")
     trained, _ = model.split(model.target(mesh))

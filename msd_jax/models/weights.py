@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ import safetensors.numpy
 
 from msd_jax.errors import UserError
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, layout, lora, tensor_files
+from msd_jax.models import decoder, layout, lora, slices, tensor_files
 from msd_jax.models.config import DecoderConfig
 from msd_jax.parallel import distributed
 
@@ -59,7 +58,9 @@ def has_own_head(directory: pathlib.Path) -> bool:
 def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params) -> decoder.Params:
     """Parameters from DIRECTORY's safetensors.
 
-    Tensors are read one at a time, and of each only the slices that this process holds.
+    Tensors are read one at a time, and of each only the slices that this process holds. From an object store each
+    process reads some rows of the files, as many as any other, and the devices exchange them: rows alone are one range
+    of bytes.
 
     Args:
       directory: holds model.safetensors, or several files with model.safetensors.index.json.
@@ -77,21 +78,22 @@ def read(directory: pathlib.Path, config: DecoderConfig, target: decoder.Params)
     # Of each tensor of the files, by the parts that this process holds.
     finite: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
-    def load_tensor(name: str, stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        array = _read_tensor(files[name], stored, leaf)
-        finite[name] += [_all_finite(shard.data) for shard in array.addressable_shards]
-        return array
+    def load_tensors(names: list[str], stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> Iterator[jax.Array]:
+        for name, array in zip(names, slices.arrays([files[name] for name in names], stored, leaf)):
+            finite[name] += [_all_finite(shard.data) for shard in array.addressable_shards]
+            yield array
 
     def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         stored = table[decoder.name_of(path)]
         leaf = leaf.update(sharding=leaf.sharding or anywhere)
         if "{}" not in stored.tensor:
-            return load_tensor(stored.tensor, stored, leaf)
+            return next(load_tensors([stored.tensor], stored, leaf))
         # Stacked on the devices, so that the host never holds more than one layer of a parameter.
         stack = _making_zeros(leaf.shape, leaf.dtype, leaf.sharding)()
         one = leaf.update(shape=leaf.shape[1:], sharding=_without_layers(leaf.sharding))
-        for layer in range(config.layers):
-            stack = _write_layer(stack, load_tensor(stored.tensor.format(layer), stored, one), layer)
+        names = [stored.tensor.format(layer) for layer in range(config.layers)]
+        for layer, array in enumerate(load_tensors(names, stored, one)):
+            stack = _write_layer(stack, array, layer)
         return stack
 
     params = jax.tree.map_with_path(load, target)
@@ -116,19 +118,6 @@ def _require_finite(directory: pathlib.Path, finite: Mapping[str, list[jax.Array
         raise UserError(f"{directory}: {tensor} holds NaN or infinity: the weights are damaged")
 
 
-def _read_tensor(file: tensor_files.Tensor, stored: layout.Stored, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """A tensor as the parameter `leaf`, or as the layer of a parameter."""
-    slices: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one read
-
-    def read_slice(index: Any) -> np.ndarray:
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape))
-        if bounds not in slices:
-            slices[bounds] = _read_slice(file, stored, leaf.shape, bounds).astype(leaf.dtype)
-        return slices[bounds]
-
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read_slice)
-
-
 @functools.cache
 def _making_zeros(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
@@ -144,22 +133,6 @@ def _without_layers(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
     return sharding
-
-
-def _read_slice(file: tensor_files.Tensor, stored: layout.Stored, shape: tuple[int, ...], bounds: tuple) -> np.ndarray:
-    """The part of a parameter of `shape` between `bounds`, (start, stop) of each axis; reads nothing else."""
-    left, right = stored.pattern.split("->")
-    axes = right.split()
-    size, bound = dict(zip(axes, shape)), dict(zip(axes, bounds))
-    part: list[slice] = []
-    inner_sizes: dict[str, int] = {}
-    for group, single in layout.GROUPS.findall(left):
-        outer, *inner = (group or single).split()
-        step = math.prod(size[axis] for axis in inner)  # inner axes (a head's) are never split
-        first = 0 if part else stored.row
-        part.append(slice(first + bound[outer][0] * step, first + bound[outer][1] * step))
-        inner_sizes |= {axis: size[axis] for axis in inner}
-    return einops.rearrange(file.slice()[tuple(part)], stored.pattern, **inner_sizes)
 
 
 def check(directory: pathlib.Path, config: DecoderConfig) -> dict[str, tensor_files.Tensor]:

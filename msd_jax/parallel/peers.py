@@ -7,6 +7,7 @@ delays neither a sign of life nor an end. A process that is alone has nobody to 
 import atexit
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ EXIT_LOST_PEER = 42  # another process died, cannot be reached, or hangs: the sa
 SECONDS_BETWEEN_BEATS = 2.0
 # A process that has been silent for this long is dead; compiling and reading weights do not stop the beating thread.
 SECONDS_OF_SILENCE = 24.0
+_TIMED_OUT = "DEADLINE_EXCEEDED"  # says JAX of a barrier that not all have reached
 _RESUME = "Run the same command again to resume from the last checkpoint."
 
 
@@ -128,6 +130,12 @@ class _Stall:
         return 0 < _stall_limit < self._seconds
 
 
+def _show_threads() -> None:
+    """Prints what each thread of this process does."""
+    with contextlib.suppress(OSError, ValueError):  # stderr is no file, as in a notebook
+        faulthandler.dump_traceback(sys.stderr)
+
+
 def _stalled(where: str) -> str:
     return f"no progress for {_stall_limit:.0f} seconds (config.train.stall_limit); {where}"
 
@@ -136,6 +144,7 @@ def _watch_alone() -> None:
     stall = _Stall()
     while not stall.found(sign.moves):
         time.sleep(SECONDS_BETWEEN_BEATS)
+    _show_threads()
     print(f"error: {_stalled(f'this process hangs at: {sign.at}')}\n{_RESUME}", file=sys.stderr)
     quit_process(EXIT_LOST_PEER)
 
@@ -195,6 +204,7 @@ class Peers:
                     self._lose(f"{name} died: no sign of life for {SECONDS_OF_SILENCE:.0f} seconds")
             if stall.found(sum(its_sign.moves for its_sign in signs.values())):
                 places = (f"{self.names[process]} is at: {its_sign.at}" for process, its_sign in sorted(signs.items()))
+                _show_threads()
                 self._lose(_stalled("; ".join(places)))
 
     def _publish(self) -> None:
@@ -214,6 +224,8 @@ class Peers:
         """Does what the other processes' ends ask for."""
         for process, its_sign in signs.items():
             if its_sign.failed and process != self._me:
+                if _TIMED_OUT in its_sign.failed:
+                    _show_threads()
                 self._lose(f"{self.names[process]} ended: {its_sign.failed}", code=1)
         for asked, act in (("left", self._end_at_once), ("told", self._terminate)):
             if any(getattr(its_sign, asked) for its_sign in signs.values()):

@@ -1,7 +1,8 @@
 """Saves and restores all that changes in a run: weights, teacher, optimizer, step and data position (by Orbax).
 
-A checkpoint is sealed by checksums once it is written, and checked against them before it is restored. Where storage
-fails for a moment the state of a later step is saved instead: that of its own is gone by the time this is noticed.
+A checkpoint is sealed by checksums once it is written, and checked against them before it is restored. It may have no
+copy on a disk: see io/stores.py. Where storage fails for a moment the state of a later step is saved instead: that of
+its own is gone by the time this is noticed.
 """
 
 import contextlib
@@ -9,21 +10,21 @@ import errno
 import json
 import os
 import pathlib
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 
 from msd_jax import losses
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.io import checksums, retries
+from msd_jax.io import checksums, retries, seals, stores
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed, joint, peers
 from msd_jax.training import former_keys, orbax
@@ -78,7 +79,7 @@ class Checkpoints:
           record: JSON objects by name, which are kept with each step, and which `recorded` finds again.
           patience: seconds after which a save that is not complete has failed; 0: never.
         """
-        self._directory = workdir.resolve() / "checkpoints"
+        self._workdir, self._directory = workdir, stores.checkpoints(workdir)
         self._joint = joint.Saves()
         self._manager = orbax.manager(self._directory, kept, patience, self._joint.barrier)
         self._record = {name: ocp.args.JsonSave(value) for name, value in (record or {}).items()}
@@ -114,7 +115,8 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
         self._joint.begin()
         try:
-            self._directory.stat()  # where it was removed, Orbax would make it anew, and the workdir around it
+            if stores.is_shared(self._workdir):
+                self._directory.stat()  # where it was removed, Orbax would make it anew, and the workdir around it
             if step not in self._manager.all_steps():  # else it is whole, and was not sealed
                 self._manager.save(step, args=ocp.args.Composite(**items, **self._record), force=True)
         except Exception as error:
@@ -132,19 +134,28 @@ class Checkpoints:
         directory, early = self._directory / str(step), checksums.Early()
         try:
             try:
-                with early.of(lambda: self._directory.glob(f"{step}.*tmp*"), jax.process_index()):
+                with early.of(lambda: self._being_written(step), jax.process_index()):
                     self._manager.wait_until_finished()
             except Exception as error:
-                if not directory.exists():
+                if not self._is_saved(step):
                     self._left_over = step
                     self._manager.settle()
                     raise
                 print(f"note: step {step} is saved, but an earlier one could not be removed: {error}", file=sys.stderr)
-            checksums.seal(directory, jax.process_index(), jax.process_count(), early)
+            seals.seal(directory, jax.process_index(), jax.process_count(), early)
             self._failures = 0
         except Exception as error:
             if not self._fail(step, error):
                 raise
+
+    def _is_saved(self, step: int) -> bool:
+        with contextlib.suppress(Exception):  # of storage that does not answer
+            return step in self._manager.all_steps(read=True)
+        return False
+
+    def _being_written(self, step: int) -> Iterable[pathlib.Path]:
+        """The directories of a save that is not complete, on a disk; an object store does the hashing itself."""
+        return self._directory.glob(f"{step}.*tmp*") if stores.is_shared(self._workdir) else ()
 
     def _fail(self, step: int, error: Exception) -> bool:
         """Has the save of `step` repeated if it failed for a moment, or makes of storage's refusal the run's error.
@@ -177,7 +188,8 @@ class Checkpoints:
             # What of it was under way may have committed it in the end.
             of_it = self._directory.glob(f"{self._left_over}.orbax-checkpoint-tmp*")
             for directory in (self._directory / str(self._left_over), *of_it):
-                shutil.rmtree(directory, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    epath.Path(directory).rmtree()
         self._left_over = None
         self._manager.reload()
 
@@ -238,7 +250,7 @@ class Checkpoints:
         peers.moved(f"restoring step {step}")
         if damage := damage_of(directory):
             return None, damage
-        sealed = distributed.from_first(lambda: checksums.sealed(directory))
+        sealed = distributed.from_first(lambda: seals.sealed(directory))
         if not sealed:
             log(f"note: step {step} has no checksums, since the run ended before they were written; it is not checked")
         restored, failure = None, None
@@ -257,9 +269,10 @@ class Checkpoints:
 
         def rename() -> None:
             for step in steps:
-                aside = self._directory / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self._directory / str(step)).rename(aside)
+                aside = epath.Path(self._directory) / f"{step}.damaged"
+                if aside.exists():
+                    aside.rmtree()
+                epath.Path(self._directory / str(step)).rename(aside)
 
         distributed.from_first(rename)
         self._manager.reload()
@@ -289,6 +302,8 @@ _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 def _unwritten(step: int, error: BaseException, tries: int = 1) -> UserFileError | None:
     """The error of a checkpoint that storage did not take; None where `error` has another cause."""
+    if isinstance(error, UserFileError):
+        return error
     if not (words := _words(error)):
         return None
     failed = UserFileError(
@@ -319,13 +334,13 @@ def step_directories(checkpoints: pathlib.Path) -> list[int]:
 
 def damage_of(directory: pathlib.Path) -> str | None:
     """What is wrong with a step's directory by its checksums, the same on all processes; each checks a share."""
-    found = distributed.from_all(lambda: checksums.damage(directory, jax.process_index(), jax.process_count()))
+    found = distributed.from_all(lambda: seals.damage(directory, jax.process_index(), jax.process_count()))
     return next(filter(None, found), None)
 
 
 def recorded(workdir: pathlib.Path, name: str) -> dict[str, Any]:
     """The object `name` of the last checkpoint whose record is legible; {} if there is none."""
-    directory = workdir / "checkpoints"
+    directory = stores.checkpoints(workdir)
     for step in sorted(step_directories(directory), reverse=True):
         try:
             return json.loads((directory / str(step) / name / "metadata").read_bytes())

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 
 from msd_jax.data import batches
-from msd_jax.io import checksums
+from msd_jax.io import checksums, ranges
 
 # Of a Hugging Face directory: the weights, and whatever decides how they are run and how a text becomes token ids.
 _FILES = (
@@ -17,8 +17,12 @@ _FILES = (
 def of(directory: pathlib.Path, encoded: batches.Encoded) -> dict[str, str]:
     """{what the user knows it by: hash} of a model's files, by their content, and of the examples to train on."""
     files = sorted({path for pattern in _FILES for path in directory.glob(pattern) if path.is_file()})
-    hashes = {f"config.model.path: {path.name}": sum_ for path, sum_ in zip(files, checksums.of_unchanged(files))}
-    return hashes | {"config.data.path: the queries, as they are encoded": _of_examples(encoded)}
+    known = ranges.hashes(directory)  # by the object store that they are in
+    whole = [path for path in files if path.name not in known]
+    hashes = known | dict(zip((path.name for path in whole), checksums.of_unchanged(whole)))
+    return {f"config.model.path: {path.name}": hashes[path.name] for path in files} | {
+        "config.data.path: the queries, as they are encoded": _of_examples(encoded)
+    }
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

@@ -41,4 +41,5 @@ class Window:
         if self._steps and step == self._steps[-1] + 1:
             jax.block_until_ready(results)
             jax.profiler.stop_trace()
+            stores.add(self._directory)
             log(f"profile of steps {self._steps[0] + 1} to {step}: {stores.told(self._directory)}")

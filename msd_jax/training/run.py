@@ -307,7 +307,8 @@ def claim(
             if isinstance(error, UserError):
                 raise
             raise UserFileError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
-    distributed.require_shared(workdir)
+    if stores.is_shared(workdir):
+        distributed.require_shared(workdir)
     return held
 
 

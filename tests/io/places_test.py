@@ -32,7 +32,7 @@ def test_directories_are_not(place):
         "evaluate --config configs/quickstart.py --out gs:/bucket/evaluation",
         "export --config configs/quickstart.py --checkpoint ftp://bucket/run/checkpoints/3 --out x",
         "report --workdir runs/a,ftp://bucket/run",
-        "topology --config configs/qwen2_5_7b.py --workdir gs://bucket/run",  # several machines
+        "topology --config configs/qwen2_5_7b.py --workdir s3://bucket/run",  # several machines
         "judges --agreement s3://bucket/labels.csv",
         "queries --build gs://bucket/queries.csv",
     ],

@@ -179,8 +179,9 @@ def test_a_dry_run_of_tpu_vm_prints_its_commands(tmp_path):
     assert sum("msd_jax/run.log' " in line for line in commands) == 16  # a log per host
     assert "a b.csv" in done.stdout and "configs/qwen2_5_7b.py" in done.stdout
 
-    flags += ("--config.launch.slices=4", "--config.mesh.data=4")
-    done = script("launch/tpu_vm.sh", "configs/qwen2_5_7b.py:lora", *flags, **variables)
+    flags = ("--workdir=gs://b/x", "--config.launch.slices=4", "--config.mesh.data=4")
+    done = script("launch/tpu_vm.sh", "configs/qwen2_5_7b.py:lora", *flags, **variables | {"BUCKET": ""})
+    assert done.returncode == 0 and "gcsfuse" not in done.stdout, done.stderr
     assert "'--node-prefix=t' '--node-count=4'" in done.stdout
     assert all(f"'ssh' 't-{node}'" in done.stdout for node in range(4))
 

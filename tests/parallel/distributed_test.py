@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from msd_jax.io import jsonl
-from msd_jax.parallel import distributed, preemption
+from msd_jax.parallel import distributed, peers, preemption
 from tests import quick
 from tests.conftest import REPOSITORY, write_model_that_is_long_exported
 
@@ -354,6 +354,20 @@ def test_a_process_that_hangs_while_it_beats_ends_all_of_them_and_is_named(proce
     assert all(f"error: no progress for 8 seconds (config.train.stall_limit); {where}\n" in text for text in printed), (
         printed
     )
+    assert all("(most recent call first):" in text for text in printed), printed
+    assert 'File "<string>", line 12 in <module>' in printed[-1], printed  # where it hangs
+
+
+@pytest.mark.parametrize("reason, shown", [("DEADLINE_EXCEEDED: Barrier timed out", True), ("ValueError: 1", False)])
+def test_where_a_barrier_timed_out_the_others_show_what_they_do(monkeypatch, reason, shown):
+    one = object.__new__(peers.Peers)
+    one.names, one._me, lost, dumps = ["process 0", "process 1"], 0, [], []
+    monkeypatch.setattr(peers.faulthandler, "dump_traceback", dumps.append)
+    monkeypatch.setattr(one, "_lose", lambda message, code: lost.append((message, code)))
+    one._end_at_once = one._terminate = None
+    one._obey({0: peers.Sign(), 1: peers.Sign(failed=reason)})
+    assert lost == [(f"process 1 ended: {reason}", 1)]
+    assert len(dumps) == shown
 
 
 TAKES_STEPS = """
