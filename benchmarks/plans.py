@@ -23,7 +23,7 @@ PLANS: tuple[tuple[str, str, str, str, int, tuple[str, ...]], ...] = (
     ("Qwen2.5-7B", QWEN, "v5e:8x8", "1,16,4", 1, ()),
     ("Qwen2.5-7B", QWEN, "v6e:4x4", "1,4,4", 4, ()),
     ("Qwen2.5-7B", QWEN, "v5p:2x2x2", "1,8,1", 4, ()),
-    ("Llama-3-8B", LLAMA, "v5e:8x8", "1,16,4", 1, ()),
+    ("Llama-3-8B", LLAMA, "v5e:8x8", "1,32,2", 1, ()),
     ("Llama-3-8B", LLAMA, "v6e:4x4", "1,4,4", 4, ()),
     ("Llama-3-8B", LLAMA, "v5p:2x2x2", "1,8,1", 4, ()),
     ("Qwen2.5-7B, LoRA", f"{QWEN}:lora", "v5e:2x4", "1,2,4", 16, ()),

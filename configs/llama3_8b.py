@@ -4,7 +4,7 @@ Command:  python -m msd_jax.main --config configs/llama3_8b.py --workdir DIR \
               --config.data.path=QUERIES.jsonl --config.eval.path=MULTIJAIL.csv --config.eval.harmful=true
           The variant configs/llama3_8b.py:lora trains adapters, configs/llama3_8b.py:smoke tries two steps anywhere.
 Hardware: a pod of chips with 16 GB or more; `rollout_tensor` below divides its 32 query and 8 key/value heads.
-Memory:   planned with XLA's TPU compiler (docs/plan.md): 12.8 of 15.75 GiB per chip of v5e-64 at 256 queries per step;
+Memory:   planned with XLA's TPU compiler (docs/plan.md): 9.2 of 15.75 GiB per chip of v5e-64 at 256 queries per step;
           160 GB over all chips are weights, teacher, gradients and AdamW in float32.
 Time:     not measured on hardware.
 Expected: not measured; the smoke variant runs in this project's tests.
