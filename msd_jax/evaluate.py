@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
             stores.close(out)
             return
         if flags.server:
-            run = served.evaluation(config, flags.server, flags.model, mesh)
+            run = served.evaluation(config, flags.server, flags.model, sharding.rollout_mesh(mesh))
         else:
             run = evaluator.of_checkpoint(config, cli.checkpoint(), mesh)
         provenance.record(out, config.seed, {})  # each response is stored with the hash of weights and prompts

@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import gc
 import json
 import pathlib
 import shutil
@@ -32,6 +33,18 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"  # data and models that are not part of this project; tests skip without
+
+MAPPINGS = 30_000  # Linux lets a process have 65,530, and XLA ends one that needs more
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """After a module, where the compiled programs of those before take many of the process's mappings of memory."""
+    yield
+    if len(pathlib.Path("/proc/self/maps").read_bytes().splitlines()) > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
 
 WORDS = (
     "how",

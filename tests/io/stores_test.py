@@ -300,13 +300,13 @@ def test_a_silent_holder_elsewhere_loses_its_lease(bucket, monkeypatch):
 @pytest.mark.parametrize(
     "place, message",
     [
-        ("gs://b/x", r"--workdir=gs://b/x needs gcsfs: pip install gcsfs$"),
+        ("az://b/x", r"--workdir=az://b/x needs adlfs: pip install adlfs$"),
         ("s3://no-such-bucket/x", r"--workdir=s3://no-such-bucket/x cannot be reached: .*bucket.*"),
         ("hf://b/x", r"--workdir=hf://b/x: hf:// is not read or written directly"),
     ],
 )
 def test_a_store_that_cannot_be_used_is_one_line(environment, monkeypatch, place, message):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(UserError, match=f"^{message}") as error:
         stores.own("--workdir", place)
     assert "\n" not in str(error.value)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from msd_jax.models import config as model_config
-from msd_jax.models import decoder, export, layout, tensor_files, weights
+from msd_jax.models import decoder, export, layout, slices, tensor_files, weights
 from msd_jax.parallel import sharding
 from tests.conftest import LLAMA
 
@@ -182,14 +182,14 @@ def test_pickles_are_not_opened(model_dir, loaded, tmp_path):
 def test_each_device_reads_its_own_slice_once(model_dir, loaded, monkeypatch):
     config, params = loaded
     read_elements = []
-    read_slice = weights._read_slice
+    read_slice = slices._read_slice
 
     def counted(*args):
         part = read_slice(*args)
         read_elements.append(part.size)
         return part
 
-    monkeypatch.setattr(weights, "_read_slice", counted)
+    monkeypatch.setattr(slices, "_read_slice", counted)
     mesh = sharding.make_mesh(2, 2, 2)  # each slice is on two devices at least
     _, abstract, axes = decoder.abstract(config)
     read(model_dir, config, shardings=sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN))

@@ -66,7 +66,7 @@ def make(directory, devices=1, **options) -> guard.GuardJudge:
     config = default.get_config().judge.guard
     config.update(path=str(directory), dtype="float32", batch_size=4, limit=512)
     config.update(options)
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    mesh = sharding.rollout_mesh(sharding.make_mesh(devices=jax.devices()[:devices]))
     return guard.GuardJudge(ml_collections.FrozenConfigDict(config), mesh)
 
 
@@ -181,7 +181,7 @@ def test_a_mesh_that_does_not_divide_the_guard_is_refused_before_anything_runs(d
     with pytest.raises(
         ValueError, match=r"parameter \S+: axis '\w+' of size \d+ does not divide over mesh axis 'tensor'"
     ):
-        guard.GuardJudge(config, sharding.make_mesh(fsdp=1, tensor=7, devices=jax.devices()[:7]))
+        guard.GuardJudge(config, sharding.rollout_mesh(sharding.make_mesh(fsdp=1, tensor=7, devices=jax.devices()[:7])))
 
 
 def test_no_path():
