@@ -112,7 +112,8 @@ def _top_k_of_blocks(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         top_values, positions = jax.lax.top_k(kept.reshape(*x.shape[:-1], k * size), k)
         return top_values, jnp.take_along_axis(chosen, positions // size, axis=-1) * size + positions % size
 
-    return jax.lax.platform_dependent(x, tpu=functools.partial(_top_k, k=k), default=of_blocks)
+    values, indices = jax.lax.platform_dependent(x, tpu=functools.partial(_top_k, k=k), default=of_blocks)
+    return values, indices
 
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
