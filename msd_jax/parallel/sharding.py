@@ -298,8 +298,8 @@ def halfway(source: NamedSharding, target: NamedSharding) -> NamedSharding:
     """
     sizes = target.mesh.shape
     exchanged = sizes["fsdp"] * sizes["extra"] if "extra" in sizes else 1
-    if exchanged == 1:
-        return target
+    if exchanged == 1 or source.mesh.shape["fsdp"] % exchanged:
+        return target  # nothing to exchange, or not within a replica
     data, fsdp, tensor = (source.mesh.shape[axis] for axis in AXES)
     shape = data, fsdp // exchanged, sizes["fsdp"], sizes["extra"], tensor
     mesh = Mesh(source.mesh.devices.reshape(shape), ("data", "rest", *ROLLOUT_AXES[1:]))

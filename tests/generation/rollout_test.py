@@ -214,6 +214,18 @@ def test_reshard_casts_as_well():
     assert rollout.reshard(laid, jnp.bfloat16, target) is laid
 
 
+@pytest.mark.parametrize(("sizes", "generating"), [((4, 2, 1), (2, 4)), ((2, 2, 2), (2, 8)), ((8, 1, 1), (1, 4))])
+def test_generation_may_share_weights_over_the_replicas_of_training(sizes, generating):
+    _graphdef, params = decoder.init(model_config.from_dict(LLAMA), jax.random.key(0))
+    _, abstract, axes = decoder.abstract(model_config.from_dict(LLAMA))
+    mesh = sharding.make_mesh(*sizes)
+    trained = jax.device_put(params, sharding.param_shardings(mesh, abstract, axes, sharding.TRAIN))
+    target = sharding.param_shardings(sharding.rollout_mesh(mesh, *generating), abstract, axes, sharding.ROLLOUT)
+    laid = rollout.reshard(trained, jnp.float32, target)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (laid, params)))
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), laid, target)))
+
+
 @pytest.mark.parametrize(
     ("sizes", "generating"), [((1, 4, 2), (4, 4)), ((1, 8, 1), (2, 4)), ((2, 2, 2), (2, 4)), ((1, 8, 1), (1, 8))]
 )
