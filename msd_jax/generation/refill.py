@@ -57,6 +57,7 @@ class PoolGenerator:
 
     Attributes:
       rows: B, how many are generated at a time.
+      writer: how tokens are drawn, and what ends a response.
       compilations: how often a program was compiled: one that reads prompts, one that gives them to rows and one that
         decodes, for each of `sizes` that is needed.
       sizes: the cache has room for prompts of so many tokens: at first for the shortest ones.
@@ -77,7 +78,7 @@ class PoolGenerator:
         """`rows`: rounded up to what the mesh divides; `limit`: the most tokens of a prompt."""
         self.rows, self.compilations, self.decoded = sharding.batch_rows(mesh, rows), 0, 0
         self._graphdef, self._mesh = graphdef, mesh
-        self._writer = rollout.Writer(sampling, stop_ids, pad_id)
+        self.writer = rollout.Writer(sampling, stop_ids, pad_id)
         self._part = sharding.batch_rows(mesh, -(-self.rows // PARTS))
         platform, R = sharding.platform(mesh), sampling.max_new_tokens
         self._layer_by_layer = platform in rollout.UNSTACKED
@@ -180,7 +181,7 @@ class PoolGenerator:
     def _padded(self, rows: Sequence[np.ndarray], size: int) -> tuple[jax.Array, jax.Array]:
         """(token ids [F, P], right-padded, their lengths [F]), always of as many rows and columns."""
         P = -(-size // self._columns) * self._columns
-        token_FxP = np.full((self._part, P), self._writer.pad_id, np.int32)
+        token_FxP = np.full((self._part, P), self.writer.pad_id, np.int32)
         length_F = np.ones(self._part, np.int32)
         for i, ids in enumerate(rows):
             token_FxP[i, : len(ids)], length_F[i] = ids, len(ids)
@@ -195,7 +196,7 @@ class PoolGenerator:
         if self._layer_by_layer:
             cache = model.unstack(cache)
         zeros_B, keys = jnp.zeros(B, jnp.int32), jax.random.split(jax.random.key(0), B)
-        return rollout.Rows(jnp.int32(0), zeros_B, zeros_B, jnp.ones(B, bool), keys, cache, self._writer.empty(B))
+        return rollout.Rows(jnp.int32(0), zeros_B, zeros_B, jnp.ones(B, bool), keys, cache, self.writer.empty(B))
 
     def _larger(self, rows: rollout.Rows, slots: int) -> rollout.Rows:
         """The rows with a cache of so many slots, in which slot 0 is the next."""
@@ -259,9 +260,9 @@ class PoolGenerator:
 
         cache: Any = jax.tree.map(lambda x: jax.vmap(at_slot, (1, 0), 1)(x, length_F), prompts)
         key_F = rollout.row_keys(jax.random.wrap_key_data(key_data), hash_F)
-        none_F, written = jnp.zeros(F, jnp.int32), self._writer.empty(F)
+        none_F, written = jnp.zeros(F, jnp.int32), self.writer.empty(F)
         begun = rollout.Rows(rows.slot, none_F, length_F - 1, row_F >= self.rows, key_F, cache, written)
-        begun = self._writer.emit(model, last_Fx1xD, begun)
+        begun = self.writer.emit(model, last_Fx1xD, begun)
         if self._layer_by_layer:
             cache = model.unstack(cache)
 
@@ -286,7 +287,7 @@ class PoolGenerator:
         run_decoder: rollout.RunDecoder = model.decode
         if layers is not None:
             run_decoder = functools.partial(model.decode_unstacked, layers)
-        return self._writer.decode(model, run_decoder, rows, enough)
+        return self.writer.decode(model, run_decoder, rows, enough)
 
     def _layers(self, params: decoder.Params) -> list[nnx.State]:
         """Each layer's weights in arrays of their own: once for a pool, and not once for each part of it."""
@@ -299,21 +300,10 @@ class Refilling:
     The responses are the same. `sampling`, `stop_ids`, `pad_id` and `compilations` are as there.
     """
 
-    def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        mesh: Mesh,
-        sampling: rollout.Sampling,
-        stop_ids: tuple[int, ...],
-        pad_id: int,
-        *,
-        rows: int,
-        limit: int,
-    ):
-        """As `PoolGenerator`."""
-        self.sampling, self.stop_ids, self.pad_id = sampling, stop_ids, pad_id
-        self._pool = PoolGenerator(graphdef, mesh, sampling, stop_ids, pad_id, rows=rows, limit=limit)
-        self._decoded = 0
+    def __init__(self, pool: PoolGenerator):
+        self._pool, self._decoded = pool, 0
+        writer = pool.writer
+        self.sampling, self.stop_ids, self.pad_id = writer.sampling, writer.stop_ids, writer.pad_id
 
     @property
     def compilations(self) -> int:

@@ -99,7 +99,7 @@ def make_generator(config: ml_collections.ConfigDict, model: pretrained.Pretrain
     if not 0 < config.rollout.rows < config.data.batch_size:
         return rollout.Generator(*options)
     limit = max(config.prompts.student_limit, config.prompts.teacher_limit)
-    return refill.Refilling(*options, rows=config.rollout.rows, limit=limit)
+    return refill.Refilling(refill.PoolGenerator(*options, rows=config.rollout.rows, limit=limit))
 
 
 class GivenResponder:

@@ -5,20 +5,19 @@ read as of any file. A directory with such files names where they come from in O
 """
 
 import concurrent.futures
+import errno
 import functools
 import json
 import math
 import os
 import pathlib
-import sys
-import time
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from msd_jax.io import objects
-from msd_jax.io.retries import PAUSES
+from msd_jax.io.retries import retried
 
 ORIGIN = ".store"
 REQUESTS = 8  # of a process at a time
@@ -96,20 +95,13 @@ class Ranges:
         return found
 
     def _request(self, path: str, start: int, end: int) -> bytes:
-        for pause in (*PAUSES, None):
-            try:
-                content = self._store.cat_file(path, start=start, end=end)
-                if len(content) == end - start:
-                    return content
-                raise OSError(f"{path}: {len(content)} bytes of {end - start}")
-            except FileNotFoundError:
-                raise
-            except Exception as error:  # a store's library raises whatever its own does
-                if pause is None:
-                    raise
-                print(f"note: {error}; retrying in {pause:g} s", file=sys.stderr)
-                time.sleep(pause)
-        raise AssertionError
+        def ask() -> bytes:
+            content = self._store.cat_file(path, start=start, end=end)
+            if len(content) != end - start:
+                raise OSError(errno.EIO, f"{len(content)} bytes of {end - start}", path)
+            return content
+
+        return retried(ask)
 
 
 class Slice:

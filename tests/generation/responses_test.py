@@ -20,7 +20,8 @@ def generator():
 
 @pytest.fixture(scope="module")
 def refilling():
-    return refill.Refilling(*model(), rollout.Sampling(6), stop_ids=(3,), pad_id=0, rows=4, limit=7)
+    options = *model(), rollout.Sampling(6)
+    return refill.Refilling(refill.PoolGenerator(*options, stop_ids=(3,), pad_id=0, rows=4, limit=7))
 
 
 def model():
