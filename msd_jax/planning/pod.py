@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -94,6 +95,11 @@ def make_pod(config: ml_collections.ConfigDict, topology: str, mesh: str) -> tup
     if gpus.is_gpu(topology):
         nodes = gpus.parse_nodes(topology)
         devices = gpus.compile_only_devices(nodes)
+        # As sharding.rollout_sizes of real GPUs, whose machine it knows.
+        asked = {f"mesh.{key}": config.mesh[key] for key in ("rollout_tensor", "rollout_ffw")}
+        config = with_values(
+            config, **{key: size and math.gcd(size, nodes.gpus_per_node) for key, size in asked.items()}
+        )
         return config, Pod(
             topology, nodes.count, sharding.train_mesh(config.mesh, devices=devices, process_is_island=True)
         )

@@ -69,6 +69,13 @@ def test_axes_cross_nodes_as_in_training():
     _, planned = pod.make_pod(recipe("qwen2_5_7b"), "h100:4x2", "1,8,1")
     assert planned.node_of_device == [0] * 4 + [1] * 4
     assert planned.mesh.devices.flat[0].device_kind == "NVIDIA H100 80GB HBM3"
+    config, _ = pod.make_pod(recipe("qwen2_5_7b"), "h100:4x2", "1,8,1")
+    assert (config.mesh.rollout_tensor, config.mesh.rollout_ffw) == (
+        4,
+        4,
+    )  # of 4 and 16: generation stays within a node
+    config, _ = pod.make_pod(recipe("gemma3_1b"), "h100:4x2", "1,8,1")
+    assert (config.mesh.rollout_tensor, config.mesh.rollout_ffw) == (0, 0)
     with pytest.raises(ValueError, match="because tensor stays within a machine's NVLink"):
         pod.make_pod(recipe("qwen2_5_7b"), "h100:4x2", "1,1,8")
 
