@@ -100,7 +100,6 @@ def of_saves(model: str, saves: int) -> None:
         with tempfile.TemporaryDirectory() as workdir, contextlib.ExitStack() as stack, counting() as seconds:
             if not sealed:
                 stack.enter_context(mock.patch.object(checksums, "seal", lambda *_: None))
-                stack.enter_context(mock.patch.object(checksums.Early, "of", lambda *_: contextlib.nullcontext()))
             checkpoints = checkpoint.Checkpoints(pathlib.Path(workdir))
             start, processor = time.monotonic(), time.process_time()
             checkpoints.save(1, state, {})

@@ -5,16 +5,14 @@ of its files. Any number of processes can check it.
 """
 
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import xxhash
@@ -26,8 +24,6 @@ THREADS = min(8, os.cpu_count() or 1)  # hashlib and file reads release the inte
 _CHUNK = 1 << 20
 _PREFIX = "MANIFEST-"
 _WRITTEN_BY = re.compile(r"ocdbt\.process_(\d+)")  # the directory that Orbax gives each process's part of the arrays
-_LARGE = 1 << 24
-_SECONDS_BETWEEN_LOOKS = 0.1
 _SETTLED = 2.0  # seconds; a file touched since may change again within the resolution of its time stamps
 
 Sums = dict[str, tuple[int, str]]  # file name, relative to the directory -> (bytes, ALGORITHM:HASH)
@@ -53,51 +49,7 @@ def of_file(path: pathlib.Path, algorithm: str = "blake2b") -> str:
     return retried(hash_it)
 
 
-class Early:
-    """Hashes of large files, taken while others are still being written, and before their directories are renamed.
-
-    Attributes:
-      known: hash by inode, size and time of change.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[tuple[int, int, int], str] = {}
-        self._seen: set[tuple[int, int, int]] = set()
-
-    @contextlib.contextmanager
-    def of(self, find: Callable[[], Iterable[pathlib.Path]], process: int) -> Iterator[None]:
-        """Around the writing: hashes what `process` writes into the directories that `find` gives."""
-        done = threading.Event()
-
-        def look() -> None:
-            while not done.wait(_SECONDS_BETWEEN_LOOKS):
-                with contextlib.suppress(OSError):  # what is renamed meanwhile is found at the next look
-                    for directory in find():
-                        self._hash(directory.rglob(f"ocdbt.process_{process}/d/*"))
-
-        looking = threading.Thread(target=look, daemon=True)
-        looking.start()
-        try:
-            yield
-        finally:
-            done.set()
-            looking.join()
-
-    def _hash(self, paths: Iterable[pathlib.Path]) -> None:
-        inodes = {_inode(path): path for path in paths}
-        for inode, path in inodes.items():
-            # What has not changed since the last look is whole, or else is hashed again.
-            if inode in self._seen and inode not in self.known and inode[1] >= _LARGE:
-                self.known[inode] = of_file(path, "xxh3")
-        self._seen = set(inodes)
-
-
-def _inode(path: pathlib.Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def seal(directory: pathlib.Path, process: int = 0, processes: int = 1, early: Early | None = None) -> None:
+def seal(directory: pathlib.Path, process: int = 0, processes: int = 1) -> None:
     """Writes the manifest of this process's share of the files in `directory`, which must be complete.
 
     What a process wrote itself it hashes itself, since its machine has it in memory.
@@ -107,9 +59,8 @@ def seal(directory: pathlib.Path, process: int = 0, processes: int = 1, early: E
     writers = {path: int(found[1]) % processes for path in sizes if (found := _WRITTEN_BY.search(names[path]))}
     mine = [(size, path) for path, size in sizes.items() if writers.get(path) == process]
     mine += _share([(size, path) for path, size in sizes.items() if path not in writers], process, processes)
-    known = early.known if early else {}
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(lambda entry: known.get(_inode(entry[1])) or of_file(entry[1], "xxh3"), mine)
+        digests = pool.map(lambda entry: of_file(entry[1], "xxh3"), mine)
         sums: Sums = {names[path]: (size, f"xxh3:{digest}") for (size, path), digest in zip(mine, digests)}
     jsonl.replace_text(directory / manifest(process, processes), json.dumps(sums, indent=0) + "\n")
 

@@ -16,14 +16,14 @@ from typing import Any
 from msd_jax.io import checksums, objects, stores
 
 
-def seal(directory: pathlib.Path, process: int, processes: int, early: checksums.Early | None = None) -> None:
-    """Seals a checkpoint that is complete. Every process calls this, with the hashes that it took `early` of a disk.
+def seal(directory: pathlib.Path, process: int, processes: int) -> None:
+    """Seals a checkpoint that is complete. Every process calls this.
 
     Raises:
       UserFileError: the store does not take the seal, or the rows of the steps up to it, which go first.
     """
     if not _is_address(directory):
-        checksums.seal(directory, process, processes, early)
+        checksums.seal(directory, process, processes)
     elif process == 0:  # lists all of it
         stores.write(directory)
         with _reached(directory):

@@ -13,7 +13,7 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from flax import traverse_util
 
 from msd_jax import losses
 from msd_jax.errors import UserError, UserFileError
-from msd_jax.io import checksums, retries, seals, stores
+from msd_jax.io import retries, seals, stores
 from msd_jax.io.console import log
 from msd_jax.parallel import distributed, joint, peers
 from msd_jax.training import former_keys, orbax
@@ -131,18 +131,16 @@ class Checkpoints:
         self._sealer.start()
 
     def _seal(self, step: int) -> None:
-        directory, early = self._directory / str(step), checksums.Early()
         try:
             try:
-                with early.of(lambda: self._being_written(step), jax.process_index()):
-                    self._manager.wait_until_finished()
+                self._manager.wait_until_finished()
             except Exception as error:
                 if not self._is_saved(step):
                     self._left_over = step
                     self._manager.settle()
                     raise
                 print(f"note: step {step} is saved, but an earlier one could not be removed: {error}", file=sys.stderr)
-            seals.seal(directory, jax.process_index(), jax.process_count(), early)
+            seals.seal(self._directory / str(step), jax.process_index(), jax.process_count())
             self._failures = 0
         except Exception as error:
             if not self._fail(step, error):
@@ -152,10 +150,6 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # of storage that does not answer
             return step in self._manager.all_steps(read=True)
         return False
-
-    def _being_written(self, step: int) -> Iterable[pathlib.Path]:
-        """The directories of a save that is not complete, on a disk; an object store does the hashing itself."""
-        return self._directory.glob(f"{step}.*tmp*") if stores.is_shared(self._workdir) else ()
 
     def _fail(self, step: int, error: Exception) -> bool:
         """Has the save of `step` repeated if it failed for a moment, or makes of storage's refusal the run's error.

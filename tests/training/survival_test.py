@@ -141,37 +141,20 @@ def test_a_manifest_of_blake2b_hashes_as_earlier_releases_wrote_it_is_checked_to
     assert "has another content" in checkpoint.damage_of(step)
 
 
-def test_a_large_file_is_hashed_while_others_are_written_and_no_second_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(checksums, "_LARGE", 1000)
-    monkeypatch.setattr(checksums, "_SECONDS_BETWEEN_LOOKS", 0.005)
-    unfinished, early, hashed = tmp_path / "8.orbax-checkpoint-tmp", checksums.Early(), []
-    of_file = checksums.of_file
-    monkeypatch.setattr(checksums, "of_file", lambda path, kind: (hashed.append(path.name), of_file(path, kind))[1])
-
-    def write(writer: int, name: str, size: int) -> pathlib.Path:
-        path = unfinished / "state" / f"ocdbt.process_{writer}" / "d" / name
+def test_each_process_hashes_what_it_wrote(tmp_path):
+    def write(writer: int, name: str, size: int) -> None:
+        path = tmp_path / "state" / f"ocdbt.process_{writer}" / "d" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(np.random.default_rng(size).bytes(size))
-        return path
 
-    with early.of(lambda: tmp_path.glob("8.*"), process=1):
-        write(1, "large", 5000), write(1, "changed", 6000), write(0, "another's", 7000), write(1, "small", 500)
-        deadline = time.monotonic() + 30
-        while len(early.known) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert sorted(hashed) == ["changed", "large"]
-        write(1, "changed", 6001)
-    step = unfinished.rename(tmp_path / "8")
-    hashed.clear()
+    write(1, "large", 5000), write(1, "small", 500), write(0, "another's", 7000)
     for process in (0, 1):
-        checksums.seal(step, process, 2, early)
-    assert "large" not in hashed and {"changed", "another's", "small"} <= set(hashed)
-    sums = json.loads((step / "MANIFEST-1-of-2.json").read_text())
-    assert len(sums) == 3 and all("process_1" in name for name in sums)  # each hashes what it wrote
-    monkeypatch.setattr(checksums, "of_file", of_file)
-    assert [checksums.damage(step, process, 2) for process in (0, 1)] == [None, None]
-    flip_a_bit(step / "state/ocdbt.process_1/d/large")
-    assert any(checksums.damage(step, process, 2) for process in (0, 1))
+        checksums.seal(tmp_path, process, 2)
+    sums = json.loads((tmp_path / "MANIFEST-1-of-2.json").read_text())
+    assert set(sums) == {"state/ocdbt.process_1/d/large", "state/ocdbt.process_1/d/small"}
+    assert [checksums.damage(tmp_path, process, 2) for process in (0, 1)] == [None, None]
+    flip_a_bit(tmp_path / "state/ocdbt.process_1/d/large")
+    assert any(checksums.damage(tmp_path, process, 2) for process in (0, 1))
 
 
 def test_no_whole_checkpoint_is_one_error_that_says_what_to_do(saved):
