@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import mmap
 import os
 import pathlib
 import shutil
@@ -155,6 +156,28 @@ def test_each_process_hashes_what_it_wrote(tmp_path):
     assert [checksums.damage(tmp_path, process, 2) for process in (0, 1)] == [None, None]
     flip_a_bit(tmp_path / "state/ocdbt.process_1/d/large")
     assert any(checksums.damage(tmp_path, process, 2) for process in (0, 1))
+
+
+@pytest.mark.parametrize("size", [0, 1, checksums._WINDOW - 1, checksums._WINDOW, 2 * checksums._WINDOW + 4097])
+def test_a_file_has_the_same_hash_in_memory_and_read(tmp_path, size):
+    path = tmp_path / "array"
+    path.write_bytes(np.random.default_rng().bytes(size))
+    for algorithm in ("xxh3", "blake2b"):
+        assert checksums.of_file(path, algorithm, mapped=True) == checksums.of_file(path, algorithm)
+
+
+def test_a_file_that_is_cut_while_it_is_hashed_ends_no_process(tmp_path, monkeypatch):
+    path = tmp_path / "array"
+    path.write_bytes(np.random.default_rng().bytes(3 * checksums._WINDOW))
+
+    class Cut(mmap.mmap):  # pages beyond the new end would kill the process that touches them
+        def madvise(self, *arguments):
+            os.truncate(path, 5000)
+            return super().madvise(*arguments)
+
+    monkeypatch.setattr(mmap, "mmap", Cut)
+    checksums.seal(tmp_path)
+    assert "has 5,000 bytes" in checksums.damage(tmp_path)
 
 
 def test_no_whole_checkpoint_is_one_error_that_says_what_to_do(saved):
