@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 
 COMPARED = ("seconds_per_step", "generation_seconds", "training_seconds", "peak_bytes")
 
@@ -52,13 +51,16 @@ def ours(arguments: argparse.Namespace) -> list[dict[str, float]]:
     hide_torch()
     from msd_jax.io import jsonl
     from msd_jax.parallel import host_memory
-    from msd_jax.training import loop, run
+    from msd_jax.training import checkpoint, loop, run
+
+    class NothingSaved(checkpoint.Checkpoints):  # TRL is told to leave the checkpoint at the end out as well
+        def save(self, *_):
+            pass
 
     host_memory.give_back_after_compilations()
     with tempfile.TemporaryDirectory() as workdir:
         ready = run.setup(configured(arguments), pathlib.Path(workdir))
-        # Without the checkpoint at the end, which TRL is told to leave out as well.
-        ready = dataclasses.replace(ready, checkpoints=types.SimpleNamespace(save=lambda *_: None, check=lambda: None))
+        ready = dataclasses.replace(ready, checkpoints=NothingSaved(pathlib.Path(workdir)))
         state, frozen = loop.initial_state(ready)
         loop.take_steps(ready, frozen, state, iter(ready.batches), 0)
         rows = jsonl.read(pathlib.Path(workdir) / "metrics.jsonl")
