@@ -220,7 +220,7 @@ def train_flops(setting: Setting, rows: int, remat: str) -> int:
 
 def decode_bytes(model: RandomModel, mesh: jax.sharding.Mesh, rows: int, context: int) -> int:
     """Bytes that one more token of every row must read: the weights, and the cache of `context` tokens of each row."""
-    weights, c = dict(programs.rollout_params(model, mesh)), model.config
+    weights, c = dict(rollout.abstract_params(model, mesh)), model.config
     if not c.tied_embeddings:
         del weights["embedding"]  # of which it reads only a row for each token
     cached = 2 * c.layers * c.kv_heads * c.head_dim * jnp.dtype(model.dtype).itemsize

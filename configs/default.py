@@ -99,6 +99,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Responses generated at a time; 0: the whole batch. With fewer, a row that ends takes the batch's next prompt, and
     # the cache is smaller; the responses are the same.
     config.rollout.rows = 0
+    # What generation reads: float (weights in config.model.dtype) | int8 (matrices rounded to int8, half the bytes of
+    # bfloat16; what is trained and scored is not). See docs/performance.md.
+    config.rollout.weights = "float"
     # off_policy, mixed: sample the teacher's response to a query once and keep it. Needs a frozen teacher.
     config.rollout.reuse_teacher_responses = True
 
@@ -172,6 +175,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.prompt_limit = 0  # tokens; longer prompts are dropped and counted; 0 for config.prompts.student_limit
     config.eval.batch_size = 32
     config.eval.max_new_tokens = 256  # the reasoning of a thinking model included
+    config.eval.weights = "float"  # as config.rollout.weights; int8 measures the quantised model
     # During training, a slice of the evaluation goes into metrics.jsonl, in the first of the passes. If the share of
     # correct answers falls below utility_floor times its value before training, training stops and returns to the last
     # checkpoint at or above that floor. Likewise if the slice's over-refusal rises above over_refusal_ceiling.

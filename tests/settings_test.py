@@ -32,6 +32,8 @@ def test_the_defaults_pass(config):
         ("loss.divergence", "kl", r"config.loss.divergence='kl': choose one of auto, reverse_kl"),
         ("train.steps", -1, r"config.train.steps=-1 must be at least 0"),
         ("rollout.temperature", -1.0, r"config.rollout.temperature=-1.0 must be at least 0"),
+        ("rollout.weights", "int4", r"config.rollout.weights='int4': choose one of float, int8"),
+        ("eval.weights", "", r"config.eval.weights='': choose one of float, int8"),
         ("rollout.top_p", 0.0, r"config.rollout.top_p=0.0 must be greater than 0"),
         ("rollout.top_p", 1.5, r"config.rollout.top_p=1.5 must be greater than 0 and at most 1"),
         ("loss.beta", 2.0, r"config.loss.beta=2.0 must be at least 0 and at most 1"),

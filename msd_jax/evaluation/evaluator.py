@@ -178,7 +178,8 @@ def of_checkpoint(config: ml_collections.ConfigDict, checkpoint: str, mesh: Mesh
     model = load(config, mesh)
     rollout_mesh = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor, config.mesh.rollout_ffw)
     evaluation = of_model(config, model.on(rollout_mesh), rollout_mesh)
-    params, layout = trained.load_params(checkpoint, model, mesh), model.shardings(rollout_mesh, sharding.ROLLOUT)
+    params = trained.load_params(checkpoint, model, mesh)
+    layout = rollout.layout(model, rollout_mesh, config.eval.weights)
     return functools.partial(evaluation.run, functools.partial(rollout.reshard, params, model.dtype, layout))
 
 

@@ -29,7 +29,7 @@ def of_responses(
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    unsigned = {2: jnp.uint16, 4: jnp.uint32}
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     bits = [jax.lax.bitcast_convert_type(leaf, unsigned[leaf.dtype.itemsize]) for leaf in leaves]
     return jnp.stack([jnp.sum(leaf, dtype=jnp.uint32) for leaf in bits])
 

@@ -104,7 +104,7 @@ def run(
     mesh = sharding.rollout_mesh(mesh, config.mesh.rollout_tensor, config.mesh.rollout_ffw)
     model = model.on(mesh)
     evaluators = {role: of_model(config, model, mesh, role) for role in ("student", "teacher")}
-    params = rollout.reshard(params, model.dtype, model.shardings(mesh, sharding.ROLLOUT))
+    params = rollout.reshard(params, model.dtype, rollout.layout(model, mesh, config.eval.weights))
     answered = {}
     for role, evaluator in evaluators.items():
         log(f"pre-flight: {len(evaluator.prompts)} prompts as the {role}")

@@ -85,6 +85,8 @@ def fingerprint(config: ml_collections.ConfigDict, directory: pathlib.Path) -> s
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(directory.glob("*.safetensors"))]
     sections = [json.loads(config[key].to_json_best_effort()) for key in ("model", "prompts", "rollout")]
     sections[-1].pop("rows", None)  # on which no response depends
+    if sections[-1].get("weights") == "float":  # as before there was a choice
+        del sections[-1]["weights"]
     settings = [config.seed, *map(json.dumps, sections)]
     return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()
 

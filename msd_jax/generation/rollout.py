@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from msd_jax.models import decoder, forward
+from msd_jax.models import decoder, forward, int8, pretrained
 from msd_jax.parallel import compiler_options, padding, sharding
 
 # Where each token takes the layers' weights from arrays of their own: in a scan, XLA copies there what it slices.
@@ -271,29 +271,69 @@ class Generator:
         return self._run.trace(params, *arrays, key_data.update(sharding=sharding.replicated(self.mesh)))
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "steps"))
-def _reshard(params: decoder.Params, dtype: jnp.dtype, steps: tuple[tuple[NamedSharding, ...], ...]) -> decoder.Params:
-    leaves, treedef = jax.tree.flatten(params)
-    leaves = [leaf.astype(dtype) for leaf in leaves]
+def layout(model: pretrained.Architecture, mesh: Mesh, weights: str = "float") -> decoder.Params:
+    """How generation holds the weights on its mesh, for `reshard`: the sharding of each, of an Int8 those of its parts.
+
+    Args:
+      model: whose weights.
+      mesh: of generation.
+      weights: "float" (in the compute dtype) or "int8" (matrices quantised, see models/int8.py).
+    """
+    shardings = model.shardings(mesh, sharding.ROLLOUT)
+    return int8.layout(shardings) if weights == "int8" else shardings
+
+
+def abstract_params(model: pretrained.Architecture, mesh: Mesh, weights: str = "float") -> decoder.Params:
+    """ShapeDtypeStructs of what `reshard` gives; arguments as in `layout`."""
+    laid = layout(model, mesh, weights)
+    shapes = jax.eval_shape(functools.partial(_stored, dtype=model.dtype, quantised=weights == "int8"), model.abstract)
+    return jax.tree.map(lambda leaf, placed: leaf.update(sharding=placed), shapes, laid)
+
+
+def _stored(params: decoder.Params, dtype: jnp.dtype, quantised: bool) -> decoder.Params:
+    """Params as generation holds them, but for their layout; matrices are quantised from what training holds."""
+    return int8.quantised(params, dtype) if quantised else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "steps", "quantised"))
+def _reshard(
+    params: decoder.Params, dtype: jnp.dtype, steps: tuple[tuple[NamedSharding, ...], ...], quantised: bool
+) -> decoder.Params:
+    leaves, treedef = jax.tree.flatten(_stored(params, dtype, quantised))
     for shardings in steps:
         leaves = [jax.lax.with_sharding_constraint(leaf, s) for leaf, s in zip(leaves, shardings)]
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _steps(params: decoder.Params, shardings: tuple[NamedSharding, ...]) -> tuple[tuple[NamedSharding, ...], ...]:
-    """The layouts of `reshard`."""
-    sources = (leaf.sharding for leaf in jax.tree.leaves(params))
-    return tuple(sharding.halfway(source, s) for source, s in zip(sources, shardings)), shardings
+def _steps(params: decoder.Params, layout: decoder.Params, quantised: bool) -> tuple[tuple[NamedSharding, ...], ...]:
+    """The layouts of `reshard`, leaf by leaf."""
+    sources = jax.tree.map(lambda leaf: leaf.sharding, params)
+    leaves = (tuple(jax.tree.leaves(x)) for x in (int8.layout(sources) if quantised else sources, layout))
+    sources, targets = leaves
+    between = tuple(map(sharding.halfway, sources, targets))
+    # First as they come, or XLA might move weights before it quantises them.
+    return (sources, between, targets) if quantised else (between, targets)
 
 
-def reshard(params: decoder.Params, dtype: jnp.dtype, shardings: decoder.Params) -> decoder.Params:
-    """Params in the compute dtype and the rollout's layout: gathered once per rollout, not once per token."""
-    flat = tuple(jax.tree.leaves(shardings))
-    same = [p.dtype == dtype and p.sharding.is_equivalent_to(s, p.ndim) for p, s in zip(jax.tree.leaves(params), flat)]
-    return params if all(same) else _reshard(params, jnp.dtype(dtype), _steps(params, flat))
+def reshard(params: decoder.Params, dtype: jnp.dtype, layout: decoder.Params) -> decoder.Params:
+    """Params in the compute dtype, or int8, and the rollout's layout: gathered once per rollout, not once per token.
+
+    Matrices are quantised before they are moved, so that int8 crosses between devices.
+
+    Args:
+      params: in any layout of the same devices.
+      dtype: of what is not quantised.
+      layout: from `layout`.
+    """
+    quantised = int8.is_quantised(layout)
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(layout))
+    if not quantised and all(p.dtype == dtype and p.sharding.is_equivalent_to(s, p.ndim) for p, s in leaves):
+        return params
+    return _reshard(params, jnp.dtype(dtype), _steps(params, layout, quantised), quantised)
 
 
 def trace_reshard(params: decoder.Params, resharded: decoder.Params) -> jax.stages.Traced:
     """The program of `reshard` for abstract params and abstract results, to be compiled for devices elsewhere."""
-    leaves = jax.tree.leaves(resharded)
-    return _reshard.trace(params, leaves[0].dtype, _steps(params, tuple(leaf.sharding for leaf in leaves)))
+    quantised = int8.is_quantised(resharded)
+    steps = _steps(params, jax.tree.map(lambda leaf: leaf.sharding, resharded), quantised)
+    return _reshard.trace(params, resharded["embedding"].dtype, steps, quantised)

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from msd_jax.errors import UserError
 from msd_jax.models import attention as attention_lib
+from msd_jax.models import int8
 from msd_jax.models.config import DecoderConfig
 from msd_jax.models.layers import Layers, ParamFactory, apply_rope, normalise
 from msd_jax.models.lora import Lora
@@ -177,11 +178,7 @@ class Decoder(nnx.Module):
         return self._normalise(x_BxPxD), cache.write(new, 0)
 
     def decode(
-        self,
-        tokens_BxT: jax.Array,
-        positions_BxT: jax.Array,
-        cache: KVCache,
-        slot: jax.Array,
+        self, tokens_BxT: jax.Array, positions_BxT: jax.Array, cache: KVCache, slot: jax.Array
     ) -> tuple[jax.Array, KVCache]:
         """Final hidden states of tokens that follow those in the cache.
 
@@ -229,6 +226,7 @@ class Decoder(nnx.Module):
         new = []
         for params, kind, cached in zip(layers, layer_kinds(self.config), cache):
             attend = self._cached_attention(cached, positions_BxT, slot)
+            params = int8.held_until(x_BxTxD, params)
             x_BxTxD, new_of_layer = self.block(x_BxTxD, params, kind, positions_BxT, attend, share=True)
             new.append(new_of_layer)
         return self._normalise(x_BxTxD), [cached.write(n, slot) for cached, n in zip(cache, new)]
@@ -278,8 +276,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D]."""
-        operands = hidden.astype(self.dtype), self.head_DxV.astype(self.dtype)
-        logits = jnp.matmul(*operands, preferred_element_type=jnp.float32)
+        hidden = hidden.astype(self.dtype)
+        logits = int8.product(hidden, int8.held_until(hidden, self.head_DxV), result=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

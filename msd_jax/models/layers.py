@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from msd_jax.models import int8
 from msd_jax.models import lora as lora_lib
 from msd_jax.models.config import DecoderConfig
 from msd_jax.models.lora import Lora
@@ -140,7 +141,7 @@ class Layers(nnx.Module):
         self, x: jax.Array, weight: nnx.Param, lora_a: nnx.Param | None, lora_b: nnx.Param | None, inputs: int = 1
     ) -> jax.Array:
         """x times a matrix with its adapter, if it has one; the last `inputs` axes of x are the matrix's first."""
-        y = jnp.tensordot(x, weight[...].astype(self.dtype), inputs)
+        y = int8.product(x, weight[...], inputs)
         if lora_a is not None and lora_b is not None:
             inner = jnp.tensordot(x, lora_a[...].astype(self.dtype), inputs)
             y += jnp.tensordot(inner, lora_b[...].astype(self.dtype), 1) * self.lora_scale

@@ -77,15 +77,15 @@ def _read(module: HloModule, body: Computation, value: Instruction, place: str) 
     """Bytes of a fusion's operand `value`, whose shape is `place`, that it reads: all, or the slices that it takes."""
     total = 0
     for user in body.users[value.name]:
-        if user.opcode == "bitcast":
+        if user.opcode == "bitcast" or (user.opcode == "copy" and user is not body.root):
             total += _read(module, body, user, place)
         elif user.opcode == "fusion":
             nested = module.computations[user.called("calls")]
-            passed_on = _passed_on(module, nested)
+            passed_on = _passed_on(module, nested, through=("bitcast", "copy"))  # perhaps with other tiles
             for index, parameter in nested.parameters():
                 if user.operands[index] == value.name:
-                    total += _read(module, nested, parameter, place)
-                    total += _read(module, body, user, place) if index == passed_on else 0
+                    read_by = (body, user) if index == passed_on else (nested, parameter)
+                    total += _read(module, *read_by, place)
         elif user.opcode in ("dynamic-slice", "gather") and user.operands[0] == value.name:
             total += shape_bytes(user.shape)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:  # which is in place
@@ -93,13 +93,13 @@ def _read(module: HloModule, body: Computation, value: Instruction, place: str) 
     return min(total, hbm_bytes(place))
 
 
-def _passed_on(module: HloModule, nested: Computation) -> int | None:
-    """The number of the parameter that a nested fusion returns as it is; None if it computes its result."""
+def _passed_on(module: HloModule, nested: Computation, through: tuple[str, ...] = ("bitcast",)) -> int | None:
+    """The number of the parameter that a nested fusion returns, but for `through`; None if it computes its result."""
     value = nested.root
-    while value.opcode in ("bitcast", "fusion"):
+    while value.opcode in (*through, "fusion"):
         operand: int | None = 0
         if value.opcode == "fusion":
-            operand = _passed_on(module, module.computations[value.called("calls")])
+            operand = _passed_on(module, module.computations[value.called("calls")], through)
         if operand is None:
             return None
         value = nested.operands(value)[operand]

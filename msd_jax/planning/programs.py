@@ -47,13 +47,9 @@ def rollout_mesh(config: ml_collections.ConfigDict, mesh: Mesh) -> Mesh:
     return sharding.rollout_mesh(mesh, config.mesh.rollout_tensor, config.mesh.rollout_ffw)
 
 
-def rollout_params(model: pretrained.Architecture, mesh: Mesh) -> decoder.Params:
-    """The abstract weights of generation, on its mesh: in the compute dtype and the rollout layout."""
-    return jax.tree.map(
-        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, model.dtype, sharding=placed),
-        model.abstract,
-        model.shardings(mesh, sharding.ROLLOUT),
-    )
+def rollout_params(config: ml_collections.ConfigDict, model: pretrained.Architecture, mesh: Mesh) -> decoder.Params:
+    """The abstract weights of a training run's rollouts, on the mesh of generation."""
+    return rollout.abstract_params(model, mesh, config.rollout.weights)
 
 
 def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architecture, mesh: Mesh) -> Iterator[Program]:
@@ -71,13 +67,15 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
     state, frozen = step.state, step.frozen
     state_bytes = bytes_per_device((state, frozen))
     generating = rollout_mesh(config, mesh)
-    weights, relaid = decoder.join(frozen, state.params), rollout_params(model, generating)
+    weights, relaid = decoder.join(frozen, state.params), rollout_params(config, model, generating)
 
-    def generation(name: str, rows: int, prompt: int, response: int, runs: int = 1) -> Program:
+    def generation(
+        name: str, rows: int, prompt: int, response: int, runs: int = 1, params: decoder.Params = relaid
+    ) -> Program:
         sampling = {key: config.rollout[key] for key in ("temperature", "top_k", "top_p")}
         options = rollout.Sampling(response, **sampling)
         generator = rollout.Generator(model.on(generating).graphdef, generating, options, stop_ids=(0,), pad_id=0)
-        return Program(name, lambda: generator.trace(relaid, rows, prompt), state_bytes, response - 1, runs)
+        return Program(name, lambda: generator.trace(params, rows, prompt), state_bytes, response - 1, runs)
 
     prompts, response = config.prompts, config.rollout.max_new_tokens
     read = state.params, frozen, state.teacher if train_step.reads_teacher(config) else None
@@ -99,7 +97,9 @@ def run_programs(config: ml_collections.ConfigDict, model: pretrained.Architectu
         yield generation("teacher rollout", rows, prompts.teacher_limit, response, runs)
     if evaluator.wanted(config):
         rows = sharding.batch_rows(generating, config.eval.batch_size)
-        yield generation("evaluation", rows, encoding.prompt_limit(config)[0], config.eval.max_new_tokens)
+        prompt, response = encoding.prompt_limit(config)[0], config.eval.max_new_tokens
+        params = rollout.abstract_params(model, generating, config.eval.weights)
+        yield generation("evaluation", rows, prompt, response, params=params)
 
 
 def _loss_chunks(shape: packing.Shape, config: ml_collections.ConfigDict) -> int:

@@ -92,7 +92,7 @@ def _more_micro_batches(
             other = pod.with_mesh(*mesh_sizes)
             train_step.check_batch(setting, other.mesh)
             model = abstract_model(setting, sizes, other.mesh)
-            generating = bytes_per_device(rollout_params(model, rollout_mesh(setting, other.mesh)))
+            generating = bytes_per_device(rollout_params(setting, model, rollout_mesh(setting, other.mesh)))
             weights = generating + bytes_per_device(model.target(other.mesh))
         except UserError:  # an axis does not divide over the mesh
             return
@@ -124,7 +124,7 @@ def _other_rollouts(best: Candidate, sizes: Any) -> Iterator[Candidate]:
             setting = with_values(best.config, **{"mesh.rollout_tensor": tensor, "mesh.rollout_ffw": ffw})
             try:
                 mesh = rollout_mesh(setting, best.pod.mesh)
-                rollout_params(abstract_model(setting, sizes, best.pod.mesh), mesh)
+                rollout_params(setting, abstract_model(setting, sizes, best.pod.mesh), mesh)
             except UserError:  # an axis does not divide over the mesh
                 continue
             if mesh not in tried:

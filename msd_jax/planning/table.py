@@ -139,7 +139,8 @@ def remedies(
             yield f"--mesh {pod.fewest_replicas},-1,{mesh['tensor']}: fsdp instead of data splits weights and optimizer"
     if set(too_big) - {"train"}:
         generating = rollout_mesh(config, pod.mesh)
-        weights, widest = bytes_per_device(rollout_params(model, generating)), 2 * sharding.parts(generating, "ffw")
+        weights = bytes_per_device(rollout_params(config, model, generating))
+        widest = 2 * sharding.parts(generating, "ffw")
         if not (model.config.ffw % widest or model.config.vocab_size % widest or pod.device_count % widest):
             yield (
                 f"--config.mesh.rollout_ffw={widest}: during generation each chip holds {gib(weights)} of weights, its "

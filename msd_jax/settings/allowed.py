@@ -8,7 +8,7 @@ from msd_jax.data import near_duplicates, prompts, records
 from msd_jax.evaluation import benchmarks, endpoint, judges, respondents
 from msd_jax.evaluation.judges import formats, guard
 from msd_jax.generation import responses
-from msd_jax.models import attention, decoder, lora
+from msd_jax.models import attention, decoder, int8, lora
 from msd_jax.planning import launch
 from msd_jax.training import optimizer, trackers, train_step
 
@@ -36,6 +36,7 @@ CHOICES = {
     "prompts.cot": prompts.COT,
     "teacher.kind": train_step.TEACHERS,
     "rollout.policy": responses.POLICIES,
+    "rollout.weights": int8.WEIGHTS,
     "loss.divergence": ("auto", *losses.OBJECTIVES),
     "loss.weighting": tuple(losses.WEIGHTINGS),
     "loss.entropy_scale": tuple(losses.ENTROPY_SCALES),
@@ -46,6 +47,7 @@ CHOICES = {
     "optimizer.schedule": optimizer.SCHEDULES,
     "eval.harmful": tuple(records.LABELS),
     "eval.sample": benchmarks.SAMPLES,
+    "eval.weights": int8.WEIGHTS,
     "launch.accelerator": launch.ACCELERATORS,
     "judge.kind": judges.KINDS,
     "judge.translate": judges.TRANSLATORS,

@@ -33,6 +33,7 @@ REMOVED = {
 }
 # Keys that earlier releases lacked, and the value that is as they were.
 ADDED = {
+    "eval.weights": "float",
     "loss.beta_ramp": 0.0,
     "loss.entropy_scale": "linear",
     "loss.token_cap": 0.0,
@@ -42,6 +43,7 @@ ADDED = {
     "prompts.chat_template": "",
     "prompts.require_same_ending": True,
     "rollout.rows": 0,
+    "rollout.weights": "float",
     "train.response_tokens": 0,
     "train.skip_spikes": 0.0,
 }

@@ -16,7 +16,7 @@ from msd_jax.parallel import peers, preemption
 from msd_jax.training import checkpoint, completions, goodput, profile, trackers, train_step, watch
 from msd_jax.training.generate import generate
 from msd_jax.training.metrics import Dispatched, LateRows, Metrics
-from msd_jax.training.run import Run, check, describe, encode, make_batches, rollout_params, teacher_store
+from msd_jax.training.run import Run, check, describe, encode, eval_params, make_batches, rollout_params, teacher_store
 from msd_jax.training.train_step import TrainState
 
 
@@ -37,7 +37,7 @@ def train(run: Run) -> Summary:
         log(f"resumed from step {step} of {stores.told(run.workdir)}")
     run.clock.resume(step)
     describe(run)
-    evaluate(run, 0, lambda: rollout_params(run, frozen, run.model.params(run.mesh)))
+    evaluate(run, 0, lambda: eval_params(run, frozen, run.model.params(run.mesh)))
     if run.monitor:
         run.monitor.start(run.workdir / "eval" / "0")
     with preemption.finishing_steps():
@@ -52,7 +52,7 @@ def train(run: Run) -> Summary:
     if run.config.train.export and step:
         watch.require_fit(state.params)
         export_model(run, frozen, state)
-    summary = evaluate(run, step, lambda: rollout_params(run, frozen, state.params))
+    summary = evaluate(run, step, lambda: eval_params(run, frozen, state.params))
     log(goodput.describe([run.clock.keep(step)]))
     return summary
 
@@ -89,7 +89,7 @@ def take_steps(
             if run.monitor and run.monitor.due(step):
                 done = rows.wait()
                 with run.clock.phase("evaluation"):
-                    seen = run.monitor.look(rollout_params(run, frozen, state.params))
+                    seen = run.monitor.look(eval_params(run, frozen, state.params))
                 row = rows.flush(seen, done)
                 if fault := run.monitor.fault(row):
                     low = f"the slice's {fault}"
@@ -134,7 +134,7 @@ def go_back(run: Run, frozen: decoder.Params, state: TrainState, step: int, faul
     like = checkpoint.abstract(state)
     jax.tree.map(lambda x: x.delete(), state)  # room for what is restored, though the caller still names it
     for earlier, restored, _ in run.checkpoints.restorable(like):
-        measured = run.monitor.look(rollout_params(run, frozen, restored.params))
+        measured = run.monitor.look(eval_params(run, frozen, restored.params))
         if not run.monitor.fault(measured):
             log(f"went back to step {earlier}, whose " + _rates(measured))
             return earlier, restored

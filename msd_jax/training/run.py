@@ -82,7 +82,7 @@ class Run(Inputs):
       beta: the loss's, by the number of finished steps.
       pack_shape: of the packs that a step is computed in.
       train_step: train_step(state, frozen, packs), as train_step.TrainStep.
-      rollout_shardings: of all weights while they generate.
+      rollout_layout, eval_layout: rollout.layout of all weights while they generate, in a rollout or an evaluation.
       generator: the program that writes responses.
       respond: gives a batch its responses.
     """
@@ -98,7 +98,8 @@ class Run(Inputs):
     beta: optax.Schedule
     pack_shape: packing.Shape
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    rollout_shardings: Any
+    rollout_layout: Any
+    eval_layout: Any
     generator: responses.Generator
     respond: responses.Responder | responses.GivenResponder
 
@@ -135,7 +136,7 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
         workdir=workdir,
         lock=held,
         clock=goodput.Clock(workdir, began),
-        utilisation=utilisation.Utilisation(model, inputs.rollout_mesh, peak),
+        utilisation=utilisation.Utilisation(model, inputs.rollout_mesh, peak, config.rollout.weights),
         checkpoints=checkpoint.Checkpoints(
             workdir,
             config.train.checkpoints.kept,
@@ -148,7 +149,8 @@ def setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, peak: utilis
         beta=beta_schedule(config),
         pack_shape=shape,
         train_step=TrainStep(config, model, mesh, optimize, shape),
-        rollout_shardings=model.shardings(inputs.rollout_mesh, sharding.ROLLOUT),
+        rollout_layout=rollout.layout(model, inputs.rollout_mesh, config.rollout.weights),
+        eval_layout=rollout.layout(model, inputs.rollout_mesh, config.eval.weights),
         generator=generator,
         respond=(
             responses.GivenResponder(generator)
@@ -346,8 +348,13 @@ def teacher_store(
 
 
 def rollout_params(run: Run, frozen: decoder.Params, trained: decoder.Params) -> decoder.Params:
-    """All weights as generation takes them; `frozen` and `trained` are the two parts of model.split."""
-    return rollout.reshard(decoder.join(frozen, trained), run.model.dtype, run.rollout_shardings)
+    """All weights as rollouts take them; `frozen` and `trained` are the two parts of model.split."""
+    return rollout.reshard(decoder.join(frozen, trained), run.model.dtype, run.rollout_layout)
+
+
+def eval_params(run: Run, frozen: decoder.Params, trained: decoder.Params) -> decoder.Params:
+    """All weights as evaluations take them; arguments as in `rollout_params`."""
+    return rollout.reshard(decoder.join(frozen, trained), run.model.dtype, run.eval_layout)
 
 
 def describe(run: Run) -> None:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from msd_jax.generation import rollout
 from msd_jax.generation.responses import Responses
 from msd_jax.models import pretrained
 from msd_jax.models.config import DecoderConfig
@@ -42,10 +43,17 @@ class Utilisation:
     The seconds include compilation, which makes the first steps' shares small.
     """
 
-    def __init__(self, model: pretrained.Architecture, mesh: Mesh, peak: Peak | None):
-        """`mesh`: of generation; `peak`: of each device; None where it is not known, and there are no columns."""
+    def __init__(self, model: pretrained.Architecture, mesh: Mesh, peak: Peak | None, weights: str = "float"):
+        """Nothing is compiled.
+
+        Args:
+          model: that trains and generates.
+          mesh: of generation.
+          peak: of each device; None where it is not known, and there are no columns.
+          weights: config.rollout.weights.
+        """
         self._model, self._mesh, self._peak = model, mesh, peak
-        self._weights = _weight_bytes(model, mesh)
+        self._weights = _weight_bytes(model, mesh, weights)
 
     def __call__(self, batch: TrainBatch, responses: Responses, row: dict[str, float]) -> dict[str, float]:
         """The columns of a step that trained on `batch`, and whose row is `row` without them."""
@@ -100,16 +108,12 @@ def _pairs(length_B: np.ndarray, window: int | None) -> float:
     return float((seen_B * (seen_B + 1) / 2 + (length_B - seen_B) * seen_B).sum())
 
 
-def _weight_bytes(model: pretrained.Architecture, mesh: Mesh) -> int:
+def _weight_bytes(model: pretrained.Architecture, mesh: Mesh, weights: str) -> int:
     """Bytes of the weights that a device reads for each token; of an embedding that is no head only rows are read."""
-    placed = model.shardings(mesh, sharding.ROLLOUT)
-    names = set(model.abstract) - (set() if model.config.tied_embeddings else {"embedding"})
-    shards = (
-        math.prod(shard.shard_shape(leaf.shape))
-        for name in names
-        for leaf, shard in zip(jax.tree.leaves(model.abstract[name]), jax.tree.leaves(placed[name]))
-    )
-    return sum(shards) * model.dtype.itemsize
+    params = rollout.abstract_params(model, mesh, weights)
+    names = set(params) - (set() if model.config.tied_embeddings else {"embedding"})
+    leaves = jax.tree.leaves([params[name] for name in names])
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _cached_bytes(

@@ -18,7 +18,7 @@ from msd_jax.evaluation import evaluator, fingerprint, judges, records
 from msd_jax.evaluation.judges import cache, interface
 from msd_jax.generation import rollout
 from msd_jax.io import jsonl
-from msd_jax.models import pretrained
+from msd_jax.models import int8, pretrained
 from msd_jax.parallel import sharding
 from tests.conftest import WORDS
 
@@ -172,6 +172,8 @@ def test_other_settings_or_weights_are_not_mixed_up(interruptible, config, tmp_p
     assert fingerprint.weights_checksum(one) == fingerprint.weights_checksum(weights)
     pairs = zip(fingerprint.weights_checksum(changed), fingerprint.weights_checksum(weights))
     assert all(a != b for a, b in pairs)
+    quantised = int8.quantised(weights, np.float32)
+    assert evaluation.fingerprint(quantised) != evaluation.fingerprint(weights)
     many, load = make(config, 8)
     assert many.fingerprint(load()) == evaluation.fingerprint(weights) != evaluation.fingerprint(changed)
 

@@ -55,6 +55,33 @@ ENTRY %main (head.1: bf16[100,10], x.1: bf16[10]) -> f32[100] {
     assert hbm_traffic(HloModule(text)) == 100 * 10 * 2
 
 
+def test_a_slice_of_what_a_nested_fusion_copies_to_other_tiles_counts_as_the_slice():
+    """As of int8, whose tiles a product wants otherwise than they lie in HBM."""
+    text = """
+%tiles (a: s8[10,100,100]) -> s8[10,100,100] {
+  %a = s8[10,100,100]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %b = s8[10,100,100]{2,1,0:T(8,128)(4,1)} copy(%a)
+}
+
+%outer (stack: s8[10,100,100], i: s32[]) -> s8[100,100] {
+  %stack = s8[10,100,100]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %other = s8[10,100,100]{2,1,0:T(8,128)(4,1)} fusion(%stack), kind=kLoop, calls=%tiles
+  %one = s8[1,100,100]{2,1,0:T(8,128)(4,1)} dynamic-slice(%other, %i, %zero, %zero), dynamic_slice_sizes={1,100,100}
+  %flat = s8[100,100]{1,0:T(8,128)(4,1)} bitcast(%one)
+  ROOT %back = s8[100,100]{1,0:T(32,128)(4,1)S(1)} copy(%flat)
+}
+
+ENTRY %main (stack.1: s8[10,100,100], i.1: s32[]) -> s8[100,100] {
+  %stack.1 = s8[10,100,100]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i.1 = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %f = s8[100,100]{1,0:T(32,128)(4,1)S(1)} fusion(%stack.1, %i.1), kind=kLoop, calls=%outer
+}
+"""
+    assert hbm_traffic(HloModule(text)) == 100 * 100
+
+
 def test_a_result_that_a_nested_fusion_passes_on_is_written():
     text = """
 %inner (a: f32[100]) -> f32[10,10] {

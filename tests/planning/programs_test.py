@@ -1,5 +1,7 @@
 """The programs of a run, and what is in memory beside each."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -72,6 +74,28 @@ def test_a_batch_that_does_not_divide_is_refused(smoke):
     config, mesh = smoke(**{"train.micro_batches": 2}), sharding.make_mesh(1, 8, 1)
     with pytest.raises(ValueError, match="gives 4 rows, which do not divide over 8 devices"):
         list(programs.run_programs(config, model_of(config, mesh), mesh))
+
+
+@pytest.mark.parametrize(("key", "quantised"), [("rollout", {"relayout", "rollout"}), ("eval", {"evaluation"})])
+def test_int8_weights_are_planned_where_they_are_asked_for(smoke, key, quantised):
+    config, mesh = smoke(**{f"{key}.weights": "int8"}), sharding.make_mesh(1, 4, 2)
+    planned = list(programs.run_programs(config, model_of(config, mesh), mesh))
+    texts = {program.name: program.trace().lower().as_text() for program in planned}
+    assert {name for name, text in texts.items() if "xi8>" in text} == quantised
+
+
+@needs_libtpu
+def test_the_decode_loop_for_tpus_reads_int8(smoke, tpu_slice):
+    """And no wider copy of a matrix that was made before it."""
+    config = smoke(**{"rollout.weights": "int8"})
+    mesh = sharding.make_mesh(1, 2, 2, devices=tpu_slice("v5e:2x2"))
+    model = model_of(config, mesh)
+    (rollout,) = (x for x in programs.run_programs(config, model, mesh) if x.name == "rollout")
+    module = HloModule(rollout.trace().lower().compile().as_text(), rollout.while_trips)
+    loops = " ".join(x.instruction.shape for x in module.executions() if x.instruction.opcode == "while")
+    layers, ffw = model.config.layers, model.config.ffw // 2
+    carried = re.findall(rf"(\w+)\[{layers},(?:\d\d+,{ffw}|{ffw},\d\d+)\]", loops)
+    assert carried and set(carried) == {"s8"}
 
 
 @needs_libtpu

@@ -9,10 +9,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from msd_jax import report
+from msd_jax.generation import responses
 from msd_jax.io import jsonl
 from msd_jax.models import pretrained, trained
 from msd_jax.parallel import sharding
-from msd_jax.training import loop
+from msd_jax.training import loop, run
 from msd_jax.training.generate import generate
 from tests.training.conftest import set_up, steps_on_disk, train
 
@@ -188,3 +189,20 @@ def test_batches_that_do_not_divide_over_the_devices(config, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size=12.*8 devices"):
         set_up(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weights", [("float", "float"), ("int8", "float"), ("float", "int8")])
+def test_rollouts_and_evaluations_have_int8_where_it_is_asked_for(config, tmp_path, weights):
+    """What is trained has none, and stored responses of other weights are not taken over."""
+    before = responses.fingerprint(config, tmp_path)
+    config.rollout.weights, config.eval.weights = weights
+    assert (responses.fingerprint(config, tmp_path) == before) == (weights[0] == "float")
+    ready = set_up(config, tmp_path / "run")
+    state, frozen = loop.initial_state(ready)
+    given = run.rollout_params(ready, frozen, state.params), run.eval_params(ready, frozen, state.params)
+    held = [{leaf.dtype.name for leaf in jax.tree.leaves(params["layers"])} for params in given]
+    assert [("int8" if "int8" in dtypes else "float") for dtypes in held] == list(weights)
+    generated = generate(ready, frozen, state, next(iter(ready.batches)), 0)
+    state, scalars = ready.train_step(state, frozen, generated.packs)
+    assert generated.responses.generated and np.isfinite(jax.device_get(scalars)["loss"])
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state.params))
