@@ -105,8 +105,8 @@ def install(cache: pathlib.Path, peer: str) -> str:
         return str(python)
     print(f"installing {' '.join(packages)}", file=sys.stderr)
     for command in (
-        [find_python(venv.python), "-m", "venv", "--clear", folder],
-        [python, "-m", "pip", "install", "--quiet", *packages],
+        [find_python(venv.python), "-m", "venv", "--clear", str(folder)],
+        [str(python), "-m", "pip", "install", "--quiet", *packages],
     ):
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
@@ -195,11 +195,13 @@ def our_training(task: dict[str, Any]) -> dict[str, Any]:
     step = train_step.TrainStep(config, model, mesh, optimize, shape)
     state, frozen = train_step.initial_state(inputs.model, mesh, optimize, "frozen", config.seed)
     responses = np.array(task["responses"], np.int32)
-    prompts: list[np.ndarray] = []
+    prompts: dict[str, np.ndarray] = {}
     for role in ROLES:
         rows = task[role][: task["batch"]]
-        prompts += [np.array(left_padded(rows, task["pad"]), np.int32), np.array([len(row) for row in rows], np.int32)]
-    batch = packing.TrainBatch(*prompts, responses, np.full(len(responses), responses.shape[1], np.int32))
+        prompts[f"{role}_prompt_BxP"] = np.array(left_padded(rows, task["pad"]), np.int32)
+        prompts[f"{role}_length_B"] = np.array([len(row) for row in rows], np.int32)
+    lengths = np.full(len(responses), responses.shape[1], np.int32)
+    batch = packing.TrainBatch(**prompts, response_BxR=responses, response_length_B=lengths)
 
     def update() -> float:
         nonlocal state
@@ -411,8 +413,9 @@ def measure(part: str, peer: str, task: dict[str, Any]) -> dict[str, Any]:
         file.write_text(json.dumps(task), encoding="utf-8")
         command = [python, str(pathlib.Path(__file__).resolve()), "--only", part, peer, str(file)]
         environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         try:
             output, errors = process.communicate(timeout=task["timeout"])
         except subprocess.TimeoutExpired:
