@@ -21,16 +21,18 @@ def queries(tmp_path):
 
 def test_a_peer_for_which_there_is_no_python_is_a_row_that_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(peers.VENVS, "Tunix", peers.Venv((3, 99), ("google-tunix",)))
-    rows = peers.run_part("training", ["Tunix"], {"cache": str(tmp_path)}, rounds=2)
+    rows = peers.run_part("training", ["Tunix"], {"cache": str(tmp_path), "timeout": 60}, rounds=2)
     peers.show("training", rows, {})
     assert "Tunix    skipped: needs Python 3.99 or later, which is not on PATH" in capsys.readouterr().out
 
 
 def test_a_peer_that_fails_is_a_row_with_its_error(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers, "install", lambda cache, peer: sys.executable)
-    rows = peers.run_part("generation", ["Tunix"], {"cache": str(tmp_path)}, rounds=2)
+    rows = peers.run_part("generation", ["Tunix"], {"cache": str(tmp_path), "timeout": 60}, rounds=2)
     peers.show("generation", rows, {})
-    assert "Tunix    skipped: ModuleNotFoundError: No module named 'tunix'" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Tunix    skipped: ModuleNotFoundError: No module named 'tunix'" in shown
+    assert "EasyDeL  skipped: 0.3.0 loads the model" in shown
 
 
 def test_ours_writes_and_trains_on_a_tiny_model(model_dir, queries):
