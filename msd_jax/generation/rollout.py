@@ -307,9 +307,8 @@ def _reshard(
 
 def _steps(params: decoder.Params, layout: decoder.Params, quantised: bool) -> tuple[tuple[NamedSharding, ...], ...]:
     """The layouts of `reshard`, leaf by leaf."""
-    sources = jax.tree.map(lambda leaf: leaf.sharding, params)
-    leaves = (tuple(jax.tree.leaves(x)) for x in (int8.layout(sources) if quantised else sources, layout))
-    sources, targets = leaves
+    now = jax.tree.map(lambda leaf: leaf.sharding, params)
+    sources, targets = (tuple(jax.tree.leaves(x)) for x in (int8.layout(now) if quantised else now, layout))
     between = tuple(map(sharding.halfway, sources, targets))
     # First as they come, or XLA might move weights before it quantises them.
     return (sources, between, targets) if quantised else (between, targets)

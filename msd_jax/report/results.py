@@ -107,6 +107,7 @@ def _findings(results: Results) -> Iterator[Finding]:
         yield from _compared(results)
     yield from _contamination(results)
     yield from _judged_by(results)
+    yield from _quantised(results)
     if run.metrics and (skipped := run.metrics[-1].get("skipped")):
         yield Finding(Tone.WARNING, f"Training steps skipped because their gradient was not finite: {skipped:.0f}.")
 
@@ -263,6 +264,12 @@ def _judged_by(results: Results) -> Iterator[Finding]:
         yield Finding(Tone.NOTE, text)
 
 
+def _quantised(results: Results) -> Iterator[Finding]:
+    if results.run.config.get("eval", {}).get("weights") == "int8":
+        text = "Measured with weights rounded to int8 (config.eval.weights); the exported model, whose weights are not, "
+        yield Finding(Tone.WARNING, text + "may answer otherwise.")
+
+
 def _facts(results: Results) -> Iterator[tuple[str, str]]:
     run = results.run
     if run.config:
@@ -301,7 +308,8 @@ def _settings(run: RunFiles) -> Iterator[tuple[str, str]]:
     yield "model", str(get("model.path"))
     yield "queries", get("data.path") or ", ".join(source["path"] for source in get("data.sources").values())
     yield "trained languages", ", ".join(code for code, weight in get("data.languages").items() if weight)
-    yield "policy", f"{get('rollout.policy')}, {get('rollout.max_new_tokens')} new tokens"
+    rounded = ", sampled from int8 weights" if get("rollout.weights") == "int8" else ""
+    yield "policy", f"{get('rollout.policy')}, {get('rollout.max_new_tokens')} new tokens{rounded}"
     chosen = tuple(map(get, ("rollout.policy", "loss.divergence", "loss.weighting")))
     if chosen != ("reference", "cross_entropy", "uniform"):  # fine-tuning on the records' answers
         yield "teacher", f"{get('teacher.kind')}, cot {get('prompts.cot')}"

@@ -116,10 +116,13 @@ def test_a_model_gives_the_logits_of_the_weights_that_it_stands_for(tied, dtype,
     given, expected, float_ = (
         jax.nn.log_softmax(forward.response_logits(graphdef, some, *sequence)) for some in (quantised, same, params)
     )
-    tolerance = 2e-4 if dtype == jnp.float32 else 0.5
-    np.testing.assert_allclose(given, expected, atol=tolerance)
     if dtype == jnp.float32:
-        assert np.abs(given - float_).max() > 10 * tolerance
+        np.testing.assert_allclose(given, expected, atol=2e-4)
+        assert np.abs(given - float_).max() > 2e-3
+    else:  # no further from float32 products than bfloat16 ones of the same weights, which are rounded twice as often
+        wide_graphdef, _ = decoder.init(config, jax.random.key(1), lora=Lora(2, 4.0, ("query", "down")))
+        exact = jax.nn.log_softmax(forward.response_logits(wide_graphdef, same, *sequence))
+        assert np.abs(given - exact).mean() < 1.5 * np.abs(expected - exact).mean()
 
 
 def _is_int8(leaf):

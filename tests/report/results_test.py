@@ -215,6 +215,19 @@ def test_no_contamination_is_said_only_where_it_was_looked_for(make):
     assert finding.kind == "note" and "no query of the evaluation nearly equals a training query" in finding.text
 
 
+def test_an_evaluation_of_int8_weights_says_so_on_page_summary_and_card(make):
+    results = {kind: Results(collect.workdir(make.run(name=kind, eval__weights=kind))) for kind in ("float", "int8")}
+    for write in (page.html, report.as_markdown, card._body):
+        written = {kind: "Measured with weights rounded to int8" in write(results[kind]) for kind in results}
+        assert written == {"float": False, "int8": True}
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_samples_of_int8_weights_are_a_fact(make, kind):
+    facts = Results(collect.workdir(make.run(rollout__weights=kind))).facts()
+    assert facts["policy"].endswith("sampled from int8 weights") == (kind == "int8")
+
+
 def test_facts_are_those_of_the_config(make):
     run = collect.workdir(make.run(seed=3, loss__weighting="teacher", model__lora__rank=8))
     facts = Results(run).facts()
