@@ -266,7 +266,9 @@ def _judged_by(results: Results) -> Iterator[Finding]:
 
 def _quantised(results: Results) -> Iterator[Finding]:
     if results.run.config.get("eval", {}).get("weights") == "int8":
-        text = "Measured with weights rounded to int8 (config.eval.weights); the exported model, whose weights are not, "
+        text = (
+            "Measured with weights rounded to int8 (config.eval.weights); the exported model, whose weights are not, "
+        )
         yield Finding(Tone.WARNING, text + "may answer otherwise.")
 
 
