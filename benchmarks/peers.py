@@ -66,8 +66,8 @@ VENVS = {
 # Part -> peer -> why it is not measured: as seen, with no more than this tried.
 UNUSABLE = {
     "generation": {
-        "EasyDeL": "not run here: 0.3.0 loads the model (with torch and pillow, which it does not require), but 8 prompts "
-        "and 16 tokens had no result after 10 minutes on two busy cores"
+        "EasyDeL": "not run here: 0.3.0 loads the model (with torch and pillow, which it does not require), but 8 "
+        "prompts and 16 tokens had no result after 10 minutes on two busy cores"
     }
 }
 

@@ -32,7 +32,7 @@ def test_a_peer_that_fails_is_a_row_with_its_error(monkeypatch, tmp_path, capsys
     peers.show("generation", rows, {})
     shown = capsys.readouterr().out
     assert "Tunix    skipped: ModuleNotFoundError: No module named 'tunix'" in shown
-    assert "EasyDeL  skipped: 0.3.0 loads the model" in shown
+    assert "EasyDeL  skipped: not run here: 0.3.0 loads the model" in shown
 
 
 def test_ours_writes_and_trains_on_a_tiny_model(model_dir, queries):

@@ -266,10 +266,8 @@ def _judged_by(results: Results) -> Iterator[Finding]:
 
 def _quantised(results: Results) -> Iterator[Finding]:
     if results.run.config.get("eval", {}).get("weights") == "int8":
-        text = (
-            "Measured with weights rounded to int8 (config.eval.weights); the exported model, whose weights are not, "
-        )
-        yield Finding(Tone.WARNING, text + "may answer otherwise.")
+        text = "Measured with weights rounded to int8 (config.eval.weights); those of the exported model are not"
+        yield Finding(Tone.WARNING, f"{text}, and it may answer otherwise.")
 
 
 def _facts(results: Results) -> Iterator[tuple[str, str]]:
