@@ -1,15 +1,16 @@
 """Training and decoding on one GPU: seconds, tokens per second, and the shares of the card's peak that they reach.
 
-    python benchmarks/gpu.py --seconds 220 --out DIR [--models 1b 7b]
+    python benchmarks/gpu.py --seconds 220 --out DIR [--models 1b 7b] [--parts train decode int8 stacked]
 
 Runs the programs that training runs, with random weights made on the device: no checkpoint, tokenizer or network.
 
 - `1b train`: Llama-3.2-1B's shape, all weights trained in float32, products in bfloat16, AdamW, frozen teacher; once
   with each attention kernel.
 - `1b decode`: prompts to responses, weights and cache in bfloat16.
-- `1b stacked`: the same with a scan over stacked layers, as on TPUs: XLA's GPU compiler then copies the weights that it
+- `1b int8`: the same with config.rollout.weights="int8".
+- `1b stacked`: decoding with a scan over stacked layers, as on TPUs: XLA's GPU compiler then copies the weights that it
   slices, for every token.
-- `7b train`, `7b decode`, `7b stacked`: the same with Qwen2.5-7B's shape, a bfloat16 base and adapters of rank 16.
+- `7b train` and so on: the same with Qwen2.5-7B's shape, a bfloat16 base and adapters of rank 16.
 
 Needs this package with its requirements, JAX for CUDA (pip install -e '.[cuda]') and a GPU with 80 GB; smaller ones
 take fewer rows. On a CPU, `--models tiny` tries all of it in seconds; shares are printed for the cards in
@@ -82,13 +83,15 @@ class Setting:
     def sizes(self) -> model_config.DecoderConfig:
         return architecture.read_sizes(self.path)[0] if self.path else model_config.from_dict(TINY)
 
-    def config(self, rows: int, kernel: str, remat: str = "full") -> ml_collections.FrozenConfigDict:
+    def config(
+        self, rows: int, kernel: str, remat: str = "full", stored: str = "float"
+    ) -> ml_collections.FrozenConfigDict:
         config = default.get_config()
         config.model.update(path=self.path, dtype="bfloat16", attention=kernel, remat=remat)
         config.model.lora.rank = self.rank
         config.data.batch_size = rows
         config.prompts.update(student_limit=self.student, teacher_limit=self.teacher)
-        config.rollout.max_new_tokens = self.response
+        config.rollout.update(max_new_tokens=self.response, weights=stored)
         return ml_collections.FrozenConfigDict(config)
 
 
@@ -152,13 +155,13 @@ def measure_train(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
     return row
 
 
-def measure_decode(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
+def measure_decode(setting: Setting, rows: int, kernel: str, stored: str = "float") -> dict[str, Any]:
     """Responses of a whole batch; its prefill alone, by the same program with no row active."""
-    config = setting.config(rows, kernel)
+    config = setting.config(rows, kernel, stored=stored)
     model, mesh, known = make(setting, config)
     program = known["rollout"]
     compiled, row = compile_program(program)
-    weights = rollout.reshard(model.params(mesh), model.dtype, model.shardings(mesh, sharding.ROLLOUT))
+    weights = rollout.reshard(model.params(mesh), model.dtype, rollout.layout(model, mesh, stored))
     rest = *random_ids(model, rows, setting.student), np.arange(rows, dtype=np.uint32)
     prompts = sharding.put_batch(mesh, rest)
     all_rows, no_row = (sharding.put_batch(mesh, np.full(rows, active)) for active in (True, False))
@@ -169,7 +172,7 @@ def measure_decode(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
     per_token = (row["seconds"] - prefill) / (setting.response - 1)
     row |= {"prefill_seconds": prefill, "seconds_per_token": per_token, "tokens_per_second": rows / per_token}
     row |= {"response_tokens_per_second": rows * setting.response / row["seconds"]}
-    read = decode_bytes(model, mesh, rows, setting.student + setting.response // 2)
+    read = decode_bytes(model, mesh, rows, setting.student + setting.response // 2, stored)
     row["bytes_per_token"] = read
     if spec := device_spec():
         row["hbm_share"] = read / spec.hbm_bandwidth / per_token
@@ -218,9 +221,9 @@ def train_flops(setting: Setting, rows: int, remat: str) -> int:
     return count_flops(program.trace().jaxpr, program.while_trips)
 
 
-def decode_bytes(model: RandomModel, mesh: jax.sharding.Mesh, rows: int, context: int) -> int:
+def decode_bytes(model: RandomModel, mesh: jax.sharding.Mesh, rows: int, context: int, stored: str) -> int:
     """Bytes that one more token of every row must read: the weights, and the cache of `context` tokens of each row."""
-    weights, c = dict(rollout.abstract_params(model, mesh)), model.config
+    weights, c = dict(rollout.abstract_params(model, mesh, stored)), model.config
     if not c.tied_embeddings:
         del weights["embedding"]  # of which it reads only a row for each token
     cached = 2 * c.layers * c.kv_heads * c.head_dim * jnp.dtype(model.dtype).itemsize
@@ -246,7 +249,12 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:500]
 
 
-MEASURES = {"train": measure_train, "decode": measure_decode, "stacked": measure_stacked}
+def measure_int8(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
+    """`measure_decode` with int8 weights."""
+    return measure_decode(setting, rows, kernel, stored="int8")
+
+
+MEASURES = {"train": measure_train, "decode": measure_decode, "int8": measure_int8, "stacked": measure_stacked}
 
 
 class Results:
@@ -292,22 +300,22 @@ def described(row: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def measure_model(name: str, results: Results) -> None:
-    """Both parts of a model; of the smaller one, training with each kernel."""
+def measure_model(name: str, parts: Sequence[str], results: Results) -> None:
+    """The parts of a model; of the smaller one, training with each kernel."""
     device, rows = jax.devices()[0], SETTINGS[name].rows
     kernels = ("cudnn", "xla") if device.platform == "gpu" else ("xla",)
     set_here = {key: os.environ[key] for key in ("XLA_FLAGS", "JAX_OPTIMIZATION_LEVEL") if key in os.environ}
     versions = {"jax": jax.__version__, "jaxlib": jax.lib.__version__, "environment": set_here}
     results.write({"model": name, "part": "device", "device": device.device_kind} | versions)
-    if SETTINGS[name].rank:
+    if "train" in parts and SETTINGS[name].rank:
         results.part(name, "train", kernels, rows)
-    else:
+    elif "train" in parts:
         trained = {kernel: results.part(name, "train", (kernel,), rows) for kernel in reversed(kernels)}
         rates = {kernel: row["tokens_per_second"] for kernel, row in trained.items() if row}
         faster = max(rates, key=rates.__getitem__, default=None)
         results.write({"model": name, "part": "attention", "faster": faster, "tokens_per_second_of": rates})
         kernels = (faster,) if faster else kernels
-    for what in ("decode", "stacked"):
+    for what in [part for part in parts if part != "train"]:
         results.part(name, what, kernels, rows)
 
 
@@ -316,16 +324,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=220.0, help="no part begins in the last 40 of them")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory of gpu.jsonl")
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=["1b", "7b"])
+    parser.add_argument("--parts", nargs="+", choices=MEASURES, default=[*MEASURES])
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of a model's own process, seconds since 1970
     arguments = parser.parse_args()
     if arguments.until:
-        return measure_model(*arguments.models, Results(arguments.out, arguments.until))
+        return measure_model(*arguments.models, arguments.parts, Results(arguments.out, arguments.until))
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "gpu.jsonl").unlink(missing_ok=True)
     until = time.time() + arguments.seconds
     for name in arguments.models:
-        flags = ("--out", str(arguments.out), "--models", name, "--until", str(until))
+        flags = ("--out", str(arguments.out), "--models", name, "--until", str(until), "--parts", *arguments.parts)
         code = subprocess.run([sys.executable, __file__, *flags]).returncode
         if code:
             error = f"the process ended with {code}"

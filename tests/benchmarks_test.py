@@ -32,7 +32,7 @@ def test_a_tiny_model_is_measured_on_a_cpu_without_shares(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     device, train, attention, *decodes = lines(tmp_path / "out")
-    assert [row["part"] for row in decodes] == ["decode", "stacked"]
+    assert [row["part"] for row in decodes] == ["decode", "int8", "stacked"]
     assert (device["part"], device["device"]) == ("device", "cpu")
     assert attention["faster"] == "xla"
     for row in (train, *decodes):
@@ -44,7 +44,7 @@ def test_a_tiny_model_is_measured_on_a_cpu_without_shares(tmp_path):
     assert train["tokens_per_second"] > 0
     for row in decodes:  # whose prefill may seem to take longer than the whole, on a busy machine
         assert row["prefill_seconds"] > 0 and {"seconds_per_token", "tokens_per_second", "bytes_per_token"} <= set(row)
-    assert len(done.stdout.splitlines()) == 5
+    assert len(done.stdout.splitlines()) == 6
 
 
 def test_shares_of_a_card_in_the_table(gpu, tmp_path, monkeypatch):
