@@ -31,6 +31,8 @@ from msd_jax.parallel import compiler_options, sharding
 PARTS = 8  # rows are filled in eighths of the batch: few programs run, and few rows stand idle
 _TOKENS, _TOKENS_ON_CPU = 512, 64  # F x W of each device, which make its matrix products fast
 _COLUMNS = 16  # W at least
+# Sizes of the cache at most. Elsewhere a size's programs take longer to compile than it saves a few thousand prompts.
+_SIZES, _SIZES_ON_CPU = 2, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +87,9 @@ class PoolGenerator:
         tokens = (_TOKENS_ON_CPU if platform == "cpu" else _TOKENS) * sharding.batch_shards(mesh)
         self._columns = max(_COLUMNS, min(R, tokens // self._part))
         self._behind = max(R, self._columns)  # slots of the cache beside those of prompts
-        self.sizes = [limit]
-        while self.sizes[0] // 2 >= max(R // 2, _COLUMNS):  # half of which would hardly make the cache smaller
+        self.sizes, most = [limit], _SIZES_ON_CPU if platform == "cpu" else _SIZES
+        # Half of the size would hardly make the cache smaller where responses are longer.
+        while len(self.sizes) < most and self.sizes[0] // 2 >= max(R // 2, _COLUMNS):
             self.sizes.insert(0, self.sizes[0] // 2)
         by_row: Any = sharding.batch_sharding(mesh)
         whole: Any = sharding.replicated(mesh)

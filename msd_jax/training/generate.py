@@ -8,7 +8,6 @@ import jax
 from msd_jax.data import batches
 from msd_jax.generation.responses import Responses
 from msd_jax.models import decoder
-from msd_jax.parallel import padding
 from msd_jax.training import packing
 from msd_jax.training.packing import TrainBatch
 from msd_jax.training.run import Run, rollout_params
@@ -22,7 +21,7 @@ class Generated:
     Attributes:
       queries: the prompts of both roles.
       responses: one per query.
-      batch: both, as arrays; R is the bucket of the longest response.
+      batch: both, as arrays.
       packs: the same, as train_step takes them.
       free: the host's clock when the devices were done with the step before, whose weights generation needs; None
         where nothing was generated, and the host did not wait for them.
@@ -54,14 +53,13 @@ def generate(run: Run, frozen: decoder.Params, state: TrainState, queries: batch
     )
     had = time.perf_counter()
     run.clock.enter("steps")
-    R = padding.bucket(max(int(responses.length_B.max()), 1), run.config.rollout.max_new_tokens)
     read = reads_teacher(run.config)
     batch = TrainBatch(
         queries.student_prompt_BxP,
         queries.student_length_B,
         queries.teacher_prompt_BxP if read else None,
         queries.teacher_length_B if read else None,
-        responses.response_BxR[:, :R],
+        responses.response_BxR,
         responses.length_B,
     )
     return Generated(queries, responses, batch, packing.pack(batch, run.pack_shape), free, had)

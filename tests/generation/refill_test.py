@@ -101,7 +101,7 @@ def test_three_programs_for_each_size_of_the_cache(rng):
     assert len(list(pool(params, long + short))) == 18 and pool.compilations == 6
 
 
-def test_a_cache_takes_half_the_room_only_where_that_makes_it_smaller():
+def test_a_cache_takes_half_the_room_only_where_that_makes_it_smaller(monkeypatch):
     graphdef, _ = decoder.init(model_config.from_dict(LLAMA), jax.random.key(1))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
@@ -109,6 +109,8 @@ def test_a_cache_takes_half_the_room_only_where_that_makes_it_smaller():
         return refill.PoolGenerator(graphdef, mesh, rollout.Sampling(R), STOP, 0, rows=4, limit=limit).sizes
 
     assert sizes(400, 128) == [100, 200, 400] and sizes(400, 512) == [400] and sizes(9, 1) == [9]
+    monkeypatch.setattr(refill, "_SIZES_ON_CPU", refill._SIZES)  # as on accelerators
+    assert sizes(400, 16) == [200, 400]
 
 
 def test_nothing_is_asked():

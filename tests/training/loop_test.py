@@ -13,7 +13,7 @@ from msd_jax.generation import responses
 from msd_jax.io import jsonl
 from msd_jax.models import pretrained, trained
 from msd_jax.parallel import sharding
-from msd_jax.training import loop, run
+from msd_jax.training import completions, loop, run
 from msd_jax.training.generate import generate
 from tests.training.conftest import set_up, steps_on_disk, train
 
@@ -115,6 +115,16 @@ def test_completions_tell_what_each_role_saw(config, tmp_path):
     assert "answer in" in entry["teacher_prompt"] and "kikombe" not in entry["teacher_prompt"]
     for name in ("kl", "weight", "w_T", "w_S"):
         assert len(entry[name]) == len(entry["tokens"]) > 0
+
+
+def test_completions_of_all_steps_take_one_program(config, tmp_path):
+    """Whatever the lengths of their prompts and responses."""
+    config.train.completions.every, before = 1, completions.per_token_values._cache_size()
+    config.rollout.max_new_tokens = 64
+    train(config, tmp_path / "run")
+    rows = jsonl.read(tmp_path / "run" / "completions.jsonl")
+    assert len({max(len(row["tokens"]) for row in rows if row["step"] == step) // 16 for step in range(1, 7)}) > 1
+    assert completions.per_token_values._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("policy", ["on_policy", "off_policy"])
