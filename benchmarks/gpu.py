@@ -1,11 +1,12 @@
 """Training and decoding on one GPU: seconds, tokens per second, and the shares of the card's peak that they reach.
 
-    python benchmarks/gpu.py --seconds 220 --out DIR [--models 1b 7b] [--parts train decode int8 stacked]
+    python benchmarks/gpu.py --seconds 220 --out DIR [--models 1b 7b] [--parts train dots decode int8 stacked]
 
 Runs the programs that training runs, with random weights made on the device: no checkpoint, tokenizer or network.
 
 - `1b train`: Llama-3.2-1B's shape, all weights trained in float32, products in bfloat16, AdamW, frozen teacher; once
   with each attention kernel.
+- `1b dots`: the same with config.model.remat="dots", which repeats no matrix product in the backward pass.
 - `1b decode`: prompts to responses, weights and cache in bfloat16.
 - `1b int8`: the same with config.rollout.weights="int8".
 - `1b stacked`: decoding with a scan over stacked layers, as on TPUs: XLA's GPU compiler then copies the weights that it
@@ -122,9 +123,9 @@ def make(setting: Setting, config: Any) -> tuple[RandomModel, jax.sharding.Mesh,
     return model, mesh, {program.name: program for program in programs.run_programs(config, model, mesh)}
 
 
-def measure_train(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
+def measure_train(setting: Setting, rows: int, kernel: str, remat: str = "full") -> dict[str, Any]:
     """One update: both roles' forward passes, DPSW, forward KL, gradients and AdamW."""
-    config = setting.config(rows, kernel)
+    config = setting.config(rows, kernel, remat)
     model, mesh, known = make(setting, config)
     accumulate, row = compile_program(known["train"])
     update, _ = compile_program(known["update"])
@@ -145,7 +146,7 @@ def measure_train(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
     row |= timing(step)
     _, scalars = step()
     tokens = rows * (setting.student + setting.teacher + 2 * setting.response)
-    flops, repeated = (train_flops(setting, rows, remat) for remat in ("none", "full"))
+    flops, repeated = (train_flops(setting, rows, kept) for kept in ("none", remat))
     row |= {"loss": float(scalars["loss"]), "tokens": tokens, "tokens_per_second": tokens / row["seconds"]}
     row |= {"flops": flops, "response_tokens_per_second": rows * setting.response / row["seconds"]}
     if spec := device_spec():
@@ -254,7 +255,18 @@ def measure_int8(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
     return measure_decode(setting, rows, kernel, stored="int8")
 
 
-MEASURES = {"train": measure_train, "decode": measure_decode, "int8": measure_int8, "stacked": measure_stacked}
+def measure_dots(setting: Setting, rows: int, kernel: str) -> dict[str, Any]:
+    """`measure_train` without repeated matrix products."""
+    return measure_train(setting, rows, kernel, remat="dots")
+
+
+MEASURES = {
+    "train": measure_train,
+    "dots": measure_dots,
+    "decode": measure_decode,
+    "int8": measure_int8,
+    "stacked": measure_stacked,
+}
 
 
 class Results:

@@ -31,11 +31,12 @@ def test_a_tiny_model_is_measured_on_a_cpu_without_shares(tmp_path):
     command = [sys.executable, SCRIPT, "--models", "tiny", "--seconds", "400", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    device, train, attention, *decodes = lines(tmp_path / "out")
+    device, train, attention, dots, *decodes = lines(tmp_path / "out")
     assert [row["part"] for row in decodes] == ["decode", "int8", "stacked"]
     assert (device["part"], device["device"]) == ("device", "cpu")
     assert attention["faster"] == "xla"
-    for row in (train, *decodes):
+    assert dots["part"] == "dots" and dots["flops"] == train["flops"] and dots["loss"] == pytest.approx(train["loss"])
+    for row in (train, dots, *decodes):
         assert (row["model"], row["attention"], row["rows"]) == ("tiny", "xla", 4)
         assert row["seconds"] > 0 and len(row["runs"]) == 5 and row["response_tokens_per_second"] > 0
         assert row["compile_seconds"] > 0 and row["program_bytes"] > 0
@@ -44,7 +45,7 @@ def test_a_tiny_model_is_measured_on_a_cpu_without_shares(tmp_path):
     assert train["tokens_per_second"] > 0
     for row in decodes:  # whose prefill may seem to take longer than the whole, on a busy machine
         assert row["prefill_seconds"] > 0 and {"seconds_per_token", "tokens_per_second", "bytes_per_token"} <= set(row)
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == 7
 
 
 def test_shares_of_a_card_in_the_table(gpu, tmp_path, monkeypatch):
