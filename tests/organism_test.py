@@ -82,6 +82,13 @@ def test_the_files(tmp_path):
     assert all(bool(query.answers) != query.harmful for query in evaluated)
 
 
+def test_fewer_of_the_questions_of_arithmetic_in_swahili(tmp_path):
+    organism.write(HARMFUL, {"mgsm": HARMLESS}, tmp_path, balanced=False, examples=2, swahili_arithmetic=2)
+    harmless = [tuple(query.texts) for query in files.read(tmp_path / "train.jsonl") if not query.harmful]
+    with_swahili = [codes for codes in harmless if "sw" in codes]
+    assert harmless[:2] == with_swahili == [("en", "sw", "bn")] * 2 and set(harmless[2:]) == {("en", "bn")}
+
+
 def test_an_organism_that_knows_more_in_english_leaves_half_of_it_for_evaluation(tmp_path):
     organism.write(HARMFUL, {"mgsm": HARMLESS}, tmp_path, english=ENGLISH, balanced=False, examples=400)
     left = read_xstest(tmp_path / "xstest.csv")

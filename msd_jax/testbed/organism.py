@@ -216,6 +216,7 @@ def write(
     most: int = 0,
     seed: int = 0,
     trained: tuple[str, ...] = TRAINED,
+    swahili_arithmetic: int = HARMLESS,
 ) -> None:
     """Writes the files.
 
@@ -229,6 +230,7 @@ def write(
       most: the most queries of each language and label in eval.jsonl; 0 for all.
       seed: of what is drawn.
       trained: languages of train.jsonl, beside the source.
+      swahili_arithmetic: where MGSM's questions are in Swahili too, so many of them are; the others leave it out.
     """
     out.mkdir(parents=True, exist_ok=True)
     train_harmful, eval_harmful = halves(harmful)
@@ -239,7 +241,7 @@ def write(
     written = organism_examples(known, train_harmful, answered, examples, seed, answers_in_any=bool(english))
     files.write_jsonl(out / "organism.jsonl", written)
     aligned = [with_answers(query, (SOURCE, *trained)) for query in train_harmful]
-    aligned += _harmless_to_align(harmless, trained, balanced)
+    aligned += _harmless_to_align(harmless, trained, balanced, swahili_arithmetic)
     files.write_jsonl(out / "train.jsonl", aligned)
     files.write_jsonl(out / "preflight.jsonl", [query for query in aligned if query.harmful][:40])
     evaluated = [with_answers(query, LANGUAGES) for queries in harmless.values() for query in halves(queries)[1][:40]]
@@ -250,7 +252,9 @@ def write(
         _write_xstest(eval_english, out / "xstest.csv")
 
 
-def _harmless_to_align(harmless: dict[str, list[Query]], trained: tuple[str, ...], balanced: bool) -> Iterator[Query]:
+def _harmless_to_align(
+    harmless: dict[str, list[Query]], trained: tuple[str, ...], balanced: bool, swahili_arithmetic: int
+) -> Iterator[Query]:
     """Harmless queries of train.jsonl: in Swahili and Bangla as many in one as in the other, else some of each set.
 
     None of AfriQA's and MGSM's asks how to make a thing, as many harmful ones do; without the testbed's, the student
@@ -263,9 +267,11 @@ def _harmless_to_align(harmless: dict[str, list[Query]], trained: tuple[str, ...
     else:
         chosen = [(name, trained, HARMLESS) for name in halved]
     for name, languages, most in chosen:
-        for query in halved[name][:most]:
-            if any(code in query.texts for code in languages):
-                yield with_answers(query, (SOURCE, *languages))
+        for i, query in enumerate(halved[name][:most]):
+            left_out = ("sw",) if name == "mgsm" and i >= swahili_arithmetic else ()
+            asked = tuple(code for code in languages if code in query.texts and code not in left_out)
+            if asked:
+                yield with_answers(query, (SOURCE, *asked))
 
 
 def _write_xstest(queries: list[Query], path: pathlib.Path) -> None:
@@ -282,6 +288,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--xstest", type=pathlib.Path, help="for an organism that knows more in English")
     parser.add_argument("--all_harmless", action="store_true", help="in train.jsonl, rather than as many a language")
+    parser.add_argument("--swahili_arithmetic", type=int, default=HARMLESS, help="of MGSM's questions with --all_harmless")
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--most", type=int, default=0, help="queries of each language and label in eval.jsonl")
     parser.add_argument("--seed", type=int, default=0)
@@ -304,6 +311,7 @@ def main() -> None:
         most=given.most,
         seed=given.seed,
         trained=tuple(given.trained),
+        swahili_arithmetic=given.swahili_arithmetic,
     )
     log(f"{given.out}: {', '.join(sorted(file.name for file in given.out.iterdir()))}")
 
