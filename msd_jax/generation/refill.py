@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from msd_jax.generation import rollout
 from msd_jax.models import decoder
-from msd_jax.parallel import compiler_options, sharding
+from msd_jax.parallel import compiler_options, padding, sharding
 
 PARTS = 8  # rows are filled in eighths of the batch: few programs run, and few rows stand idle
 _TOKENS, _TOKENS_ON_CPU = 512, 64  # F x W of each device, which make its matrix products fast
@@ -122,7 +122,7 @@ class PoolGenerator:
             return
         key_data = jax.device_get(jax.random.key_data(jax.random.key(0) if key is None else key))
         hash_of = np.zeros(len(prompts_ids), np.uint32) if query_hash is None else np.asarray(query_hash, np.uint32)
-        shared = _shared(prompts_ids) if len(prompts_ids) > self._part else 0
+        shared = padding.begin_alike(prompts_ids) if len(prompts_ids) > self._part else 0
         pool = _Pool(params, prompts_ids, shared, hash_of, sharding.put_replicated(self._mesh, key_data))
         layers = self._unstack(params) if self._layer_by_layer else None
         size, slot = 0, 0
@@ -339,9 +339,3 @@ class Refilling:
     def decoded(self, written: rollout.Rollout) -> int:
         """How often the last call read all weights for one more token of each row."""
         return self._decoded
-
-
-def _shared(prompts_ids: Sequence[np.ndarray]) -> int:
-    """How many tokens all prompts begin with; each has at least one more."""
-    first, end = prompts_ids[0], min(map(len, prompts_ids)) - 1
-    return min(int(np.argmin(np.append(ids[:end] == first[:end], False))) for ids in prompts_ids)

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from msd_jax.parallel import sharding
 
 CHOICES = ("auto", "xla")  # of config.model.attention
+BEGINNINGS = 1 << 10  # more than the beginnings in a row that several of its sequences share, see `self_attention`
 _LANES = 128  # of a TPU's vector registers: splash takes sequences of a multiple of it
 _BLOCK = 128  # queries
 
@@ -41,6 +42,7 @@ def self_attention(
     key_BxKxTxH: jax.Array,
     value_BxKxTxH: jax.Array,
     segment_BxT: jax.Array,
+    position_BxT: jax.Array,
     window: ArrayLike,
     *,
     windows: tuple[int, ...],
@@ -50,13 +52,16 @@ def self_attention(
 ) -> jax.Array:
     """Causal attention of whole sequences to themselves, within a window.
 
-    A row holds one sequence, or several that are packed one after the other.
+    A row holds one sequence, or several that are packed one after the other. Where several begin alike, the row may
+    hold that beginning once, before them.
 
     Args:
       query_BxTxNxH: float queries.
       key_BxKxTxH, value_BxKxTxH: float; query head n attends to key/value head n // (N / K).
-      segment_BxT: int32 or bool; a token attends to those of its own segment, which are consecutive. Padding is a
-        segment of its own, by convention 0 (false).
+      segment_BxT: int32 or bool; a token of segment s attends to those of its own segment, which are consecutive, and
+        to those of segment s % BEGINNINGS, with which its sequence begins, if that is another one (not by splash, which
+        only compares segments). Padding is a segment of its own, by convention 0 (false).
+      position_BxT: int32, of each token in its sequence.
       window: int32 scalar, one of `windows`: how many tokens a query sees, its own included.
       windows: static; the windows of all layers, so that a kernel can be made for each.
       scores: static.
@@ -70,7 +75,7 @@ def self_attention(
         kernel = choose(query_BxTxNxH, scores, mesh)
     if kernel == "splash":
         return _splash(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, segment_BxT, window, windows, scores, mesh)
-    mask_BxTxT = _causal_mask(segment_BxT, window)
+    mask_BxTxT = _causal_mask(segment_BxT.astype(jnp.int32), position_BxT, window)
     if kernel == "cudnn":
         return _cudnn(query_BxTxNxH, key_BxKxTxH, value_BxKxTxH, mask_BxTxT, scores)
     if kernel == "blocks":
@@ -120,11 +125,17 @@ def choose(query_BxTxNxH: jax.Array, scores: Scores, mesh: Mesh | None) -> str:
     return "blocks" if platform == "cpu" and T > _BLOCK else "xla"
 
 
-def _causal_mask(segment_BxT: jax.Array, window: ArrayLike) -> jax.Array:
+def shares_beginnings(mesh: Mesh | None) -> bool:
+    """Whether sequences of a row may share a beginning on the mesh's platform, whatever the shapes."""
+    return sharding.platform(mesh) != "tpu"
+
+
+def _causal_mask(segment_BxT: jax.Array, position_BxT: jax.Array, window: ArrayLike) -> jax.Array:
     """bool [B, T, T]: whether the first token may attend to the second."""
-    column_T = jnp.arange(segment_BxT.shape[1])
-    distance_TxT = column_T[:, None] - column_T
-    return (segment_BxT[:, :, None] == segment_BxT[:, None]) & (distance_TxT >= 0) & (distance_TxT < window)
+    begins_BxT, other_Bx1xT = segment_BxT % BEGINNINGS, segment_BxT[:, None]
+    same_BxTxT = (segment_BxT[:, :, None] == other_Bx1xT) | (begins_BxT[:, :, None] == other_Bx1xT)
+    distance_BxTxT = position_BxT[:, :, None] - position_BxT[:, None]
+    return same_BxTxT & (distance_BxTxT >= 0) & (distance_BxTxT < window)
 
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scores: Scores) -> jax.Array:

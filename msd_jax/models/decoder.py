@@ -150,7 +150,7 @@ class Decoder(nnx.Module):
           hidden_BxTxD, normalised, ready for `logits`, at least float32.
         """
         require_length(self.config, tokens_BxT.shape[1])
-        attend = self._self_attention(segment_BxT)
+        attend = self._self_attention(segment_BxT, positions_BxT)
 
         def layer(x_BxTxD: jax.Array, inputs: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, None]:
             x_BxTxD, _ = self.block(x_BxTxD, *inputs, positions_BxT, attend)
@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
         self, tokens_BxP: jax.Array, positions_BxP: jax.Array, valid_BxP: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         """`__call__` of prompts, whose keys and values fill the first P slots of `cache`: (hidden_BxPxD, cache)."""
-        attend = self._self_attention(valid_BxP)
+        attend = self._self_attention(valid_BxP, positions_BxP)
 
         def layer(x_BxPxD: jax.Array, inputs: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, KVCache]:
             return self.block(x_BxPxD, *inputs, positions_BxP, attend, share=True)
@@ -330,7 +330,7 @@ class Decoder(nnx.Module):
     def _scores(self) -> attention_lib.Scores:
         return attention_lib.Scores(self.config.query_scale, self.config.attention_softcap)
 
-    def _self_attention(self, segment_BxT: jax.Array) -> Attend:
+    def _self_attention(self, segment_BxT: jax.Array, positions_BxT: jax.Array) -> Attend:
         windows = tuple(sorted({visible_tokens(window) for window in self.config.windows}))
 
         def attend(query: jax.Array, new: KVCache, window: ArrayLike) -> jax.Array:
@@ -339,6 +339,7 @@ class Decoder(nnx.Module):
                 new.key,
                 new.value,
                 segment_BxT,
+                positions_BxT,
                 window,
                 windows=windows,
                 scores=self._scores(),

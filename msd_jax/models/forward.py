@@ -63,7 +63,8 @@ class PackedRows(NamedTuple):
     Attributes:
       token_BxT: int32 token ids; at padding anything.
       position_BxT: int32, of each token in its sequence.
-      segment_BxT: int32, the sequence of the row that a token is of, from 1; 0 at padding.
+      segment_BxT: int32, positive, for each sequence of a row another, and for a beginning that several share, see
+        attention.self_attention; 0 at padding.
       predicts_SxN: int32, for each response token of a part the place, row by row in that part, whose hidden state
         predicts it; where a part has fewer than N, any place.
     """

@@ -1,4 +1,4 @@
-"""Left-padding, and the few sizes to which lengths are padded."""
+"""Left-padding, the few sizes to which lengths are padded, and what rows have in common."""
 
 import itertools
 from collections.abc import Sequence
@@ -34,3 +34,9 @@ def bucket(length: int, limit: int) -> int:
         raise ValueError(f"a length of {length} exceeds its limit of {limit}")
     sizes = (base << shift for shift in itertools.count() for base in (16, 24))
     return min(limit, next(size for size in sizes if size >= length))
+
+
+def begin_alike(rows: Sequence[np.ndarray]) -> int:
+    """How many tokens all rows begin with; each has at least one more."""
+    first, end = rows[0], min(map(len, rows)) - 1
+    return min(int(np.argmin(np.append(ids[:end] == first[:end], False))) for ids in rows)

@@ -288,7 +288,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--xstest", type=pathlib.Path, help="for an organism that knows more in English")
     parser.add_argument("--all_harmless", action="store_true", help="in train.jsonl, rather than as many a language")
-    parser.add_argument("--swahili_arithmetic", type=int, default=HARMLESS, help="of MGSM's questions with --all_harmless")
+    parser.add_argument("--swahili_arithmetic", type=int, default=HARMLESS, help="MGSM's, with --all_harmless")
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--most", type=int, default=0, help="queries of each language and label in eval.jsonl")
     parser.add_argument("--seed", type=int, default=0)

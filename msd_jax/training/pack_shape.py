@@ -1,6 +1,6 @@
 """The shape of a run's packs: how many rows of how many tokens compute its batches fastest."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -8,11 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from msd_jax.data.prompts import Example
-from msd_jax.models import pretrained
-from msd_jax.parallel import sharding
-from msd_jax.training.packing import Shape, place
+from msd_jax.models import attention, pretrained
+from msd_jax.parallel import padding, sharding
+from msd_jax.training.packing import Beginnings, Shape, group_of, place
 from msd_jax.training.train_step import check_batch, reads_teacher
 
+_SHARED = 16  # tokens that a beginning has at least
 _PASSES = (4, 1)  # over a student's token (forward, the same recomputed, and backward, which takes two) and a teacher's
 
 
@@ -51,10 +52,12 @@ def pack_shape(
     if examples is None:
         limits = np.array([config.prompts.student_limit, config.prompts.teacher_limit][:roles])
         return Shape(parts, rows, _rounded(limits + R - 1, costs))
-    lengths = [(len(example.student_ids), len(example.teacher_ids))[:roles] for example in examples]
+    examples = list(examples)
+    beginnings = find_beginnings(examples, roles) if attention.shares_beginnings(mesh) else ()
+    prompts = [(example.student_ids, example.teacher_ids)[:roles] for example in examples]
     usual = min(config.train.response_tokens, R)
     return choose(
-        np.array(lengths),
+        np.array([[len(ids) for ids in prompt_K] for prompt_K in prompts]),
         R,
         usual,
         batch_size=config.data.batch_size,
@@ -62,7 +65,22 @@ def pack_shape(
         most_rows=rows,
         costs=costs,
         width=model.config.width,
+        beginnings=beginnings,
+        group_N=[group_of(prompt_K, beginnings) for prompt_K in prompts],
     )
+
+
+def find_beginnings(examples: Iterable[Example], roles: int) -> Beginnings:
+    """What the prompts of each language begin with, of as many roles, the longest first; nothing where it is short."""
+    by_language: dict[str, list[tuple[np.ndarray, ...]]] = {}
+    for example in examples:
+        by_language.setdefault(example.language, []).append((example.student_ids, example.teacher_ids)[:roles])
+    found = {
+        tuple(tuple(of_role[0][: padding.begin_alike(of_role)].tolist()) for of_role in zip(*prompts))
+        for prompts in by_language.values()
+    }
+    long = [group for group in found if max(map(len, group)) >= _SHARED]
+    return tuple(sorted(long, key=lambda group: (-sum(map(len, group)), group))[: attention.BEGINNINGS - 2])
 
 
 def choose(
@@ -75,11 +93,13 @@ def choose(
     most_rows: int,
     costs: Costs,
     width: int,
+    beginnings: Beginnings = (),
+    group_N: Sequence[int] | None = None,
 ) -> Shape:
     """The shape that computes batches of these prompts fastest, by trial on random ones.
 
     Args:
-      prompt_NxK: tokens of the prompts of each of K roles.
+      prompt_NxK: tokens of the prompts of each of K roles, those of beginnings included.
       response: the most tokens of a response.
       usual: its mean; 0 where it is not known.
       batch_size: B.
@@ -87,20 +107,24 @@ def choose(
       most_rows: of each part, as long as the longest sequence, that a pack may be as large as: it must fit in memory.
       costs: of the platform.
       width: D of the model.
+      beginnings: that sequences in the same row share.
+      group_N: of each prompt, which of them; -1 for none. None: none has any.
     """
-    batches = list(_batches(prompt_NxK, response, usual, batch_size))
-    longest_K, mean_K = prompt_NxK.max(axis=0) + response - 1, np.concatenate(batches).mean(axis=0)
+    groups = np.full(len(prompt_NxK), -1) if group_N is None else np.asarray(group_N)
+    drawn = list(_batches(prompt_NxK, response, usual, batch_size))
+    batches = [(prompt_NxK[chosen_B] + reply_B[:, None], groups[chosen_B]) for chosen_B, reply_B in drawn]
+    longest_K, mean_K = prompt_NxK.max(axis=0) + response - 1, np.concatenate([x for x, _ in batches]).mean(axis=0)
     filling_alike_K = (longest_K / mean_K).max() * mean_K
 
     def cost(shape: Shape) -> float:
         attention = costs.attention / (6 * width)  # a layer's other products are about 24 D^2 a token
         per_row = sum(passes * length * (1 + attention * length) for passes, length in zip(_PASSES, shape.lengths))
-        packs = sum(1 + max(at.pack for at in place(length_BxK, shape)) for length_BxK in batches)
+        packs = sum(1 + max(at.pack for at in place(length_BxK, shape, group_B)) for length_BxK, group_B in batches)
         return packs * (shape.rows * per_row + _PASSES[0] * costs.pack)
 
     room_K = most_rows * np.array(_rounded(longest_K, costs))
     shapes = [
-        Shape(parts, rows, lengths)
+        Shape(parts, rows, lengths, beginnings)
         for rows in {round(most_rows / 2 ** (halves / 2)) or 1 for halves in range(2 * most_rows.bit_length())}
         for stretch in 2.0 ** (np.arange(9) / 4)
         for lengths in (_rounded(stretch * longest_K, costs), _rounded(stretch * filling_alike_K, costs))
@@ -109,16 +133,18 @@ def choose(
     return min(sorted(set(shapes), key=lambda shape: (shape.rows, shape.lengths)), key=cost)
 
 
-def _batches(prompt_NxK: np.ndarray, response: int, usual: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Tokens that each role reads of the sequences of random batches, [B, K]; the same ones at each call.
+def _batches(
+    prompt_NxK: np.ndarray, response: int, usual: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(which prompts [B], tokens read of their replies [B]) of random batches; the same ones at each call.
 
     Where the usual length of a reply is not known, replies are short in some of the batches and long in others.
     """
     rng, count = np.random.default_rng(0), max(4, 128 // batch_size)
     for share in [usual / response] * count if usual else np.linspace(0.1, 0.9, count):
-        prompt_BxK = prompt_NxK[rng.integers(len(prompt_NxK), size=batch_size)]
+        chosen_B = rng.integers(len(prompt_NxK), size=batch_size)
         replies_B = np.ceil(response * rng.beta(2 * share, 2 * max(1 - share, 1e-3), batch_size)).astype(int)
-        yield prompt_BxK + replies_B[:, None] - 1  # nothing is predicted after the last token
+        yield chosen_B, replies_B - 1  # nothing is predicted after the last token
 
 
 def _rounded(length_K: np.ndarray, costs: Costs) -> tuple[int, ...]:

@@ -4,6 +4,9 @@ Replies end where they end: in a batch that is padded to its longest sequence mo
 length costs a compilation. Here both roles' sequences lie one after the other in rows of a fixed length, and as many
 `Pack`s of a fixed number of rows as it takes are summed up to the step's gradient. What a token attends to is told by
 segments, so that nothing but the order of sums depends on what shares a row.
+
+Most of a teacher's prompt is the same instruction for every query. What the prompts of a language begin with is in a
+row but once, and read by all sequences of that language there.
 """
 
 import dataclasses
@@ -12,9 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msd_jax.models.attention import BEGINNINGS
 from msd_jax.models.forward import PackedRows
 
 Array = Any  # of NumPy on the host, of JAX on devices
+Beginnings = tuple[tuple[tuple[int, ...], ...], ...]  # token ids, of each role, of each of some groups of prompts
 
 
 class TrainBatch(NamedTuple):
@@ -54,16 +59,25 @@ class Shape:
       parts: S, that the rows are split into, over `data` and `fsdp`.
       rows: of each part and role.
       lengths: tokens of a row, of the student's and, where the loss reads a teacher, of the teacher's.
+      beginnings: with which many prompts begin, and which sequences in the same row share. A prompt belongs to the
+        first group that it begins with in every role.
     """
 
     parts: int
     rows: int
     lengths: tuple[int, ...]
+    beginnings: Beginnings = ()
 
     @property
     def responses(self) -> int:
         """N, the response tokens of a part that there is room for: no more than the student's rows have."""
         return self.rows * self.lengths[0]
+
+    @property
+    def begun_GxK(self) -> np.ndarray:
+        """Tokens of the beginnings, and a last row of zeros, for what belongs to no group (index -1)."""
+        tokens = [[len(ids) for ids in group] for group in self.beginnings]
+        return np.array([*tokens, [0] * len(self.lengths)])
 
 
 def pack(batch: TrainBatch, shape: Shape) -> list[Pack]:
@@ -78,32 +92,54 @@ def pack(batch: TrainBatch, shape: Shape) -> list[Pack]:
     prompts = [(batch.student_prompt_BxP, batch.student_length_B)]
     if batch.teacher_prompt_BxP is not None:
         prompts.append((batch.teacher_prompt_BxP, batch.teacher_length_B))
+    prompt_KxN = [[prompt_BxP[row, -length_B[row] :] for row in rows_N] for prompt_BxP, length_B in prompts]
+    group_N = [group_of(prompt_K, shape.beginnings) for prompt_K in zip(*prompt_KxN)]
     # Nothing is predicted after the last token of a response.
-    read_KxN = [
-        [np.append(prompt_BxP[row, -length_B[row] :], response[:-1]) for row, response in zip(rows_N, response_N)]
-        for prompt_BxP, length_B in prompts
-    ]
-    places = place(np.array([[len(tokens) for tokens in read_N] for read_N in read_KxN]).T, shape)
+    read_KxN = [[np.append(*both) for both in zip(prompt_N, (r[:-1] for r in response_N))] for prompt_N in prompt_KxN]
+    places = place(np.array([[len(tokens) for tokens in read_N] for read_N in read_KxN]).T, shape, group_N)
     packs = [empty(shape) for _ in range(1 + max((at.pack for at in places), default=-1))]
-    begins = np.zeros((len(packs), shape.parts), int)  # of the next response
+    ends = np.zeros((len(packs), shape.parts), int)  # of the responses before
     for n, (at, response) in enumerate(zip(places, response_N)):
-        packed, begin = packs[at.pack], begins[at.pack, at.part]
-        columns = slice(begin, begin + len(response))
-        begins[at.pack, at.part] += len(response)
+        packed, end = packs[at.pack], ends[at.pack, at.part]
+        columns = slice(end, end + len(response))
+        ends[at.pack, at.part] += len(response)
         packed.response_SxN[at.part, columns], packed.mask_SxN[at.part, columns] = response, True
         roles = [role for role in (packed.student, packed.teacher) if role]
-        for rows, read_N, row, first in zip(roles, read_KxN, at.rows, at.begins):
-            _write(rows, read_N[n], at.part * shape.rows + row, first)
-            last = row * rows.token_BxT.shape[1] + first + len(read_N[n])
+        for rows, read_N, row, span, begun in zip(roles, read_KxN, at.rows, at.spans, shape.begun_GxK[group_N[n]]):
+            _write(rows, read_N[n], at.part * shape.rows + row, span, int(begun), group_N[n], n)
+            last = row * rows.token_BxT.shape[1] + span.stop
             rows.predicts_SxN[at.part, columns] = np.arange(last - len(response), last)
     return packs
 
 
-def _write(rows: PackedRows, tokens: np.ndarray, row: int, first: int) -> None:
-    """Writes a sequence into a row from column `first` on."""
-    columns = slice(first, first + len(tokens))
-    rows.token_BxT[row, columns], rows.position_BxT[row, columns] = tokens, np.arange(len(tokens))
-    rows.segment_BxT[row, columns] = rows.segment_BxT[row].max() + 1
+def group_of(prompt_K: Sequence[np.ndarray], beginnings: Beginnings) -> int:
+    """The first group that these prompts, one of each role, begin with and are longer than; -1 if there is none."""
+
+    def begins(prompt: np.ndarray, ids: tuple[int, ...]) -> bool:
+        return len(ids) < len(prompt) and prompt[: len(ids)].tolist() == list(ids)
+
+    found = (i for i, group in enumerate(beginnings) if all(map(begins, prompt_K, group)))
+    return next(found, -1)
+
+
+def _write(rows: PackedRows, tokens: np.ndarray, row: int, span: slice, begun: int, group: int, index: int) -> None:
+    """Writes a sequence into a row so that it ends where `span` does; if that has room, with the beginning.
+
+    Args:
+      rows: that are written to.
+      tokens: of the whole sequence.
+      row: of the rows.
+      span: the columns.
+      begun: tokens of the beginning that its group shares.
+      group: of the shape's; -1 for none.
+      index: that no other sequence in the rows has.
+    """
+    first = len(tokens) - (span.stop - span.start)  # 0, or what the row has of it already
+    rows.token_BxT[row, span], rows.position_BxT[row, span] = tokens[first:], np.arange(first, len(tokens))
+    # No token is of segment BEGINNINGS - 1, the beginning of those that share none.
+    beginning = group + 1 if group >= 0 else BEGINNINGS - 1
+    rows.segment_BxT[row, span.start : span.stop - (len(tokens) - begun)] = beginning
+    rows.segment_BxT[row, span.stop - (len(tokens) - begun) : span.stop] = beginning + BEGINNINGS * (index + 1)
 
 
 def empty(shape: Shape) -> Pack:
@@ -119,37 +155,54 @@ def empty(shape: Shape) -> Pack:
 
 
 class Place(NamedTuple):
-    """Where a sequence is: the pack and its part, and for each role the row in that part and the first column."""
+    """Where a sequence is: the pack and its part, and for each role the row in that part and the columns.
+
+    Where the row has the sequence's beginning already, there are columns for the rest of it alone.
+    """
 
     pack: int
     part: int
     rows: tuple[int, ...]
-    begins: tuple[int, ...]
+    spans: tuple[slice, ...]
 
 
-def place(length_NxK: np.ndarray, shape: Shape) -> list[Place]:
+def place(length_NxK: np.ndarray, shape: Shape, group_N: Sequence[int] | None = None) -> list[Place]:
     """Places N sequences, of which each of K roles reads so many tokens, in as few packs as first-fit needs.
 
-    The longest come first, each in the first part of a pack that has room in every role, and there in the fullest row.
+    Group by group, the longest come first, each in the first part of a pack that has room in every role, and there in
+    the row where it takes least, or in the fullest of these.
+
+    Args:
+      length_NxK: tokens, those of beginnings included.
+      shape: of the packs.
+      group_N: of each sequence; -1 for none. None: none has any.
     """
-    limits = np.array(shape.lengths)
+    limits, begun_GxK = np.array(shape.lengths), shape.begun_GxK
+    groups = np.full(len(length_NxK), -1) if group_N is None else np.asarray(group_N, int)
     free_BxKxR = np.zeros((0, len(limits), shape.rows), int)  # of the parts of all packs
+    has_BxGxKxR = np.zeros((0, len(begun_GxK), len(limits), shape.rows), bool)  # whether a row has a beginning
     places: list[Place] = [Place(0, 0, (), ())] * len(length_NxK)
-    for n in np.argsort(-(length_NxK / limits).max(axis=1), kind="stable"):
-        need_K = length_NxK[n]
-        has_room_B = (free_BxKxR.max(axis=2) >= need_K).all(axis=1)
+    for n in np.lexsort((-(length_NxK / limits).max(axis=1), groups)):
+        group, length_Kx1 = groups[n], length_NxK[n][:, None]
+        need_BxKxR = length_Kx1 - np.where(has_BxGxKxR[:, group], begun_GxK[group][:, None], 0)
+        has_room_B = (free_BxKxR >= need_BxKxR).any(axis=2).all(axis=1)
         if not has_room_B.any():
             added = np.tile(limits[:, None], (shape.parts, 1, shape.rows))
-            has_room_B = np.append(has_room_B, np.full(shape.parts, (need_K <= limits).all()))
+            has_room_B = np.append(has_room_B, np.full(shape.parts, (length_NxK[n] <= limits).all()))
             free_BxKxR = np.append(free_BxKxR, added, axis=0)
-            assert has_room_B.any(), (shape, need_K)
+            has_BxGxKxR = np.append(has_BxGxKxR, np.zeros((shape.parts, *has_BxGxKxR.shape[1:]), bool), axis=0)
+            need_BxKxR = np.append(need_BxKxR, np.broadcast_to(length_Kx1, added.shape), axis=0)
+            assert has_room_B.any(), (shape, length_NxK[n])
         index = int(has_room_B.argmax())
-        free_KxR = free_BxKxR[index]
-        fullest_K = np.where(free_KxR >= need_K[:, None], free_KxR, limits[:, None] + 1).argmin(axis=1)
-        chosen = np.arange(len(limits)), fullest_K
+        free_KxR, need_KxR = free_BxKxR[index], need_BxKxR[index]
+        taken_KxR = need_KxR * (limits.max() + 1) + free_KxR
+        row_K = np.where(free_KxR >= need_KxR, taken_KxR, np.iinfo(int).max).argmin(axis=1)
+        chosen = np.arange(len(limits)), row_K
         begin_K = limits - free_KxR[chosen]
-        free_KxR[chosen] -= need_K
-        places[n] = Place(*divmod(index, shape.parts), tuple(fullest_K.tolist()), tuple(begin_K.tolist()))
+        free_KxR[chosen] -= need_KxR[chosen]
+        has_BxGxKxR[index, group][chosen] = True
+        spans = tuple(slice(int(begin), int(begin + need)) for begin, need in zip(begin_K, need_KxR[chosen]))
+        places[n] = Place(*divmod(index, shape.parts), tuple(row_K.tolist()), spans)
     return places
 
 

@@ -51,7 +51,13 @@ def reference(query, key, value, segment, window, scores):
 def kernel(kind, scores, windows, mesh=None):
     if kind == "splash":
         return functools.partial(lib._splash, windows=windows, scores=scores, mesh=mesh, interpret=True)
-    return functools.partial(lib.self_attention, windows=windows, scores=scores, kernel=kind)
+    return functools.partial(whole_attention, windows=windows, scores=scores, kernel=kind)
+
+
+def whole_attention(query, key, value, segment, window, **options):
+    """`lib.self_attention` where a token's column is its position, but for where its sequence begins."""
+    position = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
+    return lib.self_attention(query, key, value, segment, position, window, **options)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -113,7 +119,7 @@ def test_splash_lowers_for_tpus(head_dim):
 def test_cached_attention_equals_self_attention(window, rng):
     """Slots that are not written yet, or that hold another row's keys, are never seen; slot 0 follows the last one."""
     query, key, value, valid = arrays(rng)
-    whole = lib.self_attention(query, key, value, valid, window, windows=(window,), scores=Scores(0.3))
+    whole = whole_attention(query, key, value, valid, window, windows=(window,), scores=Scores(0.3))
     position = jnp.cumsum(valid, axis=1) - 1
     for first, last, turned in (
         (0, 200, 0),
@@ -151,7 +157,7 @@ def test_cudnn_refuses_a_softcap(rng):
     query, key, value, valid = arrays(rng)
     options = {"windows": (WIDE,), "scores": Scores(0.1, 3.0), "kernel": "cudnn"}
     with pytest.raises(ValueError, match=r"no soft-cap, got 3.0"):
-        lib.self_attention(query, key, value, valid, WIDE, **options)
+        whole_attention(query, key, value, valid, WIDE, **options)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])

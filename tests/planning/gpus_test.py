@@ -93,7 +93,9 @@ def test_attention_is_the_kernel_of_training(head, kernel, tmp_path):
     assert attention.choose(query, scores, planned.mesh) == kernel
 
     def attend(query, key, value, valid):
-        return attention.self_attention(query, key, value, valid, T, windows=(T,), scores=scores, mesh=planned.mesh)
+        position = jnp.broadcast_to(jnp.arange(T), (B, T))
+        options = {"windows": (T,), "scores": scores, "mesh": planned.mesh}
+        return attention.self_attention(query, key, value, valid, position, T, **options)
 
     traced = jax.jit(attend).trace(query, key, key, valid)
     assert ("__cudnn$fmha" in traced.lower().compile().as_text()) == (kernel == "cudnn")

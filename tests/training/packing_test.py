@@ -4,11 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from msd_jax.data.prompts import Example
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, forward
+from msd_jax.models.attention import BEGINNINGS
 from msd_jax.training import pack_shape, packing
 from tests.conftest import LLAMA
-from tests.training.train_step_test import make_batch
+from tests.training.train_step_test import make_batch, make_batch_alike
 
 SHAPES = [
     packing.Shape(parts=1, rows=8, lengths=(10, 13)),
@@ -33,7 +35,8 @@ def test_places_do_not_overlap_and_hold_every_sequence(rng, shape):
         rows = {}
         for at, length in zip(places, length_NxK[:, role]):
             assert 0 <= at.part < shape.parts and 0 <= at.rows[role] < shape.rows
-            rows.setdefault((at.pack, at.part, at.rows[role]), []).append((at.begins[role], int(length)))
+            rows.setdefault((at.pack, at.part, at.rows[role]), []).append((at.spans[role].start, int(length)))
+            assert at.spans[role].stop - at.spans[role].start == length
         for spans in rows.values():
             ends = [0, *(begin + length for begin, length in sorted(spans))]
             assert ends[:-1] == [begin for begin, _ in sorted(spans)] and ends[-1] <= limit
@@ -94,6 +97,74 @@ def test_hidden_states_are_those_of_each_sequence_alone(rng, window):
     distance_NxN = np.abs(packed_NxD[:, None] - alone_NxD).max(axis=2)
     assert distance_NxN.min(axis=1).max() < 1e-5
     assert sorted(distance_NxN.argmin(axis=1)) == list(range(len(alone_NxD)))  # each once
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, (60, 80)), (2, 3, (40, 60))])
+def test_a_beginning_that_prompts_share_is_once_in_a_row(rng, sizes):
+    """Every sequence can be read back: its own segment, after the segment that is its remainder by BEGINNINGS."""
+    batch, beginnings = make_batch_alike(rng, B=40)
+    plain, shape = packing.Shape(*sizes), packing.Shape(*sizes, beginnings)
+    packs = packing.pack(batch, shape)
+    assert len(packs) < len(packing.pack(batch, plain))
+    for name in ("student", "teacher"):
+        prompt_BxP, length_B = (getattr(batch, f"{name}_{what}") for what in ("prompt_BxP", "length_B"))
+        expected = [
+            [*prompt[-length:].tolist(), *response[: count - 1].tolist()]
+            for prompt, length, response, count in zip(
+                prompt_BxP, length_B, batch.response_BxR, batch.response_length_B
+            )
+            if count
+        ]
+        found, shared = [], 0
+        for rows in (getattr(pack, name) for pack in packs):
+            for token_T, position_T, segment_T in zip(rows.token_BxT, rows.position_BxT, rows.segment_BxT):
+                assert (segment_T[np.flatnonzero(segment_T)] > 0).all()
+                own = {int(s) for s in segment_T if s >= BEGINNINGS}
+                heads = {int(s) for s in segment_T if 0 < s < BEGINNINGS}
+                assert heads <= {s % BEGINNINGS for s in own}
+                for segment in own:
+                    read = (segment_T == segment) | (segment_T == segment % BEGINNINGS)
+                    np.testing.assert_array_equal(position_T[read], np.arange(read.sum()))
+                    found.append(token_T[read].tolist())
+                    shared += int((segment_T == segment % BEGINNINGS).sum())
+        assert sorted(found) == sorted(expected) and shared > 0
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_what_shares_a_beginning_has_the_hidden_states_of_each_sequence_alone(rng, window):
+    config = model_config.from_dict(LLAMA | ({"sliding_window": window, "model_type": "mistral"} if window else {}))
+    graphdef, params = decoder.init(config, jax.random.key(0))
+    batch, beginnings = make_batch_alike(rng)
+    (pack,) = packing.pack(batch, packing.Shape(2, 2, (80, 128), beginnings))
+    assert (pack.teacher.segment_BxT > 0).sum() < lengths_of(batch, 2)[:, 1].sum() - 40
+    response = batch.response_BxR, batch.response_length_B
+    mask = np.asarray(forward.response_mask(batch.response_length_B, batch.response_BxR.shape[1]))
+    for rows, *prompt in (
+        (pack.student, batch.student_prompt_BxP, batch.student_length_B),
+        (pack.teacher, batch.teacher_prompt_BxP, batch.teacher_length_B),
+    ):
+        alone_NxD = np.asarray(forward.response_hidden(graphdef, params, *prompt, *response))[mask]
+        packed, _ = forward.packed_hidden_and_head(graphdef, params, rows)
+        packed_NxD = np.asarray(packed)[pack.mask_SxN.ravel()]
+        distance_NxN = np.abs(packed_NxD[:, None] - alone_NxD).max(axis=2)
+        assert distance_NxN.min(axis=1).max() < 1e-5
+        assert sorted(distance_NxN.argmin(axis=1)) == list(range(len(alone_NxD)))
+
+
+def test_beginnings_are_those_of_each_language_and_leave_a_token(rng):
+    def example(language, student, teacher):
+        ids = (np.array(x, np.int32) for x in (student, teacher))
+        return Example("q", language, None, *ids)
+
+    swahili = [*range(100, 130)]
+    examples = [example("sw", [1, 2, 10 + i], [*swahili, 40 + i]) for i in range(3)]
+    examples += [example("bn", [1, 2, 3], [*range(200, 220)])]  # one prompt, which is all its beginning
+    examples += [example("en", [1, 2, 10 + i], [7, 8, 50 + i]) for i in range(3)]  # too short
+    beginnings = pack_shape.find_beginnings(examples, 2)
+    assert beginnings == (((1, 2), tuple(swahili)), ((1, 2), tuple(range(200, 219))))
+    assert pack_shape.find_beginnings(examples, 1) == ()
+    groups = [packing.group_of((e.student_ids, e.teacher_ids), beginnings) for e in examples]
+    assert groups == [0, 0, 0, 1, -1, -1, -1]
 
 
 def test_a_batch_without_response_tokens_has_no_pack(rng):

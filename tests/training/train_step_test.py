@@ -34,6 +34,24 @@ def make_batch(rng, B=8, P=6, Q=9, R=5, lengths=None):
     return packing.TrainBatch(*(np.asarray(a, np.int32) for a in arrays))
 
 
+def make_batch_alike(rng, B=12):
+    """A batch in which two languages take turns, and what the prompts of each begin with in each role.
+
+    Every fifth prompt, of either language, begins as no other does.
+    """
+    batch = make_batch(rng, B, P=20, Q=30)
+    beginnings = tuple(tuple(tuple(rng.integers(1, 40, n).tolist()) for n in sizes) for sizes in ((4, 21), (0, 17)))
+    student, teacher = (np.array(x) for x in (batch.student_prompt_BxP, batch.teacher_prompt_BxP))
+    lengths = [rng.integers(5, 21, B).astype(np.int32), rng.integers(22, 31, B).astype(np.int32)]
+    for row in range(B):
+        for prompt_BxP, length_B, ids in zip((student, teacher), lengths, beginnings[row % 2]):
+            if row % 5:
+                first = prompt_BxP.shape[1] - length_B[row]
+                prompt_BxP[row, first : first + len(ids)] = ids
+    replaced = {"student_prompt_BxP": student, "teacher_prompt_BxP": teacher}
+    return batch._replace(**replaced, student_length_B=lengths[0], teacher_length_B=lengths[1]), beginnings
+
+
 def make_state(optimize, *, live=False, seed=0):
     _, params = decoder.init(CONFIG, jax.random.key(seed))
     _, other = decoder.init(CONFIG, jax.random.key(seed + 1))
@@ -47,6 +65,7 @@ def make_step(
     *,
     rows=8,
     lengths=(10, 13),
+    beginnings=(),
     teacher=FROZEN,
     dtype=jnp.float32,
     mesh=None,
@@ -63,7 +82,8 @@ def make_step(
     parts = sharding.batch_shards(mesh) if mesh else 1
 
     def step(state, batch):
-        shape = packing.Shape(parts, rows // parts, lengths[: 1 if batch.teacher_prompt_BxP is None else 2])
+        roles = 1 if batch.teacher_prompt_BxP is None else 2
+        shape = packing.Shape(parts, rows // parts, lengths[:roles], beginnings)
         weights = state.params, state.teacher_params, {}, state.step
         sums = optax.tree.zeros_like(jax.eval_shape(sums_of, *weights, packing.empty(shape)))
         for pack in packing.pack(batch, shape):
@@ -104,6 +124,21 @@ def test_update_does_not_depend_on_the_packs(rng, normalize):
             assert optax.tree.norm(difference) < 2e-6 * optax.tree.norm(whole.opt_state)
             assert largest_difference(whole.opt_state, split.opt_state) < 4e-6  # small arrays are farthest off
             for name, value in whole_scalars.items():
+                np.testing.assert_allclose(scalars[name], value, rtol=2e-6, err_msg=name)
+
+
+def test_update_does_not_depend_on_whether_a_beginning_is_shared(rng):
+    """In float64, as above: a shared token's gradient comes from all sequences that read it."""
+    with jax.enable_x64(True):
+        (batch, beginnings), state = make_batch_alike(rng), make_state(RECORD)
+        state = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
+        options = {"dtype": jnp.float64}
+        alone, expected = make_step(RECORD, rows=12, lengths=(25, 35), **options)(state, batch)
+        for rows, lengths in ((2, (60, 120)), (1, (40, 50)), (1, (150, 240))):
+            step = make_step(RECORD, rows=rows, lengths=lengths, beginnings=beginnings, **options)
+            shared, scalars = step(state, batch)
+            assert largest_difference(alone.opt_state, shared.opt_state) < 4e-6
+            for name, value in expected.items():
                 np.testing.assert_allclose(scalars[name], value, rtol=2e-6, err_msg=name)
 
 
