@@ -17,7 +17,7 @@ from msd_jax.configs import default
 def get_config() -> ml_collections.ConfigDict:
     config = default.get_config()
     config.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    config.model.remat = "dots"  # keeps 0.14 GB of products, which the backward pass would compute a second time
+    config.model.remat = "dots"  # keeps 0.6 GB of products, which the backward pass would compute a second time
     config.data.harmful = "true"  # MultiJail has no labels: all of its queries are harmful
     config.data.languages = ml_collections.ConfigDict({"sw": 1.0, "it": 1.0})
     config.data.batch_size = 8

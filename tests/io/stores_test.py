@@ -313,7 +313,8 @@ def test_a_store_that_cannot_be_used_is_one_line(environment, monkeypatch, place
 
 
 def run(workdir: str, **options) -> subprocess.Popen:
-    flags = ("--config.train.steps=40", "--config.train.checkpoints.every=4", "--config.eval.limit=8")
+    flags = ("--config.train.steps=20", "--config.train.checkpoints.every=4", "--config.eval.limit=8")
+    flags += ("--config.eval.passes=('greedy',)",)
     command = [sys.executable, "-m", "msd_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
     return subprocess.Popen(
         command, cwd=REPOSITORY, env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -357,13 +358,13 @@ def test_a_run_in_the_store_is_killed_resumed_and_ends_with_the_same_bits(bucket
     assert f" of {bucket.place}\n" in output and "resumed from step" in output
     assert f"report: {bucket.place}/report/report.html; model card: {bucket.place}/model/README.md" in output
     objects = bucket.objects()
-    for name in ("model/model.safetensors", "eval/0/summary.json", "eval/40/summary.json", "completions.jsonl"):
+    for name in ("model/model.safetensors", "eval/0/summary.json", "eval/20/summary.json", "completions.jsonl"):
         assert objects[name] == (local / name).read_bytes(), name
     assert numbers(objects["metrics.jsonl"]) == numbers((local / "metrics.jsonl").read_bytes())
     steps = {name.split("/")[1] for name in objects if name.startswith("checkpoints/")}
-    assert steps == {"36", "40"} and "lock.json" not in objects
+    assert steps == {"16", "20"} and "lock.json" not in objects
     made = [sys.executable, "-m", "msd_jax.report", f"--workdir={bucket.place}"]
     bucket.store.rm_file(f"{bucket.name}/runs/one/report/summary.json")
     output = subprocess.run(made, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
     assert f"report: {bucket.place}/report/report.html" in output
-    assert json.loads(bucket.objects()["report/summary.json"])["training"]["steps"] == 40
+    assert json.loads(bucket.objects()["report/summary.json"])["training"]["steps"] == 20

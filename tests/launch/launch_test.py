@@ -233,6 +233,7 @@ def test_tpu_vm_runs_on_two_slices_and_resumes_after_a_preemption(tmp_path):
     }
     flags = [f"--workdir={tmp_path / 'run'}", "--config.launch.topology=v4:2x2x1", "--config.launch.slices=2"]
     flags += ["--config.train.steps=4", "--config.train.checkpoints.every=2", "--config.eval.limit=4"]
+    flags += ["--config.eval.passes=('greedy',)"]
     first = script("launch/tpu_vm.sh", "configs/quickstart.py", *flags, **variables)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("Before -> after") == 1  # one run, whose first process prints

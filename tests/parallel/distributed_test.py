@@ -211,7 +211,8 @@ def answers(workdir: pathlib.Path) -> dict[tuple[str, str, str], str]:
 
 def test_sigterm_in_the_evaluation_ends_both_at_once(tmp_path):
     workdir = tmp_path / "run"
-    launcher = start(2, workdir, *LONG[:2], "--config.eval.batch_size=64", devices=2)
+    flags = ("--config.eval.batch_size=64", "--config.eval.passes=('greedy',)")
+    launcher = start(2, workdir, *LONG[:2], *flags, devices=2)
     wait_for((workdir / "eval/0/responses.jsonl").exists, launcher, workdir)
     os.kill(children(launcher)[1], signal.SIGTERM)
     assert launcher.wait(timeout=20) == 143, output(workdir)
@@ -220,7 +221,7 @@ def test_sigterm_in_the_evaluation_ends_both_at_once(tmp_path):
 
     # The same command goes on where they were.
     kept = answers(workdir)
-    launcher = start(2, workdir, "--config.train.steps=0", "--config.eval.batch_size=64", devices=2)
+    launcher = start(2, workdir, "--config.train.steps=0", *flags, devices=2)
     assert kept and launcher.wait(timeout=170) == 0, output(workdir)
     assert kept.items() <= answers(workdir).items()
 
