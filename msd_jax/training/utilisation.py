@@ -35,8 +35,8 @@ class Utilisation:
     """Columns of metrics.jsonl that relate a step's tokens and seconds to the peak of the devices.
 
     mfu: model FLOPs utilisation: operations of the update's matrix products on real tokens (what rematerialisation
-      repeats, padding, and pairs of tokens that attention masks are no work; a beginning that sequences share counts for
-      each of them), per second and peak of all devices.
+      repeats, padding, and pairs of tokens that attention masks are no work; a beginning that sequences share counts
+      for each of them), per second and peak of all devices.
     hbm_share: the time to read from memory what decoding must (all weights once per token of the longest response, and
       each row's cached tokens), over rollout_seconds.
     train_tokens_per_second_per_chip, rollout_tokens_per_second_per_chip.
