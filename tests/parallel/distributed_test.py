@@ -30,6 +30,7 @@ FLAGS = (
     "--config.train.completions.every=2",
     "--config.eval.limit=6",
     "--config.eval.batch_size=64",
+    "--config.eval.passes=('greedy',)",
 )
 ENVIRONMENT = os.environ | {"XLA_FLAGS": quick.COMPILATION, "PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
 
