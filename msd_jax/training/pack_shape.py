@@ -55,6 +55,9 @@ def pack_shape(
     examples = list(examples)
     beginnings = find_beginnings(examples, roles) if attention.shares_beginnings(mesh) else ()
     prompts = [(example.student_ids, example.teacher_ids)[:roles] for example in examples]
+    # Those of a language begin alike.
+    one_of = {example.language: prompt_K for example, prompt_K in zip(examples, prompts)}
+    groups = {language: group_of(prompt_K, beginnings) for language, prompt_K in one_of.items()}
     usual = min(config.train.response_tokens, R)
     return choose(
         np.array([[len(ids) for ids in prompt_K] for prompt_K in prompts]),
@@ -66,7 +69,7 @@ def pack_shape(
         costs=costs,
         width=model.config.width,
         beginnings=beginnings,
-        group_N=[group_of(prompt_K, beginnings) for prompt_K in prompts],
+        group_N=[groups[example.language] for example in examples],
     )
 
 

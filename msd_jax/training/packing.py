@@ -183,25 +183,25 @@ def place(length_NxK: np.ndarray, shape: Shape, group_N: Sequence[int] | None = 
     has_BxGxKxR = np.zeros((0, len(begun_GxK), len(limits), shape.rows), bool)  # whether a row has a beginning
     places: list[Place] = [Place(0, 0, (), ())] * len(length_NxK)
     for n in np.lexsort((-(length_NxK / limits).max(axis=1), groups)):
-        group, length_Kx1 = groups[n], length_NxK[n][:, None]
-        need_BxKxR = length_Kx1 - np.where(has_BxGxKxR[:, group], begun_GxK[group][:, None], 0)
-        has_room_B = (free_BxKxR >= need_BxKxR).any(axis=2).all(axis=1)
+        length_K, group, begun_Kx1 = length_NxK[n], groups[n], begun_GxK[groups[n]][:, None]
+        # A row has room where it is free, and where it has the sequence's beginning.
+        room_BxKxR = free_BxKxR + begun_Kx1 * has_BxGxKxR[:, group] if begun_Kx1.any() else free_BxKxR
+        has_room_B = (room_BxKxR.max(axis=2) >= length_K).all(axis=1)
         if not has_room_B.any():
             added = np.tile(limits[:, None], (shape.parts, 1, shape.rows))
-            has_room_B = np.append(has_room_B, np.full(shape.parts, (length_NxK[n] <= limits).all()))
+            has_room_B = np.append(has_room_B, np.full(shape.parts, (length_K <= limits).all()))
             free_BxKxR = np.append(free_BxKxR, added, axis=0)
             has_BxGxKxR = np.append(has_BxGxKxR, np.zeros((shape.parts, *has_BxGxKxR.shape[1:]), bool), axis=0)
-            need_BxKxR = np.append(need_BxKxR, np.broadcast_to(length_Kx1, added.shape), axis=0)
-            assert has_room_B.any(), (shape, length_NxK[n])
+            assert has_room_B.any(), (shape, length_K)
         index = int(has_room_B.argmax())
-        free_KxR, need_KxR = free_BxKxR[index], need_BxKxR[index]
-        taken_KxR = need_KxR * (limits.max() + 1) + free_KxR
-        row_K = np.where(free_KxR >= need_KxR, taken_KxR, np.iinfo(int).max).argmin(axis=1)
+        free_KxR, shared_KxR = free_BxKxR[index], begun_Kx1 * has_BxGxKxR[index, group]
+        fits_KxR = free_KxR + shared_KxR >= length_K[:, None]
+        row_K = np.where(fits_KxR, free_KxR - shared_KxR * (limits.max() + 1), np.iinfo(int).max).argmin(axis=1)
         chosen = np.arange(len(limits)), row_K
-        begin_K = limits - free_KxR[chosen]
-        free_KxR[chosen] -= need_KxR[chosen]
+        begin_K, need_K = limits - free_KxR[chosen], length_K - shared_KxR[chosen]
+        free_KxR[chosen] -= need_K
         has_BxGxKxR[index, group][chosen] = True
-        spans = tuple(slice(int(begin), int(begin + need)) for begin, need in zip(begin_K, need_KxR[chosen]))
+        spans = tuple(slice(begin, begin + need) for begin, need in zip(begin_K.tolist(), need_K.tolist()))
         places[n] = Place(*divmod(index, shape.parts), tuple(row_K.tolist()), spans)
     return places
 
