@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from msd_jax.data.prompts import Example
 from msd_jax.models import attention, pretrained
 from msd_jax.parallel import padding, sharding
-from msd_jax.training.packing import Beginnings, Shape, group_of, place
+from msd_jax.training.packing import Beginnings, Shape, begun, group_of, place
 from msd_jax.training.train_step import check_batch, reads_teacher
 
 _SHARED = 16  # tokens that a beginning has at least
@@ -116,8 +116,10 @@ def choose(
     groups = np.full(len(prompt_NxK), -1) if group_N is None else np.asarray(group_N)
     drawn = list(_batches(prompt_NxK, response, usual, batch_size))
     batches = [(prompt_NxK[chosen_B] + reply_B[:, None], groups[chosen_B]) for chosen_B, reply_B in drawn]
-    longest_K, mean_K = prompt_NxK.max(axis=0) + response - 1, np.concatenate([x for x, _ in batches]).mean(axis=0)
-    filling_alike_K = (longest_K / mean_K).max() * mean_K
+    longest_K, begun_GxK = prompt_NxK.max(axis=0) + response - 1, begun(beginnings, prompt_NxK.shape[1])
+    begun_K = begun_GxK.max(axis=0)  # in a row once; what its sequences have for themselves fills it
+    mean_K = np.concatenate([length_BxK - begun_GxK[group_B] for length_BxK, group_B in batches]).mean(axis=0)
+    filling_alike_K = ((longest_K - begun_K) / mean_K).max() * mean_K
 
     def cost(shape: Shape) -> float:
         attention = costs.attention / (6 * width)  # a layer's other products are about 24 D^2 a token
@@ -126,11 +128,12 @@ def choose(
         return packs * (shape.rows * per_row + _PASSES[0] * costs.pack)
 
     room_K = most_rows * np.array(_rounded(longest_K, costs))
+    stretched = (2.0 ** (quarters / 4) for quarters in range(9))
+    wanted = [wanted_K for by in stretched for wanted_K in (by * longest_K, begun_K + by * filling_alike_K)]
     shapes = [
         Shape(parts, rows, lengths, beginnings)
         for rows in {round(most_rows / 2 ** (halves / 2)) or 1 for halves in range(2 * most_rows.bit_length())}
-        for stretch in 2.0 ** (np.arange(9) / 4)
-        for lengths in (_rounded(stretch * longest_K, costs), _rounded(stretch * filling_alike_K, costs))
+        for lengths in (_rounded(wanted_K, costs) for wanted_K in wanted)
         if (rows * np.array(lengths) <= room_K).all()
     ]
     return min(sorted(set(shapes), key=lambda shape: (shape.rows, shape.lengths)), key=cost)

@@ -73,12 +73,6 @@ class Shape:
         """N, the response tokens of a part that there is room for: no more than the student's rows have."""
         return self.rows * self.lengths[0]
 
-    @property
-    def begun_GxK(self) -> np.ndarray:
-        """Tokens of the beginnings, and a last row of zeros, for what belongs to no group (index -1)."""
-        tokens = [[len(ids) for ids in group] for group in self.beginnings]
-        return np.array([*tokens, [0] * len(self.lengths)])
-
 
 def pack(batch: TrainBatch, shape: Shape) -> list[Pack]:
     """The packs of a batch on the host. A sequence without response tokens is left out.
@@ -99,14 +93,15 @@ def pack(batch: TrainBatch, shape: Shape) -> list[Pack]:
     places = place(np.array([[len(tokens) for tokens in read_N] for read_N in read_KxN]).T, shape, group_N)
     packs = [empty(shape) for _ in range(1 + max((at.pack for at in places), default=-1))]
     ends = np.zeros((len(packs), shape.parts), int)  # of the responses before
+    begun_GxK = begun(shape.beginnings, len(prompts))
     for n, (at, response) in enumerate(zip(places, response_N)):
         packed, end = packs[at.pack], ends[at.pack, at.part]
         columns = slice(end, end + len(response))
         ends[at.pack, at.part] += len(response)
         packed.response_SxN[at.part, columns], packed.mask_SxN[at.part, columns] = response, True
         roles = [role for role in (packed.student, packed.teacher) if role]
-        for rows, read_N, row, span, begun in zip(roles, read_KxN, at.rows, at.spans, shape.begun_GxK[group_N[n]]):
-            _write(rows, read_N[n], at.part * shape.rows + row, span, int(begun), group_N[n], n)
+        for rows, read_N, row, span, shared in zip(roles, read_KxN, at.rows, at.spans, begun_GxK[group_N[n]]):
+            _write(rows, read_N[n], at.part * shape.rows + row, span, int(shared), group_N[n], n)
             last = row * rows.token_BxT.shape[1] + span.stop
             rows.predicts_SxN[at.part, columns] = np.arange(last - len(response), last)
     return packs
@@ -122,7 +117,12 @@ def group_of(prompt_K: Sequence[np.ndarray], beginnings: Beginnings) -> int:
     return next(found, -1)
 
 
-def _write(rows: PackedRows, tokens: np.ndarray, row: int, span: slice, begun: int, group: int, index: int) -> None:
+def begun(beginnings: Beginnings, roles: int) -> np.ndarray:
+    """Tokens of the beginnings, [G + 1, K]; the last row, zeros, is for what belongs to no group (index -1)."""
+    return np.array([*([len(ids) for ids in group] for group in beginnings), [0] * roles])
+
+
+def _write(rows: PackedRows, tokens: np.ndarray, row: int, span: slice, shared: int, group: int, index: int) -> None:
     """Writes a sequence into a row so that it ends where `span` does; if that has room, with the beginning.
 
     Args:
@@ -130,7 +130,7 @@ def _write(rows: PackedRows, tokens: np.ndarray, row: int, span: slice, begun: i
       tokens: of the whole sequence.
       row: of the rows.
       span: the columns.
-      begun: tokens of the beginning that its group shares.
+      shared: tokens of the beginning of its group.
       group: of the shape's; -1 for none.
       index: that no other sequence in the rows has.
     """
@@ -138,8 +138,8 @@ def _write(rows: PackedRows, tokens: np.ndarray, row: int, span: slice, begun: i
     rows.token_BxT[row, span], rows.position_BxT[row, span] = tokens[first:], np.arange(first, len(tokens))
     # No token is of segment BEGINNINGS - 1, the beginning of those that share none.
     beginning = group + 1 if group >= 0 else BEGINNINGS - 1
-    rows.segment_BxT[row, span.start : span.stop - (len(tokens) - begun)] = beginning
-    rows.segment_BxT[row, span.stop - (len(tokens) - begun) : span.stop] = beginning + BEGINNINGS * (index + 1)
+    rows.segment_BxT[row, span.start : span.stop - (len(tokens) - shared)] = beginning
+    rows.segment_BxT[row, span.stop - (len(tokens) - shared) : span.stop] = beginning + BEGINNINGS * (index + 1)
 
 
 def empty(shape: Shape) -> Pack:
@@ -177,7 +177,7 @@ def place(length_NxK: np.ndarray, shape: Shape, group_N: Sequence[int] | None = 
       shape: of the packs.
       group_N: of each sequence; -1 for none. None: none has any.
     """
-    limits, begun_GxK = np.array(shape.lengths), shape.begun_GxK
+    limits, begun_GxK = np.array(shape.lengths), begun(shape.beginnings, len(shape.lengths))
     groups = np.full(len(length_NxK), -1) if group_N is None else np.asarray(group_N, int)
     free_BxKxR = np.zeros((0, len(limits), shape.rows), int)  # of the parts of all packs
     has_BxGxKxR = np.zeros((0, len(begun_GxK), len(limits), shape.rows), bool)  # whether a row has a beginning
