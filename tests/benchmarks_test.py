@@ -35,7 +35,8 @@ def test_a_tiny_model_is_measured_on_a_cpu_without_shares(tmp_path):
     assert [row["part"] for row in decodes] == ["decode", "int8", "stacked"]
     assert (device["part"], device["device"]) == ("device", "cpu")
     assert attention["faster"] == "xla"
-    assert dots["part"] == "dots" and dots["flops"] == train["flops"] and dots["loss"] == pytest.approx(train["loss"])
+    assert dots["part"] == "dots" and dots["loss"] == pytest.approx(train["loss"])
+    assert dots["flops"] == train["flops"] <= dots["repeated_flops"] < train["repeated_flops"]
     for row in (train, dots, *decodes):
         assert (row["model"], row["attention"], row["rows"]) == ("tiny", "xla", 4)
         assert row["seconds"] > 0 and len(row["runs"]) == 5 and row["response_tokens_per_second"] > 0

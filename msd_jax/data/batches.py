@@ -98,6 +98,7 @@ class Batch:
       teacher_length_B: int32 [B].
       query_hash_B: uint32 [B], see `query_hash`.
       examples: one per row.
+      columns: the larger P of each role.
     """
 
     student_prompt_BxP: np.ndarray
@@ -106,6 +107,7 @@ class Batch:
     teacher_length_B: np.ndarray
     query_hash_B: np.ndarray
     examples: tuple[Example, ...]
+    columns: tuple[int, int]
 
 
 def encode_all(
@@ -316,7 +318,7 @@ def _collate(examples: Sequence[Example], *, columns: tuple[int, int], pad_id: i
     student = padded([example.student_ids for example in examples], columns[0])
     teacher = padded([example.teacher_ids for example in examples], columns[1])
     hashes = [query_hash(example.query_id, example.language) for example in examples]
-    return Batch(*student, *teacher, np.array(hashes, np.uint32), tuple(examples))
+    return Batch(*student, *teacher, np.array(hashes, np.uint32), tuple(examples), columns)
 
 
 class _Part(NamedTuple):

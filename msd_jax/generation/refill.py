@@ -31,7 +31,7 @@ from msd_jax.parallel import compiler_options, padding, sharding
 PARTS = 8  # rows are filled in eighths of the batch: few programs run, and few rows stand idle
 _TOKENS, _TOKENS_ON_CPU = 512, 64  # F x W of each device, which make its matrix products fast
 _COLUMNS = 16  # W at least
-# Sizes of the cache at most. Elsewhere a size's programs take longer to compile than it saves a few thousand prompts.
+# Sizes of the cache at most. On accelerators, compiling another takes longer than it saves over a few thousand prompts.
 _SIZES, _SIZES_ON_CPU = 2, 8
 
 
@@ -122,7 +122,7 @@ class PoolGenerator:
             return
         key_data = jax.device_get(jax.random.key_data(jax.random.key(0) if key is None else key))
         hash_of = np.zeros(len(prompts_ids), np.uint32) if query_hash is None else np.asarray(query_hash, np.uint32)
-        shared = padding.begin_alike(prompts_ids) if len(prompts_ids) > self._part else 0
+        shared = padding.common_prefix(prompts_ids) if len(prompts_ids) > self._part else 0
         pool = _Pool(params, prompts_ids, shared, hash_of, sharding.put_replicated(self._mesh, key_data))
         layers = self._unstack(params) if self._layer_by_layer else None
         size, slot = 0, 0

@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from msd_jax.parallel import sharding
 
 CHOICES = ("auto", "xla")  # of config.model.attention
-BEGINNINGS = 1 << 10  # more than the beginnings in a row that several of its sequences share, see `self_attention`
+BEGINNINGS = 1 << 10  # a segment modulo this is what its sequence begins with, see `self_attention`
 _LANES = 128  # of a TPU's vector registers: splash takes sequences of a multiple of it
 _BLOCK = 128  # queries
 
@@ -126,7 +126,7 @@ def choose(query_BxTxNxH: jax.Array, scores: Scores, mesh: Mesh | None) -> str:
 
 
 def shares_beginnings(mesh: Mesh | None) -> bool:
-    """Whether sequences of a row may share a beginning on the mesh's platform, whatever the shapes."""
+    """Whether sequences of a row may share a beginning on the mesh's platform; splash, on TPUs, cannot."""
     return sharding.platform(mesh) != "tpu"
 
 
@@ -162,7 +162,7 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, sc
 
 
 def _blocks(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scores: Scores) -> jax.Array:
-    """`_xla` where no query may attend to a later key."""
+    """`_xla` where no query but padding's may attend to a later key."""
     T = query.shape[1]
     spans = [(first, min(first + _BLOCK, T)) for first in range(0, T, _BLOCK)]
     out = [

@@ -149,7 +149,8 @@ class Decoder(nnx.Module):
         Returns:
           hidden_BxTxD, normalised, ready for `logits`, at least float32.
         """
-        require_length(self.config, tokens_BxT.shape[1])
+        if segment_BxT.dtype == bool:  # a row of several sequences may be longer than any of them
+            require_length(self.config, tokens_BxT.shape[1])
         attend = self._self_attention(segment_BxT, positions_BxT)
 
         def layer(x_BxTxD: jax.Array, inputs: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, None]:

@@ -36,7 +36,7 @@ def bucket(length: int, limit: int) -> int:
     return min(limit, next(size for size in sizes if size >= length))
 
 
-def begin_alike(rows: Sequence[np.ndarray]) -> int:
+def common_prefix(rows: Sequence[np.ndarray]) -> int:
     """How many tokens all rows begin with; each has at least one more."""
     first, end = rows[0], min(map(len, rows)) - 1
     return min(int(np.argmin(np.append(ids[:end] == first[:end], False))) for ids in rows)

@@ -230,7 +230,7 @@ def write(
       most: the most queries of each language and label in eval.jsonl; 0 for all.
       seed: of what is drawn.
       trained: languages of train.jsonl, beside the source.
-      swahili_arithmetic: where MGSM's questions are in Swahili too, so many of them are; the others leave it out.
+      swahili_arithmetic: how many of MGSM's questions keep their Swahili text; without effect if balanced.
     """
     out.mkdir(parents=True, exist_ok=True)
     train_harmful, eval_harmful = halves(harmful)
@@ -288,7 +288,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--xstest", type=pathlib.Path, help="for an organism that knows more in English")
     parser.add_argument("--all_harmless", action="store_true", help="in train.jsonl, rather than as many a language")
-    parser.add_argument("--swahili_arithmetic", type=int, default=HARMLESS, help="MGSM's, with --all_harmless")
+    parser.add_argument("--swahili_arithmetic", type=int, default=HARMLESS, help="how many of MGSM's questions keep it")
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--most", type=int, default=0, help="queries of each language and label in eval.jsonl")
     parser.add_argument("--seed", type=int, default=0)

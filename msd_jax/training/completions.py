@@ -60,7 +60,8 @@ def entries(run: Run, frozen: decoder.Params, state: TrainState, generated: Gene
     """
     kept = min(run.config.train.completions.kept, len(generated.queries.examples))
     rows = sharding.batch_rows(run.mesh, kept)
-    batch = sharding.put_batch(run.mesh, _of_one_shape(jax.tree.map(lambda a: a[:rows], generated.batch), run))
+    first = jax.tree.map(lambda array: array[:rows], generated.batch)
+    batch = sharding.put_batch(run.mesh, _of_one_width(first, generated.queries.columns))
     both = (decoder.join(frozen, trained) for trained in (state.params, state.teacher_params))
     static = {"graphdef": run.model.graphdef, "loss": run.loss, "beta": run.beta}
     values = sharding.fetch(per_token_values(*both, batch, state.step, **static))
@@ -70,19 +71,16 @@ def entries(run: Run, frozen: decoder.Params, state: TrainState, generated: Gene
     ]
 
 
-def _of_one_shape(batch: TrainBatch, run: Run) -> TrainBatch:
-    """The batch with prompts of one width in all steps, so that one program does for all: as long as rows of packs."""
-    R = batch.response_BxR.shape[1]
+def _of_one_width(batch: TrainBatch, columns: tuple[int, int]) -> TrainBatch:
+    """The batch with prompts as wide as any of the run, so that one program does for all steps."""
 
-    def widened(prompt_BxP: np.ndarray, length: int) -> np.ndarray:
-        P = length - R + 1
-        return np.pad(prompt_BxP, ((0, 0), (max(0, P - prompt_BxP.shape[1]), 0)))[:, -P:]
+    def widened(prompt_BxP: np.ndarray, P: int) -> np.ndarray:
+        return np.pad(prompt_BxP, ((0, 0), (P - prompt_BxP.shape[1], 0)))
 
-    student, *teacher = run.pack_shape.lengths
-    batch = batch._replace(student_prompt_BxP=widened(batch.student_prompt_BxP, student))
+    batch = batch._replace(student_prompt_BxP=widened(batch.student_prompt_BxP, columns[0]))
     if batch.teacher_prompt_BxP is None:
         return batch
-    return batch._replace(teacher_prompt_BxP=widened(batch.teacher_prompt_BxP, *teacher))
+    return batch._replace(teacher_prompt_BxP=widened(batch.teacher_prompt_BxP, columns[1]))
 
 
 def _entry(generated: Generated, row: int, values_R: dict[str, np.ndarray], decode: Callable[..., str]) -> jsonl.Row:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from msd_jax.data.prompts import Example
 from msd_jax.models import attention, pretrained
 from msd_jax.parallel import padding, sharding
-from msd_jax.training.packing import Beginnings, Shape, begun, group_of, place
+from msd_jax.training.packing import Beginnings, Shape, beginning_lengths, place
 from msd_jax.training.train_step import check_batch, reads_teacher
 
 _SHARED = 16  # tokens that a beginning has at least
@@ -52,12 +52,11 @@ def pack_shape(
     if examples is None:
         limits = np.array([config.prompts.student_limit, config.prompts.teacher_limit][:roles])
         return Shape(parts, rows, _rounded(limits + R - 1, costs))
-    examples = list(examples)
-    beginnings = find_beginnings(examples, roles) if attention.shares_beginnings(mesh) else ()
     prompts = [(example.student_ids, example.teacher_ids)[:roles] for example in examples]
-    # Those of a language begin alike.
-    one_of = {example.language: prompt_K for example, prompt_K in zip(examples, prompts)}
-    groups = {language: group_of(prompt_K, beginnings) for language, prompt_K in one_of.items()}
+    languages = [example.language for example in examples]
+    beginning_of = find_beginnings(prompts, languages) if attention.shares_beginnings(mesh) else {}
+    beginnings = tuple(sorted(set(beginning_of.values()), key=lambda group: (-sum(map(len, group)), group)))
+    index = {language: beginnings.index(group) for language, group in beginning_of.items()}
     usual = min(config.train.response_tokens, R)
     return choose(
         np.array([[len(ids) for ids in prompt_K] for prompt_K in prompts]),
@@ -69,21 +68,23 @@ def pack_shape(
         costs=costs,
         width=model.config.width,
         beginnings=beginnings,
-        group_N=[groups[example.language] for example in examples],
+        group_N=[index.get(language, -1) for language in languages],
     )
 
 
-def find_beginnings(examples: Iterable[Example], roles: int) -> Beginnings:
-    """What the prompts of each language begin with, of as many roles, the longest first; nothing where it is short."""
-    by_language: dict[str, list[tuple[np.ndarray, ...]]] = {}
-    for example in examples:
-        by_language.setdefault(example.language, []).append((example.student_ids, example.teacher_ids)[:roles])
+def find_beginnings(
+    prompts: Sequence[tuple[np.ndarray, ...]], languages: Sequence[str]
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Language -> what its prompts begin with in each role, where that is long in any."""
+    of_language: dict[str, list[tuple[np.ndarray, ...]]] = {}
+    for language, prompt_K in zip(languages, prompts):
+        of_language.setdefault(language, []).append(prompt_K)
     found = {
-        tuple(tuple(of_role[0][: padding.begin_alike(of_role)].tolist()) for of_role in zip(*prompts))
-        for prompts in by_language.values()
+        language: tuple(tuple(role[0][: padding.common_prefix(role)].tolist()) for role in zip(*own))
+        for language, own in of_language.items()
     }
-    long = [group for group in found if max(map(len, group)) >= _SHARED]
-    return tuple(sorted(long, key=lambda group: (-sum(map(len, group)), group))[: attention.BEGINNINGS - 2])
+    long = {language: group for language, group in found.items() if max(map(len, group)) >= _SHARED}
+    return dict([*long.items()][: attention.BEGINNINGS - 2])
 
 
 def choose(
@@ -116,20 +117,20 @@ def choose(
     groups = np.full(len(prompt_NxK), -1) if group_N is None else np.asarray(group_N)
     drawn = list(_batches(prompt_NxK, response, usual, batch_size))
     batches = [(prompt_NxK[chosen_B] + reply_B[:, None], groups[chosen_B]) for chosen_B, reply_B in drawn]
-    longest_K, begun_GxK = prompt_NxK.max(axis=0) + response - 1, begun(beginnings, prompt_NxK.shape[1])
-    begun_K = begun_GxK.max(axis=0)  # in a row once; what its sequences have for themselves fills it
-    mean_K = np.concatenate([length_BxK - begun_GxK[group_B] for length_BxK, group_B in batches]).mean(axis=0)
-    filling_alike_K = ((longest_K - begun_K) / mean_K).max() * mean_K
+    longest_K, shared_GxK = prompt_NxK.max(axis=0) + response - 1, beginning_lengths(beginnings, prompt_NxK.shape[1])
+    shared_K = shared_GxK.max(axis=0)  # in a row once; what its sequences have for themselves fills it
+    mean_K = np.concatenate([length_BxK - shared_GxK[group_B] for length_BxK, group_B in batches]).mean(axis=0)
+    filling_alike_K = ((longest_K - shared_K) / mean_K).max() * mean_K
 
     def cost(shape: Shape) -> float:
-        attention = costs.attention / (6 * width)  # a layer's other products are about 24 D^2 a token
-        per_row = sum(passes * length * (1 + attention * length) for passes, length in zip(_PASSES, shape.lengths))
+        pairs = costs.attention / (6 * width)  # a layer's other products are about 24 D^2 a token
+        per_row = sum(passes * length * (1 + pairs * length) for passes, length in zip(_PASSES, shape.lengths))
         packs = sum(1 + max(at.pack for at in place(length_BxK, shape, group_B)) for length_BxK, group_B in batches)
         return packs * (shape.rows * per_row + _PASSES[0] * costs.pack)
 
     room_K = most_rows * np.array(_rounded(longest_K, costs))
     stretched = (2.0 ** (quarters / 4) for quarters in range(9))
-    wanted = [wanted_K for by in stretched for wanted_K in (by * longest_K, begun_K + by * filling_alike_K)]
+    wanted = [wanted_K for by in stretched for wanted_K in (by * longest_K, shared_K + by * filling_alike_K)]
     shapes = [
         Shape(parts, rows, lengths, beginnings)
         for rows in {round(most_rows / 2 ** (halves / 2)) or 1 for halves in range(2 * most_rows.bit_length())}

@@ -2,11 +2,11 @@
 
 Replies end where they end: in a batch that is padded to its longest sequence most columns are empty, and every new
 length costs a compilation. Here both roles' sequences lie one after the other in rows of a fixed length, and as many
-`Pack`s of a fixed number of rows as it takes are summed up to the step's gradient. What a token attends to is told by
-segments, so that nothing but the order of sums depends on what shares a row.
+`Pack`s of a fixed number of rows as it takes are summed up to the step's gradient. Segments and positions determine
+what a token attends to, so that nothing but the order of sums depends on what shares a row.
 
-Most of a teacher's prompt is the same instruction for every query. What the prompts of a language begin with is in a
-row but once, and read by all sequences of that language there.
+Most of a teacher's prompt is the same instruction for every query. A row holds what the prompts of a language begin
+with once, and all its sequences in that language attend to it.
 """
 
 import dataclasses
@@ -93,14 +93,14 @@ def pack(batch: TrainBatch, shape: Shape) -> list[Pack]:
     places = place(np.array([[len(tokens) for tokens in read_N] for read_N in read_KxN]).T, shape, group_N)
     packs = [empty(shape) for _ in range(1 + max((at.pack for at in places), default=-1))]
     ends = np.zeros((len(packs), shape.parts), int)  # of the responses before
-    begun_GxK = begun(shape.beginnings, len(prompts))
+    shared_GxK = beginning_lengths(shape.beginnings, len(prompts))
     for n, (at, response) in enumerate(zip(places, response_N)):
         packed, end = packs[at.pack], ends[at.pack, at.part]
         columns = slice(end, end + len(response))
         ends[at.pack, at.part] += len(response)
         packed.response_SxN[at.part, columns], packed.mask_SxN[at.part, columns] = response, True
         roles = [role for role in (packed.student, packed.teacher) if role]
-        for rows, read_N, row, span, shared in zip(roles, read_KxN, at.rows, at.spans, begun_GxK[group_N[n]]):
+        for rows, read_N, row, span, shared in zip(roles, read_KxN, at.rows, at.spans, shared_GxK[group_N[n]]):
             _write(rows, read_N[n], at.part * shape.rows + row, span, int(shared), group_N[n], n)
             last = row * rows.token_BxT.shape[1] + span.stop
             rows.predicts_SxN[at.part, columns] = np.arange(last - len(response), last)
@@ -117,7 +117,7 @@ def group_of(prompt_K: Sequence[np.ndarray], beginnings: Beginnings) -> int:
     return next(found, -1)
 
 
-def begun(beginnings: Beginnings, roles: int) -> np.ndarray:
+def beginning_lengths(beginnings: Beginnings, roles: int) -> np.ndarray:
     """Tokens of the beginnings, [G + 1, K]; the last row, zeros, is for what belongs to no group (index -1)."""
     return np.array([*([len(ids) for ids in group] for group in beginnings), [0] * roles])
 
@@ -177,15 +177,15 @@ def place(length_NxK: np.ndarray, shape: Shape, group_N: Sequence[int] | None = 
       shape: of the packs.
       group_N: of each sequence; -1 for none. None: none has any.
     """
-    limits, begun_GxK = np.array(shape.lengths), begun(shape.beginnings, len(shape.lengths))
+    limits, shared_GxK = np.array(shape.lengths), beginning_lengths(shape.beginnings, len(shape.lengths))
     groups = np.full(len(length_NxK), -1) if group_N is None else np.asarray(group_N, int)
     free_BxKxR = np.zeros((0, len(limits), shape.rows), int)  # of the parts of all packs
-    has_BxGxKxR = np.zeros((0, len(begun_GxK), len(limits), shape.rows), bool)  # whether a row has a beginning
+    has_BxGxKxR = np.zeros((0, len(shared_GxK), len(limits), shape.rows), bool)  # whether a row has a beginning
     places: list[Place] = [Place(0, 0, (), ())] * len(length_NxK)
     for n in np.lexsort((-(length_NxK / limits).max(axis=1), groups)):
-        length_K, group, begun_Kx1 = length_NxK[n], groups[n], begun_GxK[groups[n]][:, None]
+        length_K, group, shared_Kx1 = length_NxK[n], groups[n], shared_GxK[groups[n]][:, None]
         # A row has room where it is free, and where it has the sequence's beginning.
-        room_BxKxR = free_BxKxR + begun_Kx1 * has_BxGxKxR[:, group] if begun_Kx1.any() else free_BxKxR
+        room_BxKxR = free_BxKxR + shared_Kx1 * has_BxGxKxR[:, group] if shared_Kx1.any() else free_BxKxR
         has_room_B = (room_BxKxR.max(axis=2) >= length_K).all(axis=1)
         if not has_room_B.any():
             added = np.tile(limits[:, None], (shape.parts, 1, shape.rows))
@@ -194,7 +194,7 @@ def place(length_NxK: np.ndarray, shape: Shape, group_N: Sequence[int] | None = 
             has_BxGxKxR = np.append(has_BxGxKxR, np.zeros((shape.parts, *has_BxGxKxR.shape[1:]), bool), axis=0)
             assert has_room_B.any(), (shape, length_K)
         index = int(has_room_B.argmax())
-        free_KxR, shared_KxR = free_BxKxR[index], begun_Kx1 * has_BxGxKxR[index, group]
+        free_KxR, shared_KxR = free_BxKxR[index], shared_Kx1 * has_BxGxKxR[index, group]
         fits_KxR = free_KxR + shared_KxR >= length_K[:, None]
         row_K = np.where(fits_KxR, free_KxR - shared_KxR * (limits.max() + 1), np.iinfo(int).max).argmin(axis=1)
         chosen = np.arange(len(limits)), row_K

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from msd_jax import losses
 from msd_jax.data import prompts
 from msd_jax.errors import UserError
-from msd_jax.models import decoder, forward, pretrained
+from msd_jax.models import attention, decoder, forward, pretrained
 from msd_jax.models.forward import PackedRows
 from msd_jax.parallel import compiler_options, sharding
 from msd_jax.training import optimizer, packing, spikes
@@ -250,6 +250,7 @@ class TrainStep:
         shape: packing.Shape,
     ):
         """Binds all that is static; `shape` is that of the packs."""
+        assert not shape.beginnings or attention.shares_beginnings(mesh), "splash would leave the beginnings out"
         self.mesh, beta = mesh, beta_schedule(config)
         loss = functools.partial(
             losses.fused_dpsw_loss,

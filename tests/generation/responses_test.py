@@ -44,7 +44,7 @@ def make_batch(rng, B=12):
     examples = tuple(prompts.Example(str(i), "sw", True, student[i], teacher[i]) for i in range(B))
     hashes = np.array([batches.query_hash(e.query_id, e.language) for e in examples], np.uint32)
     full = [np.full(B, P, np.int32) for P in (5, 7)]
-    return batches.Batch(student, full[0], teacher, full[1], hashes, examples)
+    return batches.Batch(student, full[0], teacher, full[1], hashes, examples, (5, 7))
 
 
 def config(policy, **options):

@@ -1,14 +1,18 @@
 """Packs: every sequence is in them once, whole and apart from its neighbours, whatever shares its row."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
+from msd_jax.configs import default
 
 from msd_jax.data.prompts import Example
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, forward
 from msd_jax.models.attention import BEGINNINGS
-from msd_jax.training import pack_shape, packing
+from msd_jax.parallel import sharding
+from msd_jax.training import pack_shape, packing, train_step
 from tests.conftest import LLAMA
 from tests.training.train_step_test import make_batch, make_batch_alike
 
@@ -118,7 +122,7 @@ def test_a_beginning_that_prompts_share_is_once_in_a_row(rng, sizes):
         found, shared = [], 0
         for rows in (getattr(pack, name) for pack in packs):
             for token_T, position_T, segment_T in zip(rows.token_BxT, rows.position_BxT, rows.segment_BxT):
-                assert (segment_T[np.flatnonzero(segment_T)] > 0).all()
+                assert (segment_T >= 0).all()
                 own = {int(s) for s in segment_T if s >= BEGINNINGS}
                 heads = {int(s) for s in segment_T if 0 < s < BEGINNINGS}
                 assert heads <= {s % BEGINNINGS for s in own}
@@ -151,20 +155,39 @@ def test_what_shares_a_beginning_has_the_hidden_states_of_each_sequence_alone(rn
         assert sorted(distance_NxN.argmin(axis=1)) == list(range(len(alone_NxD)))
 
 
-def test_beginnings_are_those_of_each_language_and_leave_a_token(rng):
-    def example(language, student, teacher):
-        ids = (np.array(x, np.int32) for x in (student, teacher))
-        return Example("q", language, None, *ids)
+def example(language, student, teacher):
+    return Example("q", language, None, np.array(student, np.int32), np.array(teacher, np.int32))
 
-    swahili = [*range(100, 130)]
-    examples = [example("sw", [1, 2, 10 + i], [*swahili, 40 + i]) for i in range(3)]
-    examples += [example("bn", [1, 2, 3], [*range(200, 220)])]  # one prompt, which is all its beginning
-    examples += [example("en", [1, 2, 10 + i], [7, 8, 50 + i]) for i in range(3)]  # too short
-    beginnings = pack_shape.find_beginnings(examples, 2)
-    assert beginnings == (((1, 2), tuple(swahili)), ((1, 2), tuple(range(200, 219))))
-    assert pack_shape.find_beginnings(examples, 1) == ()
-    groups = [packing.group_of((e.student_ids, e.teacher_ids), beginnings) for e in examples]
-    assert groups == [0, 0, 0, 1, -1, -1, -1]
+
+SWAHILI = tuple(range(100, 130))
+EXAMPLES = [example("sw", [1, 2, 10 + i], [*SWAHILI, 40 + i]) for i in range(3)]
+EXAMPLES += [example("bn", [1, 2, 3], range(200, 220))]  # one prompt, which is all its beginning
+EXAMPLES += [example("en", [1, 2, 10 + i], [7, 8, 50 + i]) for i in range(3)]  # too short
+
+
+def test_beginnings_are_those_of_each_language_and_leave_a_token():
+    prompts = [(e.student_ids, e.teacher_ids) for e in EXAMPLES]
+    languages = [e.language for e in EXAMPLES]
+    found = pack_shape.find_beginnings(prompts, languages)
+    assert found == {"sw": ((1, 2), SWAHILI), "bn": ((1, 2), tuple(range(200, 219)))}
+    assert pack_shape.find_beginnings([prompt[:1] for prompt in prompts], languages) == {}
+    assert [packing.group_of(prompt, tuple(found.values())) for prompt in prompts] == [0, 0, 0, 1, -1, -1, -1]
+    assert packing.group_of((np.array(SWAHILI),), ((SWAHILI,),)) == -1  # nothing would be left to predict from
+
+
+@pytest.mark.parametrize("platform, shared", [("cpu", 2), ("gpu", 2), ("tpu", 0)])
+def test_rows_hold_beginnings_where_the_kernel_can_tell_them_apart(platform, shared, monkeypatch):
+    config = default.get_config()
+    config.data.batch_size, config.rollout.max_new_tokens = 8, 8
+    monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model = types.SimpleNamespace(config=model_config.from_dict(LLAMA))
+    shape = pack_shape.pack_shape(config, model, mesh, EXAMPLES)
+    assert len(shape.beginnings) == shared
+    if not shared:
+        kept = packing.Shape(1, 1, (64, 64), ((SWAHILI, SWAHILI),))
+        with pytest.raises(AssertionError, match="splash would leave the beginnings out"):
+            train_step.TrainStep(config, model, mesh, None, kept)
 
 
 def test_a_batch_without_response_tokens_has_no_pack(rng):
