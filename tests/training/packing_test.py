@@ -1,5 +1,6 @@
 """Packs: every sequence is in them once, whole and apart from its neighbours, whatever shares its row."""
 
+import dataclasses
 import types
 
 import jax
@@ -88,6 +89,7 @@ def test_each_response_token_is_predicted_by_what_precedes_it_in_its_sequence(rn
 def test_hidden_states_are_those_of_each_sequence_alone(rng, window):
     """Also where attention is within a window, which reaches into the row's sequence before."""
     config = model_config.from_dict(LLAMA | ({"sliding_window": window, "model_type": "mistral"} if window else {}))
+    config = dataclasses.replace(config, longest=20)  # of a sequence: a row of several may be longer
     graphdef, params = decoder.init(config, jax.random.key(0))
     batch = make_batch(rng, B=12)
     (pack,) = packing.pack(batch, packing.Shape(parts=2, rows=2, lengths=(60, 80)))
