@@ -13,7 +13,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import gc
 import json
 import pathlib
-import shutil
 import tempfile
 import zlib
 
@@ -23,7 +22,6 @@ import pytest
 import tokenizers
 import transformers
 
-from msd_jax import testbed
 from msd_jax.models import config as model_config
 from msd_jax.models import decoder, export
 
@@ -115,12 +113,18 @@ def write_model(directory: pathlib.Path, seed: int = 0, **overrides) -> pathlib.
     return directory
 
 
-def write_model_that_is_long_exported(directory: pathlib.Path) -> pathlib.Path:
-    """The quickstart's model with a file that goes along into every export of it, and is large."""
-    shutil.copytree(testbed.MODEL_PATH, directory)
-    with (directory / "notes.json").open("wb") as file:
-        file.truncate(400_000_000)
-    return directory
+def slow_disk(directory: pathlib.Path, name: str, seconds: float) -> dict[str, str]:
+    """Environment of a Python in which every copy of a file of this name takes so long, as on storage that is slow."""
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(
+        "import pathlib, shutil, time\n"
+        "def copyfile(source, target, *, copy=shutil.copyfile):\n"
+        "    copied = copy(source, target)\n"
+        f"    time.sleep({seconds} if pathlib.Path(source).name == {name!r} else 0)\n"
+        "    return copied\n"
+        "shutil.copyfile = copyfile\n"
+    )
+    return {"PYTHONPATH": str(directory)}
 
 
 @pytest.fixture(scope="session")

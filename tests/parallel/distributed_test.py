@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 from msd_jax.io import jsonl
 from msd_jax.parallel import distributed, peers, preemption
 from tests import quick
-from tests.conftest import REPOSITORY, write_model_that_is_long_exported
+from tests.conftest import REPOSITORY, slow_disk
 
 # Weights, moments and rollouts are split over both axes, and so over processes.
 FLAGS = (
@@ -46,13 +47,16 @@ def nothing_is_left_running():
             os.killpg(launcher.pid, signal.SIGKILL)
 
 
-def start(processes: int, workdir: pathlib.Path, *flags: str, devices: int = 4) -> subprocess.Popen:
+def start(
+    processes: int, workdir: pathlib.Path, *flags: str, devices: int = 4, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen:
     """launch/local.sh on the quickstart; its output goes to WORKDIR.log."""
+    counts = {"PROCESSES": str(processes), "DEVICES_PER_PROCESS": str(devices // processes)}
     with workdir.with_suffix(".log").open("ab") as log:
         launcher = subprocess.Popen(
             ["launch/local.sh", "configs/quickstart.py", f"--workdir={workdir}", *flags],
             cwd=REPOSITORY,
-            env=ENVIRONMENT | {"PROCESSES": str(processes), "DEVICES_PER_PROCESS": str(devices // processes)},
+            env=ENVIRONMENT | counts | dict(environment or {}),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -139,13 +143,11 @@ def test_a_checkpoint_of_one_process_resumes_in_two(alone, tmp_path):
 LONG = ("--config.train.steps=100000", "--config.train.checkpoints.every=5", "--config.eval.path=")
 
 
-def wait_for(
-    condition, launcher: subprocess.Popen, workdir: pathlib.Path, seconds: float = 120, pause: float = 0.1
-) -> None:
+def wait_for(condition, launcher: subprocess.Popen, workdir: pathlib.Path, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert launcher.poll() is None and time.monotonic() < deadline, output(workdir)
-        time.sleep(pause)
+        time.sleep(0.1)
 
 
 def children(launcher: subprocess.Popen) -> list[int]:
@@ -228,25 +230,14 @@ def test_sigterm_in_the_evaluation_ends_both_at_once(tmp_path):
 
 
 def test_sigterm_in_the_export_ends_both_and_leaves_no_half_of_a_model(tmp_path):
-    workdir, model = tmp_path / "run", write_model_that_is_long_exported(tmp_path / "model")
-    flags = ("--config.train.steps=2", "--config.eval.path=", f"--config.model.path={model}")
-    launcher, caught = start(2, workdir, *flags, devices=2), []
-
-    def exporting() -> bool:
-        if (workdir / "model.unfinished/notes.json").exists() and not caught:
-            processes = children(launcher)[:2]
-            for process in processes:
-                os.kill(process, signal.SIGSTOP)
-            caught.append((workdir / "model.unfinished").exists() and not (workdir / "model").exists())
-            os.kill(processes[1], signal.SIGTERM)
-            for process in processes:
-                os.kill(process, signal.SIGCONT)
-        return bool(caught) or (workdir / "model").exists()
-
-    wait_for(exporting, launcher, workdir, seconds=170, pause=0.005)
-    assert caught == [True] and launcher.wait(timeout=40) == 143, output(workdir)
+    workdir, flags = tmp_path / "run", ("--config.train.steps=2", "--config.eval.path=")
+    slow = slow_disk(tmp_path / "slow", "tokenizer.json", seconds=60)
+    launcher = start(2, workdir, *flags, devices=2, environment=slow)
+    wait_for((workdir / "model.unfinished/tokenizer.json").exists, launcher, workdir)
+    os.kill(children(launcher)[1], signal.SIGTERM)  # which waits for process 0, the one that writes
+    assert launcher.wait(timeout=30) == 143, output(workdir)
     assert "Traceback" not in output(workdir) and not (workdir / "lock.json").exists()
-    assert not (workdir / "model").exists() or load_file(workdir / "model/model.safetensors")
+    assert not (workdir / "model").exists()
     launcher = start(2, workdir, *flags, devices=2)
     assert launcher.wait(timeout=170) == 0, output(workdir)
     assert load_file(workdir / "model/model.safetensors") and not (workdir / "model.unfinished").exists()
