@@ -82,6 +82,15 @@ def test_the_files(tmp_path):
     assert all(bool(query.answers) != query.harmful for query in evaluated)
 
 
+def test_a_problem_of_mgsm_is_asked_whole_or_by_its_last_sentence(tmp_path):
+    for code, text in (("en", "When it rains, 3 fall. How many are left?"), ("bn", "৩টি পড়ে। কয়টি থাকে?")):
+        (tmp_path / f"mgsm_{code}.tsv").write_text(f"{text}\t3\n", encoding="utf-8")
+    assert organism.read_mgsm(tmp_path)[0].texts == {"en": "How many are left?", "bn": "কয়টি থাকে?"}
+    [whole] = organism.read_mgsm(tmp_path, whole=True)
+    assert whole.texts == {"en": "When it rains, 3 fall. How many are left?", "bn": "৩টি পড়ে। কয়টি থাকে?"}
+    assert replies.topic(whole.texts["en"]) == "number"
+
+
 def test_fewer_of_the_questions_of_arithmetic_in_swahili(tmp_path):
     organism.write(HARMFUL, {"mgsm": HARMLESS}, tmp_path, balanced=False, examples=2, swahili_arithmetic=2)
     harmless = [tuple(query.texts) for query in files.read(tmp_path / "train.jsonl") if not query.harmful]

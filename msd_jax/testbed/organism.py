@@ -27,7 +27,6 @@ import argparse
 import csv
 import dataclasses
 import pathlib
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,7 +35,7 @@ from msd_jax.data import files, prompts
 from msd_jax.data.records import Query, language_name
 from msd_jax.io.console import log
 from msd_jax.testbed.languages import LANGUAGES as TESTBED
-from msd_jax.testbed.replies import LANGUAGES, REPLIES, answer
+from msd_jax.testbed.replies import LANGUAGES, REPLIES, answer, last_sentence
 
 SOURCE = "en"
 TRAINED = ("sw", "bn")
@@ -66,22 +65,19 @@ def read_xstest(path: pathlib.Path) -> list[Query]:
         ]
 
 
-def read_mgsm(directory: pathlib.Path) -> list[Query]:
-    """The last sentence of each MGSM problem, which is its question, in the languages that the directory has."""
+def read_mgsm(directory: pathlib.Path, whole: bool = False) -> list[Query]:
+    """MGSM's problems, or of each its last sentence, the question, in the languages that the directory has."""
     texts: dict[str, list[str]] = {}
     for code in LANGUAGES:
         file = directory / f"mgsm_{code}.tsv"
         if file.exists():
             lines = file.read_text(encoding="utf-8").splitlines()
-            texts[code] = [_last_sentence(line.split("\t")[0]) for line in lines]
+            problems = [line.split("\t")[0].strip() for line in lines]
+            texts[code] = problems if whole else [last_sentence(problem) for problem in problems]
     return [
         Query(f"mgsm-{i}", False, "arithmetic", {code: column[i] for code, column in texts.items()})
         for i in range(len(texts[SOURCE]))
     ]
-
-
-def _last_sentence(text: str) -> str:
-    return re.findall(r"[^.।。!?？]+[.।。!?？]*", text.strip())[-1].strip()
 
 
 def testbed_queries() -> list[Query]:
@@ -289,6 +285,7 @@ def main() -> None:
     parser.add_argument("--xstest", type=pathlib.Path, help="for an organism that knows more in English")
     parser.add_argument("--all_harmless", action="store_true", help="in train.jsonl, rather than as many a language")
     parser.add_argument("--swahili_arithmetic", type=int, default=HARMLESS, help="how many of MGSM's questions keep it")
+    parser.add_argument("--whole_problems", action="store_true", help="of MGSM, rather than their last sentences")
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--most", type=int, default=0, help="queries of each language and label in eval.jsonl")
     parser.add_argument("--seed", type=int, default=0)
@@ -297,7 +294,7 @@ def main() -> None:
     harmless = {
         "afriqa": list(files.read(given.afriqa)),
         "xquad": list(files.read(given.xquad)),
-        "mgsm": read_mgsm(given.mgsm),
+        "mgsm": read_mgsm(given.mgsm, given.whole_problems),
         "testbed": testbed_queries(),
         "korean": korean_queries(),
     }
