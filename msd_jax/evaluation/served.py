@@ -181,6 +181,8 @@ def evaluation(
     """
     if jax.process_count() > 1:
         raise UserError("--server asks from one process; start one")
+    if config.eval.weights != "float":
+        raise UserError(f"config.eval.weights={config.eval.weights!r} has no effect on --server")
     evaluator.require_wanted(config)
     server = Server(config, url, model)
     prompts = list(encoding.all_prompts(benchmarks.load(config.eval)))

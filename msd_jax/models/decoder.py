@@ -33,10 +33,7 @@ Params = dict[str, Any]
 
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(products.NAME),
-    ),
+    "dots": products.KEPT,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

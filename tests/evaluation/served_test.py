@@ -259,6 +259,10 @@ def test_no_server_no_key_no_name(config, serve, monkeypatch):
         assert KEY not in str(caught.value)
     with pytest.raises(UserError, match="--model is empty"):
         evaluation(config, "http://127.0.0.1:9/v1", model="")
+    config.eval.weights = "int8"
+    with pytest.raises(UserError, match=r"config\.eval\.weights='int8' has no effect on --server"):
+        evaluation(config, "http://127.0.0.1:9/v1")
+    config.eval.weights = "float"
     monkeypatch.delenv("OPENAI_API_KEY")
     server = serve(lambda number, body: send(401, b""))
     with pytest.raises(
