@@ -178,21 +178,27 @@ def test_peft_and_transformers_give_our_logits(stored_dir, tmp_path, rng):
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == stored_dir.name  # a path of this machine is nobody's business
     export.save(tmp_path / "merged", params, stored_dir, lora=model.lora)
-    options = {"attn_implementation": "eager", "dtype": torch.float32}
-    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, **options)
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
 
     def torch_logits(other):
         with torch.no_grad():
             return other(torch.tensor(tokens)).logits.numpy()
 
-    adapted = peft.PeftModel.from_pretrained(load(stored_dir), tmp_path / "adapter")
-    np.testing.assert_allclose(torch_logits(adapted), expected, atol=2e-4)
-    assert np.abs(torch_logits(load(stored_dir)) - expected).max() > 1e-2
+    def assert_close(ours, load):
+        exact, single = (torch_logits(load(dtype)) for dtype in (torch.float64, torch.float32))
+        # Random weights give a token now and then whose logits float32 cannot tell better, whoever computes them.
+        off, usual = (np.abs(found - exact).max(-1) for found in (ours, single))
+        assert (off < 2e-4 + 2 * usual).all(), (off, usual)
+
+    assert_close(
+        expected, lambda dtype: peft.PeftModel.from_pretrained(load(stored_dir, dtype=dtype), tmp_path / "adapter")
+    )
+    assert np.abs(torch_logits(load(stored_dir, dtype=torch.float32)) - expected).max() > 1e-2
     config = make_config(tmp_path / "merged", tmp_path)
     config.model.lora.rank = 0
     merged = pretrained.load(**config.model)
     ours = logits(merged.graphdef, merged.params(sharding.make_mesh(devices=jax.devices()[:1])), jnp.array(tokens))
-    np.testing.assert_allclose(torch_logits(load(tmp_path / "merged")), ours, atol=2e-4)
+    assert_close(ours, lambda dtype: load(tmp_path / "merged", dtype=dtype))
     if stored_dir.name.startswith("float"):  # bfloat16 rounds what was merged by more than logits can be compared by
         np.testing.assert_allclose(ours, expected, atol={"float32": 2e-4, "float16": 0.1}[stored_dir.name])
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template
