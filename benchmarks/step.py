@@ -13,7 +13,6 @@ installed, transformers and tensorboardX load it, which takes 0.2 GB.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import resource
 import statistics
@@ -49,8 +48,6 @@ def hide_torch() -> None:
 
 
 def ours(arguments: argparse.Namespace) -> list[dict[str, float]]:
-    if arguments.bfloat16:
-        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "bfloat16"
     hide_torch()
     from msd_jax.io import jsonl
     from msd_jax.parallel import host_memory
@@ -110,7 +107,7 @@ def peer(arguments: argparse.Namespace) -> list[dict[str, float]]:
             distillation_mode="full_logits",
             distillation_alpha=1.0,  # reverse KL
             learning_rate=config.optimizer.learning_rate,
-            bf16=arguments.bfloat16,
+            bf16=False,
             use_cpu=True,
             save_strategy="no",
             report_to="none",
@@ -182,7 +179,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peer-keeps-activations", action="store_true", help="TRL without gradient checkpointing")
-    parser.add_argument("--bfloat16", action="store_true", help="products of float32 weights in bfloat16, in both")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--only", choices=("ours", "peer"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

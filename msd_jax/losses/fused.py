@@ -23,7 +23,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from msd_jax.losses.checks import check_mask, check_response
 from msd_jax.losses.dpsw import weighted_loss
 from msd_jax.losses.naming import formerly
-from msd_jax.losses.numerics import rounded
 from msd_jax.losses.settings import LossSettings
 
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]  # loss_sum, normaliser, aux
@@ -323,7 +322,7 @@ def _outer(a_NxI: jax.Array, b_NxJ: jax.Array) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(*rounded(a, b), preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 def _parts(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

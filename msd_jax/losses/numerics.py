@@ -1,7 +1,6 @@
 """Log-probabilities, and the sums over a vocabulary that the losses are made of, in float32."""
 
 import functools
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -131,12 +130,3 @@ def coarsen(log_p: jax.Array, top_tokens: jax.Array, in_top: jax.Array) -> jax.A
     tail = jax.nn.logsumexp(jnp.where(empty, 0.0, others), axis=-1, keepdims=True)
     tail = jnp.where(empty, -jnp.inf, tail)
     return jnp.concatenate([jnp.take_along_axis(log_p, top_tokens, axis=-1), tail], axis=-1)
-
-
-def rounded(*operands: jax.Array) -> tuple[jax.Array, ...]:
-    """What JAX multiplies for these: float32 in bfloat16 where jax_default_matmul_precision says so.
-
-    XLA heeds that setting on TPUs but not on CPUs, of which those with AMX multiply bfloat16 four times as fast.
-    """
-    low = cast(Any, jax.config).jax_default_matmul_precision in ("bfloat16", "BF16_BF16_F32")
-    return tuple(x.astype(jnp.bfloat16) if low and x.dtype == jnp.float32 else x for x in operands)

@@ -1,19 +1,15 @@
 """Products of activations and matrices."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-
-from msd_jax.losses.numerics import rounded
 
 NAME = "product"  # of their results, for the policy
 # What the backward pass keeps under remat "dots": the results of `product`, and of other products without batch axes.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(NAME)
 )
-_FEW = 64  # rows of x: with fewer, rounding the matrix takes longer than it saves
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -23,9 +19,7 @@ def product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
     JAX's own rule makes the transposed gradient of the matrix, for which XLA on a CPU transposes the gradient of the
     result in memory first: a tenth of a train step's time.
     """
-    rows = x.size // math.prod(weight.shape[:inputs])
-    a, b = (x, weight) if rows < _FEW else rounded(x, weight)
-    return jnp.tensordot(a, b, inputs, preferred_element_type=x.dtype)
+    return jnp.tensordot(x, weight, inputs)
 
 
 def _forward(x: jax.Array, weight: jax.Array, inputs: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -33,12 +27,11 @@ def _forward(x: jax.Array, weight: jax.Array, inputs: int) -> tuple[jax.Array, t
 
 
 def _backward(inputs: int, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    dtype, (x, weight, gradient) = gradient.dtype, rounded(*kept, gradient)
+    x, weight = kept
     tokens, outputs = x.ndim - inputs, weight.ndim - inputs
     leading, trailing = tuple(range(tokens)), tuple(range(tokens, tokens + outputs))
-    multiply = functools.partial(jax.lax.dot_general, preferred_element_type=dtype)
-    to_x = multiply(gradient, weight, ((trailing, tuple(range(inputs, weight.ndim))), ((), ())))
-    to_weight = multiply(x, gradient, ((leading, leading), ((), ())))
+    to_x = jax.lax.dot_general(gradient, weight, ((trailing, tuple(range(inputs, weight.ndim))), ((), ())))
+    to_weight = jax.lax.dot_general(x, gradient, ((leading, leading), ((), ())))
     return to_x, to_weight
 
 

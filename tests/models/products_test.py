@@ -30,23 +30,6 @@ def test_a_product_and_its_gradients(leading, summed, out, dtype, rng):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2 * jnp.finfo(dtype).eps, atol=1e-5)
 
 
-def test_float32_is_rounded_where_jax_is_told_to_multiply_bfloat16_except_for_few_rows(rng):
-    x, weight, cotangent = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((80, 24), (24, 8), (80, 8)))
-
-    def found(x, cotangent):
-        y, pullback = jax.vjp(lambda x, weight: products.product(x, weight, 1), x, weight)
-        return y, *pullback(cotangent)
-
-    with jax.default_matmul_precision("bfloat16"):
-        many, few = found(x, cotangent), found(x[:8], cotangent[:8])
-    a, b, c = (np.asarray(array.astype(jnp.bfloat16), np.float64) for array in (x, weight, cotangent))
-    for one, other in zip(many, (a @ b, c @ b.T, a.T @ c), strict=True):
-        assert one.dtype == jnp.float32
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(few[0], np.asarray(x[:8], np.float64) @ np.asarray(weight), rtol=1e-5, atol=1e-5)
-    assert np.abs(np.asarray(found(x, cotangent)[0]) - many[0]).max() > 1e-3
-
-
 @pytest.mark.parametrize(("remat", "products_made"), [("none", 6), ("dots", 6), ("full", 8)])
 def test_what_the_backward_pass_computes_again(remat, products_made):
     def layer(x, weight):
