@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from msd_jax.errors import UserError
 from msd_jax.models import attention as attention_lib
-from msd_jax.models import int8, products
+from msd_jax.models import int8
 from msd_jax.models.config import DecoderConfig
 from msd_jax.models.layers import Layers, ParamFactory, apply_rope, normalise
 from msd_jax.models.lora import Lora
@@ -33,7 +33,7 @@ Params = dict[str, Any]
 
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": products.KEPT,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -11,11 +11,8 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-
-from msd_jax.models import products
 
 T = TypeVar("T")
 
@@ -70,8 +67,6 @@ def product(x: jax.Array, weight: jax.Array | Int8, inputs: int = 1, result: DTy
       result: at least as wide as x's dtype.
     """
     if not isinstance(weight, Int8):
-        if result is None:
-            return checkpoint_name(products.product(x, weight.astype(x.dtype), inputs), products.NAME)
         return jnp.tensordot(x, weight.astype(x.dtype), inputs, preferred_element_type=result)
     y = jnp.tensordot(x, weight.values.astype(x.dtype), inputs, preferred_element_type=result)
     return (y * jnp.squeeze(weight.scale, range(inputs))).astype(y.dtype)
