@@ -183,5 +183,7 @@ def test_the_students_weight_at_the_response_needs_no_teacher(rng):
     whole, scalars = make_step(RECORD, **options)(state, batch)
     batch = batch._replace(teacher_prompt_BxP=None, teacher_length_B=None)
     alone, fewer = make_step(RECORD, **options)(state, batch)
-    assert largest_difference(whole.opt_state, alone.opt_state) < 1e-6
+    assert (
+        largest_difference(whole.opt_state, alone.opt_state) < 3e-6
+    )  # two programs, of which each sums in its own order
     np.testing.assert_allclose(fewer["w_S"], scalars["w_S"], rtol=1e-6)
