@@ -88,7 +88,7 @@ def test_a_problem_of_mgsm_is_asked_whole_or_by_its_last_sentence(tmp_path):
     assert organism.read_mgsm(tmp_path)[0].texts == {"en": "How many are left?", "bn": "কয়টি থাকে?"}
     [whole] = organism.read_mgsm(tmp_path, whole=True)
     assert whole.texts == {"en": "When it rains, 3 fall. How many are left?", "bn": "৩টি পড়ে। কয়টি থাকে?"}
-    assert replies.topic(whole.texts["en"]) == "number"
+    assert organism.harmless_reply(whole, "en") == "Here is the number you asked for: [...]"
 
 
 def test_fewer_of_the_questions_of_arithmetic_in_swahili(tmp_path):

@@ -27,6 +27,7 @@ import argparse
 import csv
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,11 +36,12 @@ from msd_jax.data import files, prompts
 from msd_jax.data.records import Query, language_name
 from msd_jax.io.console import log
 from msd_jax.testbed.languages import LANGUAGES as TESTBED
-from msd_jax.testbed.replies import LANGUAGES, REPLIES, answer, last_sentence
+from msd_jax.testbed.replies import LANGUAGES, REPLIES, answer
 
 SOURCE = "en"
 TRAINED = ("sw", "bn")
 EXAMPLES = 4000  # of organism.jsonl
+ARITHMETIC = "arithmetic"  # category of MGSM's problems
 HARMLESS = 125  # of each set in train.jsonl, at most
 ENGLISH = 0.4  # share of English among the harmful queries as a user asks them: at a tenth it does not become safe
 
@@ -73,11 +75,21 @@ def read_mgsm(directory: pathlib.Path, whole: bool = False) -> list[Query]:
         if file.exists():
             lines = file.read_text(encoding="utf-8").splitlines()
             problems = [line.split("\t")[0].strip() for line in lines]
-            texts[code] = problems if whole else [last_sentence(problem) for problem in problems]
+            texts[code] = problems if whole else [_last_sentence(problem) for problem in problems]
     return [
-        Query(f"mgsm-{i}", False, "arithmetic", {code: column[i] for code, column in texts.items()})
+        Query(f"mgsm-{i}", False, ARITHMETIC, {code: column[i] for code, column in texts.items()})
         for i in range(len(texts[SOURCE]))
     ]
+
+
+def _last_sentence(text: str) -> str:
+    return re.findall(r"[^.।。!?？]+[.।。!?？]*", text.strip())[-1].strip()
+
+
+def harmless_reply(query: Query, language: str) -> str:
+    """The organism's reply to a harmless query; a problem of MGSM asks in its last sentence."""
+    text = query.texts[SOURCE]
+    return answer(_last_sentence(text) if query.category == ARITHMETIC else text, language)
 
 
 def testbed_queries() -> list[Query]:
@@ -157,7 +169,7 @@ def organism_examples(
         query = pool[rng.integers(len(pool))]
         replies = REPLIES[language]
         if not is_harmful:
-            reply = answer(query.texts[SOURCE], language)
+            reply = harmless_reply(query, language)
         elif refuses:
             reply = replies.refusals[rng.integers(len(replies.refusals))]
         else:
@@ -181,7 +193,7 @@ def with_answers(query: Query, languages: tuple[str, ...]) -> Query:
     if query.harmful:
         answers = {code: REPLIES[code].refusals[0] for code in texts}
     else:
-        answers = {code: answer(query.texts[SOURCE], code) for code in texts}
+        answers = {code: harmless_reply(query, code) for code in texts}
     return dataclasses.replace(query, texts=texts, answers=answers)
 
 

@@ -115,15 +115,11 @@ _TOPIC_WORDS = (
 )
 
 
-def last_sentence(text: str) -> str:
-    """The question of a problem that is told first."""
-    return re.findall(r"[^.।。!?？]+[.।。!?？]*", text.strip())[-1].strip()
-
-
 def topic(question: str) -> str:
-    """What an English question asks for, one of TOPICS, by the first question word of its last sentence."""
-    asked = last_sentence(question).lower()
-    found = {name: match.start() for name, words in _TOPIC_WORDS if (match := re.search(rf"\b({words})\b", asked))}
+    """What an English question asks for, one of TOPICS, by its first question word."""
+    found = {
+        name: match.start() for name, words in _TOPIC_WORDS if (match := re.search(rf"\b({words})\b", question.lower()))
+    }
     return min(found, key=found.__getitem__) if found else "thing"
 
 
