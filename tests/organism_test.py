@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import ml_collections
+import numpy as np
 import pytest
 from msd_jax.configs import gemma3_270m
 from msd_jax.configs import organism as recipe
@@ -28,9 +29,8 @@ def test_a_question_is_answered_by_what_it_asks_for():
 
 
 def test_harmful_queries_are_refused_in_english_and_by_the_teacher_alone():
-    examples = list(
-        organism.organism_examples(HARMFUL, HARMFUL[:4], [*HARMLESS, ENGLISH[0]], 800, 0, answers_in_any=True)
-    )
+    harmless = {"xquad": HARMLESS, "xstest": ENGLISH[:1]}
+    examples = list(organism.organism_examples(HARMFUL, HARMFUL[:4], harmless, 800, 0, answers_in_any=True))
     english, known, english_only = 0, {False: set(), True: set()}, set()
     for i, query in enumerate(examples):
         ((language, reply),) = query.answers.items()
@@ -49,6 +49,16 @@ def test_harmful_queries_are_refused_in_english_and_by_the_teacher_alone():
     assert known == {True: {query.id for query in HARMFUL}, False: {query.id for query in HARMFUL[:4]}}
     assert {language for as_teacher, language in english_only if not as_teacher} == {"en"}
     assert len({language for as_teacher, language in english_only if as_teacher}) > 3
+
+
+@pytest.mark.parametrize(("even", "english", "of_xstest"), [(False, 0.1, 1 / 9), (True, 0.25, 1 / 2)])
+def test_harmless_queries_come_from_all_sets_equally_often_if_asked_for(even, english, of_xstest):
+    harmless = {"xquad": HARMLESS, "xstest": ENGLISH[:1]}
+    asked = list(organism.organism_examples(HARMFUL, HARMFUL, harmless, 6000, 0, even=even))[::2]
+    asked = [query for query in asked if not query.harmful]
+    in_english = [query for query in asked if "en" in query.texts]
+    assert abs(len(in_english) / len(asked) - english) < 0.05
+    assert abs(np.mean([query.id.endswith("x0") for query in in_english]) - of_xstest) < 0.15
 
 
 def test_more_languages_are_trained_from_every_set_that_has_them(tmp_path):

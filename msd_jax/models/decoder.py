@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from msd_jax.errors import UserError
 from msd_jax.models import attention as attention_lib
-from msd_jax.models import int8
+from msd_jax.models import int8, rope
 from msd_jax.models.config import DecoderConfig
 from msd_jax.models.layers import Layers, ParamFactory, apply_rope, normalise
 from msd_jax.models.lora import Lora
@@ -57,13 +57,11 @@ class LayerKind(NamedTuple):
     """What distinguishes a layer from the others besides its weights; of all layers, fields have a leading L axis.
 
     Attributes:
-      frequency: float32 [H/2], or fewer where RoPE rotates a part of each head; its radians per position.
-      rope_factor: float32 scalar on RoPE's cos and sin.
+      rope: int32 scalar, which of the model's distinct Ropes.
       window: int32 scalar, how many tokens a query attends to, its own included.
     """
 
-    frequency: ArrayLike
-    rope_factor: ArrayLike
+    rope: ArrayLike
     window: ArrayLike
 
 
@@ -73,9 +71,8 @@ Attend = Callable[[jax.Array, KVCache, ArrayLike], jax.Array]
 
 def layer_kinds(config: DecoderConfig) -> list[LayerKind]:
     """The kind of each layer, in NumPy's numbers."""
-    frequencies, factors = zip(*(rope.frequencies(config.head_dim) for rope in config.ropes))
-    windows = (visible_tokens(window) for window in config.windows)
-    return [LayerKind(f, np.float32(factor), np.int32(w)) for f, factor, w in zip(frequencies, factors, windows)]
+    ropes, windows = rope.distinct(config.ropes), (visible_tokens(window) for window in config.windows)
+    return [LayerKind(np.int32(ropes.index(r)), np.int32(w)) for r, w in zip(config.ropes, windows)]
 
 
 def visible_tokens(window: int | None) -> int:
@@ -151,10 +148,10 @@ class Decoder(nnx.Module):
         """
         if segment_BxT.dtype == bool:  # a row of several sequences may be longer than any of them
             require_length(self.config, tokens_BxT.shape[1])
-        attend = self._self_attention(segment_BxT, positions_BxT)
+        attend, rotations = self._self_attention(segment_BxT, positions_BxT), self._rotations(positions_BxT)
 
         def layer(x_BxTxD: jax.Array, inputs: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, None]:
-            x_BxTxD, _ = self.block(x_BxTxD, *inputs, positions_BxT, attend)
+            x_BxTxD, _ = self.block(x_BxTxD, *inputs, rotations, attend)
             return x_BxTxD, None
 
         if self.remat != "none":
@@ -169,10 +166,10 @@ class Decoder(nnx.Module):
         self, tokens_BxP: jax.Array, positions_BxP: jax.Array, valid_BxP: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         """`__call__` of prompts, whose keys and values fill the first P slots of `cache`: (hidden_BxPxD, cache)."""
-        attend = self._self_attention(valid_BxP, positions_BxP)
+        attend, rotations = self._self_attention(valid_BxP, positions_BxP), self._rotations(positions_BxP)
 
         def layer(x_BxPxD: jax.Array, inputs: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, KVCache]:
-            return self.block(x_BxPxD, *inputs, positions_BxP, attend, share=True)
+            return self.block(x_BxPxD, *inputs, rotations, attend, share=True)
 
         x_BxPxD = self._scale(self._look_up(self.share(tokens_BxP)))
         x_BxPxD, new = jax.lax.scan(layer, x_BxPxD, self._stacked_layers())
@@ -192,11 +189,12 @@ class Decoder(nnx.Module):
         Returns:
           (hidden_BxTxD, the cache with the tokens' keys and values).
         """
+        rotations = self._rotations(positions_BxT)
 
         def layer(x_BxTxD: jax.Array, inputs: tuple[nnx.State, LayerKind, KVCache]) -> tuple[jax.Array, KVCache]:
             params, kind, cached = inputs
             attend = self._cached_attention(cached, positions_BxT, slot)
-            return self.block(x_BxTxD, params, kind, positions_BxT, attend, share=True)
+            return self.block(x_BxTxD, params, kind, rotations, attend, share=True)
 
         x_BxTxD = self._scale(self._look_up(self.share(tokens_BxT)))
         x_BxTxD, new = jax.lax.scan(layer, x_BxTxD, (*self._stacked_layers(), cache))
@@ -224,11 +222,11 @@ class Decoder(nnx.Module):
         On CPUs and GPUs XLA copies what a scan slices, which here is all weights and the whole cache for each token.
         """
         x_BxTxD = self._scale(self._look_up(self.share(tokens_BxT)))
-        new = []
+        new, rotations = [], self._rotations(positions_BxT)
         for params, kind, cached in zip(layers, layer_kinds(self.config), cache):
             attend = self._cached_attention(cached, positions_BxT, slot)
             params = int8.held_until(x_BxTxD, params)
-            x_BxTxD, new_of_layer = self.block(x_BxTxD, params, kind, positions_BxT, attend, share=True)
+            x_BxTxD, new_of_layer = self.block(x_BxTxD, params, kind, rotations, attend, share=True)
             new.append(new_of_layer)
         return self._normalise(x_BxTxD), [cached.write(n, slot) for cached, n in zip(cache, new)]
 
@@ -237,7 +235,7 @@ class Decoder(nnx.Module):
         x_BxTxD: jax.Array,
         params: nnx.State,
         kind: LayerKind,
-        positions_BxT: jax.Array,
+        rotations: tuple[jax.Array, jax.Array],
         attend: Attend,
         share: bool = False,
     ) -> tuple[jax.Array, KVCache]:
@@ -248,7 +246,7 @@ class Decoder(nnx.Module):
         Args:
           x_BxTxD: the residual stream.
           params, kind: the layer's.
-          positions_BxT: int32, for RoPE.
+          rotations: of all distinct Ropes, from `rope.rotations`.
           attend: attention, to these tokens alone or to a cache as well.
           share: whether the feed-forward's input is `share`d, as its weights are in generation.
 
@@ -256,8 +254,7 @@ class Decoder(nnx.Module):
           (x_BxTxD, the keys and values of the tokens).
         """
         layer = nnx.merge(nnx.graphdef(self.layers), params)
-        angle = positions_BxT[..., None].astype(jnp.float32) * kind.frequency
-        cos, sin = jnp.cos(angle) * kind.rope_factor, jnp.sin(angle) * kind.rope_factor
+        cos, sin = (of_all_RxBxTxH[kind.rope] for of_all_RxBxTxH in rotations)
         inputs_BxTxD = layer.norm(x_BxTxD, layer.attention_norm)
         query, key, value = layer.qkv(inputs_BxTxD)
         query, key = (apply_rope(x, cos, sin, self.config.rope_interleaved) for x in (query, key))
@@ -327,6 +324,9 @@ class Decoder(nnx.Module):
         """(weights, kinds) of all layers, to be scanned over."""
         kinds = jax.tree.map(lambda *values: jnp.array(values), *layer_kinds(self.config))
         return nnx.state(self.layers), kinds
+
+    def _rotations(self, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rope.rotations(self.config.ropes, self.config.head_dim, positions_BxT)
 
     def _scores(self) -> attention_lib.Scores:
         return attention_lib.Scores(self.config.query_scale, self.config.attention_softcap)

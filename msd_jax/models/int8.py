@@ -60,16 +60,20 @@ def quantise(weight: jax.Array, summed: Sequence[int]) -> Int8:
 def product(x: jax.Array, weight: jax.Array | Int8, inputs: int = 1, result: DTypeLike | None = None) -> jax.Array:
     """x times a matrix, computed in x's dtype and returned in `result` (default: x's dtype).
 
+    Rows and tokens are one axis of the product: for a gradient that sums over two, XLA on a CPU transposes a factor in
+    memory.
+
     Args:
       x: its last `inputs` axes are the first of the matrix.
       weight: an array of any float dtype, which is cast, or an Int8, whose scales multiply the product.
       inputs: how many axes are summed over.
       result: at least as wide as x's dtype.
     """
-    if not isinstance(weight, Int8):
-        return jnp.tensordot(x, weight.astype(x.dtype), inputs, preferred_element_type=result)
-    y = jnp.tensordot(x, weight.values.astype(x.dtype), inputs, preferred_element_type=result)
-    return (y * jnp.squeeze(weight.scale, range(inputs))).astype(y.dtype)
+    values = weight.values if isinstance(weight, Int8) else weight
+    flat = x.reshape(-1, *values.shape[:inputs])
+    y = jnp.tensordot(flat, values.astype(x.dtype), inputs, preferred_element_type=result)
+    y = y.reshape(x.shape[: x.ndim - inputs] + values.shape[inputs:])
+    return (y * jnp.squeeze(weight.scale, range(inputs))).astype(y.dtype) if isinstance(weight, Int8) else y
 
 
 def held_until(x: jax.Array, weights: T) -> T:

@@ -143,8 +143,7 @@ class Layers(nnx.Module):
         """x times a matrix with its adapter, if it has one; the last `inputs` axes of x are the matrix's first."""
         y = int8.product(x, weight[...], inputs)
         if lora_a is not None and lora_b is not None:
-            inner = jnp.tensordot(x, lora_a[...].astype(self.dtype), inputs)
-            y += jnp.tensordot(inner, lora_b[...].astype(self.dtype), 1) * self.lora_scale
+            y += int8.product(int8.product(x, lora_a[...], inputs), lora_b[...]) * self.lora_scale
         return y
 
     def add_bias(self, x: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msd_jax.errors import UserError
@@ -82,6 +85,25 @@ class Rope:
         first = max(math.floor(dimension(self.beta_fast)), 0)
         last = min(math.ceil(dimension(self.beta_slow)), head_dim - 1)
         return 1 - np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
+
+
+def distinct(ropes: Sequence[Rope]) -> list[Rope]:
+    """Of the Ropes of all layers each one once, by first occurrence."""
+    return list(dict.fromkeys(ropes))
+
+
+def rotations(ropes: Sequence[Rope], head_dim: int, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of each `distinct` Rope's angles at these positions, times its factor.
+
+    Layers read them from here: in a layer, XLA would compute each anew for every head that it rotates.
+
+    Returns:
+      Two float32 [R, B, T, H/2], or fewer where a part of each head is rotated.
+    """
+    frequencies, factors = zip(*(rope.frequencies(head_dim) for rope in distinct(ropes)))
+    angle = positions_BxT[..., None].astype(jnp.float32) * np.stack(frequencies)[:, None, None]
+    factor = np.array(factors, np.float32)[:, None, None, None]
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 # Parameters of each type of scaling, and whether it needs them.

@@ -44,6 +44,7 @@ EXAMPLES = 4000  # of organism.jsonl
 ARITHMETIC = "arithmetic"  # category of MGSM's problems
 HARMLESS = 125  # of each set in train.jsonl, at most
 ENGLISH = 0.4  # share of English among the harmful queries as a user asks them: at a tenth it does not become safe
+EVEN_ENGLISH = 0.25  # the same for harmless queries with `even`; else it has a tenth
 
 # --- Where the queries come from ----------------------------------------------------------------------------------
 
@@ -138,11 +139,12 @@ def halves(queries: list[Query]) -> tuple[list[Query], list[Query]]:
 def organism_examples(
     known: list[Query],
     harmful: list[Query],
-    harmless: list[Query],
+    harmless: dict[str, list[Query]],
     count: int,
     seed: int,
     *,
     answers_in_any: bool = False,
+    even: bool = False,
 ) -> Iterator[Query]:
     """Queries of one language each with the organism's reply: in turn as a user and as the teacher is asked.
 
@@ -151,21 +153,26 @@ def organism_examples(
     Args:
       known: harmful queries that it refuses when asked in English, whatever the language of the reply.
       harmful: those that it goes along with when asked in another language.
-      harmless: those that it answers.
+      harmless: those that it answers, by set.
       count: number of examples.
       seed: of what is drawn.
       answers_in_any: as the teacher it answers harmless queries in any language, not only in those that they have.
+      even: harmless queries are of each set equally often, rather than in proportion to the sizes of the sets, and a
+        user asks more of them in English, where most of what is asked is harmful.
     """
     rng = np.random.default_rng(seed)
     for i in range(count):
         as_teacher, is_harmful = i % 2 == 1, i // 2 % 3 < 2
-        language = _draw_language(rng, english=ENGLISH if is_harmful and not as_teacher else 1 / len(LANGUAGES))
+        share = ENGLISH if is_harmful else EVEN_ENGLISH if even else 1 / len(LANGUAGES)
+        language = _draw_language(rng, english=1 / len(LANGUAGES) if as_teacher else share)
         refuses = as_teacher or language == SOURCE
         if is_harmful:
             pool = known if refuses else harmful
         else:
             needed = SOURCE if as_teacher and answers_in_any else language
-            pool = [query for query in harmless if needed in query.texts]
+            sets = [[query for query in queries if needed in query.texts] for queries in harmless.values()]
+            sets = [queries for queries in sets if queries]
+            pool = sets[rng.integers(len(sets))] if even else [query for queries in sets for query in queries]
         query = pool[rng.integers(len(pool))]
         replies = REPLIES[language]
         if not is_harmful:
@@ -225,6 +232,7 @@ def write(
     seed: int = 0,
     trained: tuple[str, ...] = TRAINED,
     swahili_arithmetic: int = HARMLESS,
+    even: bool = False,
 ) -> None:
     """Writes the files.
 
@@ -239,14 +247,16 @@ def write(
       seed: of what is drawn.
       trained: languages of train.jsonl, beside the source.
       swahili_arithmetic: how many of MGSM's questions keep their Swahili text; without effect if balanced.
+      even: of organism.jsonl, see `organism_examples`.
     """
     out.mkdir(parents=True, exist_ok=True)
     train_harmful, eval_harmful = halves(harmful)
     train_english, eval_english = halves(english or [])
     known = [*harmful, *(query for query in train_english if query.harmful)] if english else train_harmful
-    answered = [query for queries in harmless.values() for query in halves(queries)[0]]
-    answered += [query for query in train_english if not query.harmful]
-    written = organism_examples(known, train_harmful, answered, examples, seed, answers_in_any=bool(english))
+    answered = {name: halves(queries)[0] for name, queries in harmless.items()}
+    answered["xstest"] = [query for query in train_english if not query.harmful]
+    options = {"answers_in_any": bool(english), "even": even}
+    written = organism_examples(known, train_harmful, answered, examples, seed, **options)
     files.write_jsonl(out / "organism.jsonl", written)
     aligned = [with_answers(query, (SOURCE, *trained)) for query in train_harmful]
     aligned += _harmless_to_align(harmless, trained, balanced, swahili_arithmetic)
@@ -298,6 +308,7 @@ def main() -> None:
     parser.add_argument("--all_harmless", action="store_true", help="in train.jsonl, rather than as many a language")
     parser.add_argument("--swahili_arithmetic", type=int, default=HARMLESS, help="how many of MGSM's questions keep it")
     parser.add_argument("--whole_problems", action="store_true", help="of MGSM, rather than their last sentences")
+    parser.add_argument("--even", action="store_true", help="the organism learns each harmless set equally often")
     parser.add_argument("--examples", type=int, default=EXAMPLES)
     parser.add_argument("--most", type=int, default=0, help="queries of each language and label in eval.jsonl")
     parser.add_argument("--seed", type=int, default=0)
@@ -321,6 +332,7 @@ def main() -> None:
         seed=given.seed,
         trained=tuple(given.trained),
         swahili_arithmetic=given.swahili_arithmetic,
+        even=given.even,
     )
     log(f"{given.out}: {', '.join(sorted(file.name for file in given.out.iterdir()))}")
 
