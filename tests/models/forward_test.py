@@ -70,3 +70,16 @@ def test_everything_is_finite_even_at_padding(model, rng):
     prompt, prompt_length, response, _ = sequences(rng)
     none = np.zeros(len(prompt), np.int32)
     assert np.isfinite(response_logits(*model, prompt, prompt_length, response, none)).all()
+
+
+def test_angles_of_rope_are_computed_once_for_all_layers():
+    gemma = {"model_type": "gemma3_text", "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
+    gemma |= {"rope_local_base_freq": 100.0, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = model_config.from_dict(LLAMA | gemma | {"num_hidden_layers": 4, "hidden_activation": "gelu_pytorch_tanh"})
+    run = nnx.merge(*decoder.init(config, jax.random.key(0)))
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    program = jax.make_jaxpr(run)(tokens, tokens, tokens == 0)
+    [cos] = [equation for equation in program.eqns if equation.primitive.name == "cos"]
+    assert cos.outvars[0].aval.shape == (2, 2, 5, 4)  # two kinds of layers
+    [layers] = [equation for equation in program.eqns if equation.primitive.name == "scan"]
+    assert " cos " not in str(layers.params["jaxpr"])

@@ -127,3 +127,14 @@ def test_a_model_gives_the_logits_of_the_weights_that_it_stands_for(tied, dtype,
 
 def _is_int8(leaf):
     return isinstance(leaf, int8.Int8)
+
+
+def test_the_gradients_of_a_matrix_transpose_nothing_in_memory():
+    """What XLA transposes for a sum over two axes, of rows and of tokens, is as large as all activations."""
+
+    def loss(x, weight):
+        return jnp.square(int8.product(jnp.tanh(x), weight)).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    compiled = gradient.lower(jnp.ones((3, 16, 24)), jnp.ones((24, 40))).compile().as_text()
+    assert " dot(" in compiled and " transpose(" not in compiled and " copy(" not in compiled
