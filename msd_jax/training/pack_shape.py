@@ -1,6 +1,6 @@
 """The shape of a run's packs: how many rows of how many tokens compute its batches fastest."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from msd_jax.data.prompts import Example
 from msd_jax.models import attention, pretrained
 from msd_jax.parallel import padding, sharding
-from msd_jax.training.packing import Beginnings, Shape, beginning_lengths, place
+from msd_jax.training.packing import Beginnings, Shape, beginning_lengths, fewest, place
 from msd_jax.training.train_step import check_batch, reads_teacher
 
 _SHARED = 16  # tokens that a beginning has at least
@@ -122,22 +122,30 @@ def choose(
     mean_K = np.concatenate([length_BxK - shared_GxK[group_B] for length_BxK, group_B in batches]).mean(axis=0)
     filling_alike_K = ((longest_K - shared_K) / mean_K).max() * mean_K
 
-    def cost(shape: Shape) -> float:
+    def cost(shape: Shape, packs_needed: Callable[..., int]) -> float:
         pairs = costs.attention / (6 * width)  # a layer's other products are about 24 D^2 a token
         per_row = sum(passes * length * (1 + pairs * length) for passes, length in zip(_PASSES, shape.lengths))
-        packs = sum(1 + max(at.pack for at in place(length_BxK, shape, group_B)) for length_BxK, group_B in batches)
+        packs = sum(packs_needed(length_BxK, shape, group_B) for length_BxK, group_B in batches)
         return packs * (shape.rows * per_row + _PASSES[0] * costs.pack)
 
     room_K = most_rows * np.array(_rounded(longest_K, costs))
-    stretched = (2.0 ** (quarters / 4) for quarters in range(9))
+    stretched = [2.0 ** (eighths / 8) for eighths in range(17)]
     wanted = [wanted_K for by in stretched for wanted_K in (by * longest_K, shared_K + by * filling_alike_K)]
-    shapes = [
+    shapes = {
         Shape(parts, rows, lengths, beginnings)
-        for rows in {round(most_rows / 2 ** (halves / 2)) or 1 for halves in range(2 * most_rows.bit_length())}
+        for rows in {round(most_rows / 2 ** (eighths / 8)) or 1 for eighths in range(8 * most_rows.bit_length())}
         for lengths in (_rounded(wanted_K, costs) for wanted_K in wanted)
         if (rows * np.array(lengths) <= room_K).all()
-    ]
-    return min(sorted(set(shapes), key=lambda shape: (shape.rows, shape.lengths)), key=cost)
+    }
+    # Placing batches takes long: those shapes come first that could be the best.
+    ranked = sorted((cost(shape, fewest), shape.rows, shape.lengths, shape) for shape in shapes)
+    best, least = ranked[0][-1], np.inf
+    for at_least, *_, shape in ranked:
+        if at_least >= least:
+            break
+        found = cost(shape, lambda *batch: 1 + max(at.pack for at in place(*batch)))
+        best, least = (shape, found) if found < least else (best, least)
+    return best
 
 
 def _batches(
@@ -147,7 +155,7 @@ def _batches(
 
     Where the usual length of a reply is not known, replies are short in some of the batches and long in others.
     """
-    rng, count = np.random.default_rng(0), max(4, 128 // batch_size)
+    rng, count = np.random.default_rng(0), 16
     for share in [usual / response] * count if usual else np.linspace(0.1, 0.9, count):
         chosen_B = rng.integers(len(prompt_NxK), size=batch_size)
         replies_B = np.ceil(response * rng.beta(2 * share, 2 * max(1 - share, 1e-3), batch_size)).astype(int)

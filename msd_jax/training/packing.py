@@ -167,33 +167,56 @@ class Place(NamedTuple):
 
 
 def place(length_NxK: np.ndarray, shape: Shape, group_N: Sequence[int] | None = None) -> list[Place]:
-    """Places N sequences, of which each of K roles reads so many tokens, in as few packs as first-fit needs.
+    """Places N sequences, of which each of K roles reads so many tokens, in as few packs as are found to do.
 
-    Group by group, the longest come first, each in the first part of a pack that has room in every role, and there in
-    the row where it takes least, or in the fullest of these.
+    From `fewest` packs on, sequences go where most is left, so that each pack gets long and short ones: what a role
+    reads of a short sequence is not in proportion to another's. At most, there are as many packs as first-fit needs.
 
     Args:
       length_NxK: tokens, those of beginnings included.
       shape: of the packs.
       group_N: of each sequence; -1 for none. None: none has any.
     """
-    limits, shared_GxK = np.array(shape.lengths), beginning_lengths(shape.beginnings, len(shape.lengths))
     groups = np.full(len(length_NxK), -1) if group_N is None else np.asarray(group_N, int)
-    free_BxKxR = np.zeros((0, len(limits), shape.rows), int)  # of the parts of all packs
-    has_BxGxKxR = np.zeros((0, len(shared_GxK), len(limits), shape.rows), bool)  # whether a row has a beginning
+    first_fit = _placed(length_NxK, shape, groups)
+    assert first_fit is not None
+    most = 1 + max((at.pack for at in first_fit), default=0)
+    spread = (_placed(length_NxK, shape, groups, packs) for packs in range(fewest(length_NxK, shape, groups), most))
+    return next((places for places in spread if places), first_fit)
+
+
+def fewest(length_NxK: np.ndarray, shape: Shape, group_N: np.ndarray) -> int:
+    """Packs that these sequences need at least, whose arguments are those of `place`."""
+    needed_K = (length_NxK - beginning_lengths(shape.beginnings, len(shape.lengths))[group_N]).sum(axis=0)
+    return max(1, *np.ceil(needed_K / (shape.parts * shape.rows * np.array(shape.lengths))).astype(int).tolist())
+
+
+def _placed(length_NxK: np.ndarray, shape: Shape, group_N: np.ndarray, packs: int = 0) -> list[Place] | None:
+    """Places sequences in so many packs, or returns None; 0: in as many as first-fit needs.
+
+    Group by group, the longest come first, each in the part of a pack that has most left in the role that has least, or
+    in the first; there in the row where it takes least, or in the fullest of these.
+    """
+    limits, shared_GxK = np.array(shape.lengths), beginning_lengths(shape.beginnings, len(shape.lengths))
+    empty_BxKxR = np.tile(limits[:, None], (shape.parts, 1, shape.rows))  # what is free in the parts of a pack
+    free_BxKxR = np.tile(empty_BxKxR, (max(packs, 1), 1, 1))
+    # Whether a row has a beginning.
+    has_BxGxKxR = np.zeros((len(free_BxKxR), len(shared_GxK), len(limits), shape.rows), bool)
     places: list[Place] = [Place(0, 0, (), ())] * len(length_NxK)
-    for n in np.lexsort((-(length_NxK / limits).max(axis=1), groups)):
-        length_K, group, shared_Kx1 = length_NxK[n], groups[n], shared_GxK[groups[n]][:, None]
+    for n in np.lexsort((-(length_NxK / limits).max(axis=1), group_N)):
+        length_K, group, shared_Kx1 = length_NxK[n], group_N[n], shared_GxK[group_N[n]][:, None]
         # A row has room where it is free, and where it has the sequence's beginning.
         room_BxKxR = free_BxKxR + shared_Kx1 * has_BxGxKxR[:, group] if shared_Kx1.any() else free_BxKxR
         has_room_B = (room_BxKxR.max(axis=2) >= length_K).all(axis=1)
         if not has_room_B.any():
-            added = np.tile(limits[:, None], (shape.parts, 1, shape.rows))
-            has_room_B = np.append(has_room_B, np.full(shape.parts, (length_K <= limits).all()))
-            free_BxKxR = np.append(free_BxKxR, added, axis=0)
+            if packs:
+                return None
+            assert (length_K <= limits).all(), (shape, length_K)
+            free_BxKxR = np.append(free_BxKxR, empty_BxKxR, axis=0)
             has_BxGxKxR = np.append(has_BxGxKxR, np.zeros((shape.parts, *has_BxGxKxR.shape[1:]), bool), axis=0)
-            assert has_room_B.any(), (shape, length_K)
-        index = int(has_room_B.argmax())
+            has_room_B = np.append(has_room_B, np.ones(shape.parts, bool))
+        left_B = (free_BxKxR.sum(axis=2) / limits).min(axis=1) if packs else 1
+        index = int((has_room_B * left_B).argmax())
         free_KxR, shared_KxR = free_BxKxR[index], shared_Kx1 * has_BxGxKxR[index, group]
         fits_KxR = free_KxR + shared_KxR >= length_K[:, None]
         row_K = np.where(fits_KxR, free_KxR - shared_KxR * (limits.max() + 1), np.iinfo(int).max).argmin(axis=1)

@@ -48,6 +48,15 @@ def test_places_do_not_overlap_and_hold_every_sequence(rng, shape):
     assert {at.pack for at in places} == set(range(1 + max(at.pack for at in places)))
 
 
+def test_packs_mix_long_and_short_sequences(rng):
+    """A long reply is more of what the student reads than of what the teacher does, which packs of them leave empty."""
+    replies = np.ceil(256 * rng.beta(0.6, 1.4, 256)).astype(int)
+    length_NxK = np.array([40, 150]) + rng.integers(-15, 15, (256, 1)) + replies[:, None]
+    shape = packing.Shape(parts=1, rows=2, lengths=(560, 1120))
+    needed_at_least = (length_NxK.sum(axis=0) / (2 * np.array(shape.lengths))).max()
+    assert len({at.pack for at in packing.place(length_NxK, shape)}) < 1.08 * needed_at_least  # first-fit: 1.12 to 1.16
+
+
 def test_there_are_never_more_packs_than_rows_of_full_length_need(rng):
     """So micro_batches bounds the packs of a step whose rows are as long as the limits: the step that is planned."""
     for _ in range(20):
