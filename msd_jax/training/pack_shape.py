@@ -1,6 +1,6 @@
 """The shape of a run's packs: how many rows of how many tokens compute its batches fastest."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -122,11 +122,14 @@ def choose(
     mean_K = np.concatenate([length_BxK - shared_GxK[group_B] for length_BxK, group_B in batches]).mean(axis=0)
     filling_alike_K = ((longest_K - shared_K) / mean_K).max() * mean_K
 
-    def cost(shape: Shape, packs_needed: Callable[..., int]) -> float:
+    def cost(shape: Shape) -> float:
+        """Of a pack."""
         pairs = costs.attention / (6 * width)  # a layer's other products are about 24 D^2 a token
         per_row = sum(passes * length * (1 + pairs * length) for passes, length in zip(_PASSES, shape.lengths))
-        packs = sum(packs_needed(length_BxK, shape, group_B) for length_BxK, group_B in batches)
-        return packs * (shape.rows * per_row + _PASSES[0] * costs.pack)
+        return shape.rows * per_row + _PASSES[0] * costs.pack
+
+    def at_least(shape: Shape) -> list[int]:
+        return [fewest(length_BxK, shape, group_B) for length_BxK, group_B in batches]
 
     room_K = most_rows * np.array(_rounded(longest_K, costs))
     stretched = [2.0 ** (eighths / 8) for eighths in range(17)]
@@ -137,14 +140,16 @@ def choose(
         for lengths in (_rounded(wanted_K, costs) for wanted_K in wanted)
         if (rows * np.array(lengths) <= room_K).all()
     }
-    # Placing batches takes long: those shapes come first that could be the best.
-    ranked = sorted((cost(shape, fewest), shape.rows, shape.lengths, shape) for shape in shapes)
+    # Placing batches takes long: those shapes come first that could be the best, each until it cannot be any more.
+    ranked = sorted((cost(shape) * sum(at_least(shape)), shape.rows, shape.lengths, shape) for shape in shapes)
     best, least = ranked[0][-1], np.inf
-    for at_least, *_, shape in ranked:
-        if at_least >= least:
-            break
-        found = cost(shape, lambda *batch: 1 + max(at.pack for at in place(*batch)))
-        best, least = (shape, found) if found < least else (best, least)
+    for *_, shape in ranked:
+        packs = at_least(shape)
+        for i, (length_BxK, group_B) in enumerate(batches):
+            if cost(shape) * sum(packs) >= least:
+                break
+            packs[i] = 1 + max(at.pack for at in place(length_BxK, shape, group_B))
+        best, least = min((best, least), (shape, cost(shape) * sum(packs)), key=lambda found: found[1])
     return best
 
 
@@ -155,7 +160,7 @@ def _batches(
 
     Where the usual length of a reply is not known, replies are short in some of the batches and long in others.
     """
-    rng, count = np.random.default_rng(0), 16
+    rng, count = np.random.default_rng(0), 32
     for share in [usual / response] * count if usual else np.linspace(0.1, 0.9, count):
         chosen_B = rng.integers(len(prompt_NxK), size=batch_size)
         replies_B = np.ceil(response * rng.beta(2 * share, 2 * max(1 - share, 1e-3), batch_size)).astype(int)

@@ -178,10 +178,13 @@ def place(length_NxK: np.ndarray, shape: Shape, group_N: Sequence[int] | None = 
       group_N: of each sequence; -1 for none. None: none has any.
     """
     groups = np.full(len(length_NxK), -1) if group_N is None else np.asarray(group_N, int)
+    least = fewest(length_NxK, shape, groups)
+    if places := _placed(length_NxK, shape, groups, least):
+        return places
     first_fit = _placed(length_NxK, shape, groups)
     assert first_fit is not None
     most = 1 + max((at.pack for at in first_fit), default=0)
-    spread = (_placed(length_NxK, shape, groups, packs) for packs in range(fewest(length_NxK, shape, groups), most))
+    spread = (_placed(length_NxK, shape, groups, packs) for packs in range(least + 1, most))
     return next((places for places in spread if places), first_fit)
 
 
