@@ -30,6 +30,12 @@ class Costs(NamedTuple):
     pack: int
     attention: float
 
+    def of(self, shape: Shape, width: int) -> float:
+        """The cost of a pack, for a model of this width."""
+        pairs = self.attention / (6 * width)  # a layer's other products are about 24 D^2 a token
+        per_row = sum(passes * length * (1 + pairs * length) for passes, length in zip(_PASSES, shape.lengths))
+        return shape.rows * per_row + _PASSES[0] * self.pack
+
 
 # By platform. Attention on CPUs is several passes over [T, T]; TPUs gather the weights, and splash takes rows of 128 n.
 COSTS = {"cpu": Costs(16, 64, 1.5), "gpu": Costs(64, 512, 1.0), "tpu": Costs(128, 1024, 1.0)}
@@ -122,12 +128,6 @@ def choose(
     mean_K = np.concatenate([length_BxK - shared_GxK[group_B] for length_BxK, group_B in batches]).mean(axis=0)
     filling_alike_K = ((longest_K - shared_K) / mean_K).max() * mean_K
 
-    def cost(shape: Shape) -> float:
-        """Of a pack."""
-        pairs = costs.attention / (6 * width)  # a layer's other products are about 24 D^2 a token
-        per_row = sum(passes * length * (1 + pairs * length) for passes, length in zip(_PASSES, shape.lengths))
-        return shape.rows * per_row + _PASSES[0] * costs.pack
-
     def at_least(shape: Shape) -> list[int]:
         return [fewest(length_BxK, shape, group_B) for length_BxK, group_B in batches]
 
@@ -141,15 +141,17 @@ def choose(
         if (rows * np.array(lengths) <= room_K).all()
     }
     # Placing batches takes long: those shapes come first that could be the best, each until it cannot be any more.
-    ranked = sorted((cost(shape) * sum(at_least(shape)), shape.rows, shape.lengths, shape) for shape in shapes)
+    ranked = sorted(
+        (costs.of(shape, width) * sum(at_least(shape)), shape.rows, shape.lengths, shape) for shape in shapes
+    )
     best, least = ranked[0][-1], np.inf
     for *_, shape in ranked:
         packs = at_least(shape)
         for i, (length_BxK, group_B) in enumerate(batches):
-            if cost(shape) * sum(packs) >= least:
+            if costs.of(shape, width) * sum(packs) >= least:
                 break
             packs[i] = 1 + max(at.pack for at in place(length_BxK, shape, group_B))
-        best, least = min((best, least), (shape, cost(shape) * sum(packs)), key=lambda found: found[1])
+        best, least = min((best, least), (shape, costs.of(shape, width) * sum(packs)), key=lambda found: found[1])
     return best
 
 
