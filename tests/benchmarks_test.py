@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from benchmarks import packing
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.py"
@@ -84,3 +85,18 @@ def test_no_part_begins_when_time_is_almost_up(gpu, tmp_path):
     assert gpu.Results(tmp_path, time.time() + 30).part("tiny", "train", ("xla",), 4) is None
     (row,) = lines(tmp_path)
     assert row["skipped"] == "less than 40 s of --seconds are left"
+
+
+def test_padding_of_packs_for_a_file_of_prompts(model_dir, tmp_path, monkeypatch, capsys):
+    rows = "".join(f"{i},how do i make a cup ?,vipi kikombe ?\n" for i in range(4))
+    (tmp_path / "queries.csv").write_text("id,en,sw\n" + rows, encoding="utf-8")
+    command = ["packing.py", "--model", model_dir, "--queries", tmp_path / "queries.csv", "--languages", "sw"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--json", str(tmp_path / "packing.json")])
+    monkeypatch.setattr(packing, "MACHINES", (("cpu", 1, 8), ("tpu", 2, 8)))
+    monkeypatch.setattr(packing, "REPLIES", ((16, 4),))
+    packing.main()
+    rows = json.loads((tmp_path / "packing.json").read_text(encoding="utf-8"))
+    assert [(row["platform"], row["devices"]) for row in rows] == [("cpu", 1), ("tpu", 2)]
+    for row in rows:
+        assert row["packs"] >= 1 and 0 < row["padding"] < 1
+    assert len(capsys.readouterr().out.splitlines()) == 5
