@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py at toy size, on the CPU."""
+"""benchmarks/gpu.py and benchmarks/packing.py at toy size, on the CPU."""
 
 import importlib.util
 import json

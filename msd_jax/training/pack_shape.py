@@ -128,9 +128,6 @@ def choose(
     mean_K = np.concatenate([length_BxK - shared_GxK[group_B] for length_BxK, group_B in batches]).mean(axis=0)
     filling_alike_K = ((longest_K - shared_K) / mean_K).max() * mean_K
 
-    def at_least(shape: Shape) -> list[int]:
-        return [fewest(length_BxK, shape, group_B) for length_BxK, group_B in batches]
-
     room_K = most_rows * np.array(_rounded(longest_K, costs))
     stretched = [2.0 ** (eighths / 8) for eighths in range(17)]
     wanted = [wanted_K for by in stretched for wanted_K in (by * longest_K, shared_K + by * filling_alike_K)]
@@ -141,17 +138,20 @@ def choose(
         if (rows * np.array(lengths) <= room_K).all()
     }
     # Placing batches takes long: those shapes come first that could be the best, each until it cannot be any more.
-    ranked = sorted(
-        (costs.of(shape, width) * sum(at_least(shape)), shape.rows, shape.lengths, shape) for shape in shapes
-    )
-    best, least = ranked[0][-1], np.inf
-    for *_, shape in ranked:
-        packs = at_least(shape)
+    packs_of = {shape: [fewest(length_BxK, shape, group_B) for length_BxK, group_B in batches] for shape in shapes}
+    at_least = {shape: costs.of(shape, width) * sum(packs) for shape, packs in packs_of.items()}
+    ranked = sorted(shapes, key=lambda shape: (at_least[shape], shape.rows, shape.lengths))
+    best, least = ranked[0], np.inf
+    for shape in ranked:
+        if at_least[shape] >= least:
+            break
+        packs = packs_of[shape]
         for i, (length_BxK, group_B) in enumerate(batches):
+            packs[i] = 1 + max(at.pack for at in place(length_BxK, shape, group_B))
             if costs.of(shape, width) * sum(packs) >= least:
                 break
-            packs[i] = 1 + max(at.pack for at in place(length_BxK, shape, group_B))
-        best, least = min((best, least), (shape, costs.of(shape, width) * sum(packs)), key=lambda found: found[1])
+        else:
+            best, least = shape, costs.of(shape, width) * sum(packs)
     return best
 
 
